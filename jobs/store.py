@@ -1,0 +1,225 @@
+"""The JobStore protocol: what keeps jobs, whichever database is behind it.
+
+A worker holds a job by a lease that it must renew, and every write of a worker carries the fencing token it got
+with the lease; a token that is no longer the newest is refused, so a worker that stalled and came back cannot
+overwrite its successor (Kleppmann 2016, "How to do distributed locking"). The clock is the store's own.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from jobs.states import JobStatus
+
+JsonObject = dict[str, Any]
+EventLevel = Literal["info", "warn", "error"]
+EventKind = Literal["status", "message", "progress", "metrics"]
+StatusReason = Literal[
+    "user",
+    "lease_lost",
+    "worker_shutdown",
+    "deadline_exceeded",
+    "out_of_memory",
+    "disk_full",
+    "bad_data",
+    "gate_refused",
+    "runner_crashed",
+]
+
+
+class JobNotFoundError(Exception):
+    """No job has this id, or none that the asker may see."""
+
+
+class StaleLeaseError(Exception):
+    """The fencing token is not the job's newest: another worker has the job, or it has ended."""
+
+
+class RequestConflictError(Exception):
+    """A job with this id was created from another request body."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job to create.
+
+    Attributes:
+        id: chosen by the caller; derived from the idempotency key where one was given.
+        owner: id of the API key that asked.
+        request_hash: sha256 of the canonical request body; guards the id against another body.
+        deadline_seconds: most seconds of running per attempt; None is no limit.
+    """
+
+    id: str
+    type: str
+    owner: str
+    spec: JsonObject
+    request_hash: str
+    priority: int = 0
+    max_attempts: int = 3
+    deadline_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job as stored. Times are Unix seconds of the store's clock.
+
+    Attributes:
+        attempt: 0 until first claimed, then 1, 2, ...
+        fencing: grows with every claim; 0 until first claimed.
+        error: {"code", "message"} of a failed job.
+    """
+
+    id: str
+    type: str
+    owner: str
+    spec: JsonObject
+    request_hash: str
+    priority: int
+    max_attempts: int
+    deadline_seconds: float | None
+    status: JobStatus
+    status_reason: str | None
+    attempt: int
+    fencing: int
+    lease_owner: str | None
+    lease_until: float | None
+    progress_step: int
+    progress_total: int
+    result: JsonObject | None
+    error: JsonObject | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewEvent:
+    kind: EventKind
+    message: str
+    level: EventLevel = "info"
+    data: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Attributes: seq: 1, 2, ... within the job, without gaps."""
+
+    seq: int
+    created_at: float
+    kind: EventKind
+    level: EventLevel
+    message: str
+    data: JsonObject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCounts:
+    """Attributes: by_type_and_status: every pair with at least one job."""
+
+    by_type_and_status: dict[tuple[str, JobStatus], int]
+    oldest_queued_seconds: float
+    lease_lost_total: int
+
+
+class JobStore(Protocol):
+    """Keeps jobs and their events. Thread-safe; every method is one transaction.
+
+    Every status change appends a "status" event in the same transaction.
+    """
+
+    def create(self, job: NewJob) -> tuple[Job, bool]:
+        """Insert; an id that exists with the same `request_hash` returns (existing, False).
+
+        Raises:
+            RequestConflictError: the id exists with another `request_hash`.
+        """
+
+    def get(self, job_id: str) -> Job:
+        """Raises: JobNotFoundError."""
+
+    def list_jobs(
+        self,
+        *,
+        owner: str | None = None,
+        type: str | None = None,
+        status: JobStatus | None = None,
+        after: str | None = None,
+        limit: int = 20,
+    ) -> list[Job]:
+        """Newest first; `after` is the id of the last job of the previous page.
+
+        Raises:
+            JobNotFoundError: `after` is unknown.
+        """
+
+    def claim(self, worker: str, types: Collection[str], lease_seconds: float) -> Job | None:
+        """Take the most urgent queued job: lowest `priority`, then oldest. Reaps expired leases first."""
+
+    def heartbeat(self, job_id: str, fencing: int, lease_seconds: float) -> Job:
+        """Extend the lease; the returned status says whether to pause or cancel.
+
+        Raises:
+            StaleLeaseError
+        """
+
+    def report(
+        self,
+        job_id: str,
+        fencing: int,
+        events: Sequence[NewEvent],
+        progress: tuple[int, int] | None = None,
+    ) -> None:
+        """Append events and set (step, total).
+
+        Raises:
+            StaleLeaseError
+        """
+
+    def finish(
+        self,
+        job_id: str,
+        fencing: int,
+        status: JobStatus,
+        *,
+        reason: str | None = None,
+        result: JsonObject | None = None,
+        error: JsonObject | None = None,
+    ) -> Job:
+        """End the lease: succeeded, failed, cancelled, paused, or queued again (worker shutdown).
+
+        Raises:
+            StaleLeaseError
+            InvalidTransitionError
+        """
+
+    def request_cancel(self, job_id: str) -> Job:
+        """queued or paused: cancelled at once; running or pausing: cancelling; cancelling: unchanged.
+
+        Raises:
+            JobNotFoundError
+            InvalidTransitionError: the job has ended.
+        """
+
+    def request_pause(self, job_id: str) -> Job:
+        """queued: paused; running: pausing. Raises: JobNotFoundError, InvalidTransitionError."""
+
+    def request_resume(self, job_id: str) -> Job:
+        """paused: queued. Raises: JobNotFoundError, InvalidTransitionError."""
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]:
+        """Events with seq > after, oldest first. Raises: JobNotFoundError."""
+
+    def reap(self) -> list[Job]:
+        """End expired leases: queued again, failed after `max_attempts`, cancelled if cancelling."""
+
+    def counts(self) -> JobCounts: ...
+
+    def worker_seen(self, worker: str) -> None:
+        """Record that a worker lives."""
+
+    def worker_ages(self) -> dict[str, float]:
+        """Seconds since each worker was last seen, those of the last hour only."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,97 @@
+"""Every error a client can see: one class, one table of code to status and type, one JSON shape.
+
+The shape is OpenAI's, `{"error": {"message", "type", "param", "code"}}`, on every route and status.
+"""
+
+import re
+from typing import Any
+
+MAX_MESSAGE_CHARS = 2000
+"""An error body stays far under 8 KiB, whatever the request held."""
+
+_INTERNALS = re.compile(r"0x[0-9a-fA-F]{6,}|/(?:[\w.+-]+/)+[\w.+-]+|Traceback")
+
+# code: (HTTP status, OpenAI error type, seconds for Retry-After or None)
+ERRORS: dict[str, tuple[int, str, int | None]] = {
+    "invalid_json": (400, "invalid_request_error", None),
+    "invalid_value": (400, "invalid_request_error", None),
+    "unsupported_parameter": (400, "invalid_request_error", None),
+    "context_length_exceeded": (400, "invalid_request_error", None),
+    "invalid_api_key": (401, "authentication_error", None),
+    "insufficient_scope": (403, "permission_error", None),
+    "host_not_allowed": (403, "permission_error", None),
+    "not_found": (404, "invalid_request_error", None),
+    "model_not_found": (404, "invalid_request_error", None),
+    "job_not_found": (404, "invalid_request_error", None),
+    "graph_not_found": (404, "invalid_request_error", None),
+    "prompt_not_found": (404, "invalid_request_error", None),
+    "artifact_not_found": (404, "invalid_request_error", None),
+    "method_not_allowed": (405, "invalid_request_error", None),
+    "not_acceptable": (406, "invalid_request_error", None),
+    "request_timeout": (408, "invalid_request_error", None),
+    "idempotency_conflict": (409, "conflict_error", None),
+    "job_not_cancellable": (409, "conflict_error", None),
+    "job_not_pausable": (409, "conflict_error", None),
+    "model_exists": (409, "conflict_error", None),
+    "model_in_use": (409, "conflict_error", None),
+    "model_not_loaded": (409, "conflict_error", None),
+    "request_too_large": (413, "invalid_request_error", None),
+    "unsupported_media_type": (415, "invalid_request_error", None),
+    "rate_limit_exceeded": (429, "rate_limit_error", 1),
+    "internal_error": (500, "server_error", None),
+    "model_load_failed": (500, "server_error", None),
+    "out_of_memory": (503, "server_error", 5),
+    "server_overloaded": (503, "server_error", 1),
+    "model_loading": (503, "server_error", 2),
+    "model_sleeping": (503, "server_error", 5),
+    "engine_dead": (503, "server_error", 5),
+    "draining": (503, "server_error", 5),
+    "store_unavailable": (503, "server_error", 2),
+    "supervisor_unavailable": (503, "server_error", 5),
+}
+
+
+class ApiError(Exception):
+    """An error for the client.
+
+    Args:
+        code: a key of `ERRORS`.
+        message: what, got, allowed; no path, address or traceback (they are scrubbed).
+        param: dotted name of the request field at fault.
+    """
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status, self.type, self.retry_after = ERRORS[code]
+        self.message = scrub(message)
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def headers(self) -> dict[str, str]:
+        """Clients retry 409 and 5xx on their own; a conflict will not go away, so they are told."""
+        headers: dict[str, str] = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 409:
+            headers["x-should-retry"] = "false"
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+
+def scrub(message: str) -> str:
+    """Remove what describes our insides, and cap the length."""
+    message = _INTERNALS.sub("…", message)
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = message[:MAX_MESSAGE_CHARS] + "…"
+    return message

@@ -1,0 +1,104 @@
+"""Every setting, read once: flags, then LATHE_* variables, then lathe.toml, then these defaults."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from pydantic.functional_validators import field_validator
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_EMBEDDING_MODEL = "all-minilm-l6-v2"
+
+
+class Settings(BaseSettings):
+    """Settings of one machine; shared by the API process, the engine hosts and the workers."""
+
+    model_config = SettingsConfigDict(env_prefix="LATHE_", toml_file="lathe.toml", extra="forbid")
+
+    home: Path = Field(default_factory=lambda: Path.home() / ".cache" / "lathe")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    redis_url: SecretStr | None = None
+    api_keys_file: Path | None = None
+    models: Annotated[tuple[str, ...], NoDecode] = (DEFAULT_MODEL, DEFAULT_EMBEDDING_MODEL)
+    """Models that `lathe up` loads; a comma-separated list in the environment."""
+    embedding_model: str = DEFAULT_EMBEDDING_MODEL
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Host header values accepted besides the loopback names and `host`."""
+    log_level: str = "info"
+
+    max_body_bytes: int = 32 * 2**20
+    max_upload_bytes: int = 512 * 2**20
+    max_num_queued_requests: int = 256
+    max_num_seqs: int = 16
+    default_max_tokens: int = Field(default=256, ge=1)
+    """For a chat request that names no limit; OpenAI's completions default of 16 is kept."""
+    request_timeout_seconds: float = 600.0
+    drain_seconds: float = 30.0
+
+    job_lease_seconds: float = 60.0
+    job_heartbeat_seconds: float = 10.0
+    job_cancel_grace_seconds: float = 5.0
+
+    @field_validator("models", "allowed_hosts", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @property
+    def models_dir(self) -> Path:
+        return self.home / "models"
+
+    @property
+    def graphs_dir(self) -> Path:
+        return self.home / "graphs"
+
+    @property
+    def jobs_dir(self) -> Path:
+        """One folder per job: logs, checkpoints, artefacts."""
+        return self.home / "jobs"
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets and process ids of what runs now."""
+        return self.home / "run"
+
+    @property
+    def database(self) -> Path:
+        return self.home / "lathe.db"
+
+    @property
+    def cache_database(self) -> Path:
+        """Enrichment results; may be deleted at any time."""
+        return self.home / "cache.db"
+
+    @property
+    def keys_file(self) -> Path:
+        return self.api_keys_file or self.home / "keys.json"
+
+    def engine_socket(self, model: str) -> Path:
+        return self.run_dir / f"{model}.sock"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        return self.run_dir / "supervisor.sock"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr
+from pydantic.functional_validators import field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -11,7 +12,6 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
-from pydantic.functional_validators import field_validator
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_EMBEDDING_MODEL = "all-minilm-l6-v2"

@@ -108,6 +108,9 @@ class EncoderEngine:
     def wake(self) -> None:
         return
 
+    def close(self) -> None:
+        return
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_requests_running=0,

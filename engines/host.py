@@ -101,6 +101,7 @@ class _EngineThread(threading.Thread):
                     self._step()
         except BrokenEngineError:
             logger.exception("the engine is broken")
+            self._engine.close()
             self._on_broken()
 
     def _run_commands(self) -> bool:
@@ -112,6 +113,7 @@ class _EngineThread(threading.Thread):
             except queue.Empty:
                 return True
             if command is None:
+                self._engine.close()
                 return False
             command()
             block = False
@@ -161,6 +163,7 @@ class EngineHost:
         self._engine = engine
         self._connections: dict[int, _Connection] = {}
         self._next_connection = 0
+        self._readers: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped: asyncio.Event | None = None
         self._draining = False
@@ -189,7 +192,9 @@ class EngineHost:
             server.close()
             for connection in list(self._connections.values()):
                 connection.close()
+            await asyncio.gather(*self._readers)
             self.thread.stop()
+            await asyncio.to_thread(self.thread.join)
             socket_path.unlink(missing_ok=True)
 
     def stop(self) -> None:
@@ -204,6 +209,10 @@ class EngineHost:
             await asyncio.sleep(0.05)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._readers.add(task)
+        task.add_done_callback(self._readers.discard)
         connection = _Connection(self, self._next_connection, writer)
         self._connections[self._next_connection] = connection
         self._next_connection += 1

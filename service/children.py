@@ -53,7 +53,7 @@ class ChildSpec:
         command: asked before every start.
         log: takes stdout and stderr; appended to, see `limit_log`.
         prepare: awaited before every start; what it raises counts as a failed start.
-        speaks_status: the child writes JSON lines to stdout, and is ready when it says `"event": "ready"`; any
+        speaks_status: the child writes JSON lines to stdout, and is ready when it says `"status": "ready"`; any
             other child is taken for ready when it runs.
         stop_seconds: from SIGTERM to SIGKILL.
     """
@@ -209,7 +209,7 @@ class Child:
                 if status is None:
                     continue
                 self._take_status(status)
-                if status["event"] == "ready" and ready_at is None:
+                if status["status"] == "ready" and ready_at is None:
                     ready_at = time.monotonic()
                     self._change("ready", pid=process.pid)
 
@@ -217,8 +217,8 @@ class Child:
         fraction = status.get("fraction")
         if isinstance(fraction, int | float):
             self.snapshot.fraction = float(fraction)
-        if status["event"] == "error":
-            self._reported_error = str(status.get("message", ""))[:MAX_ERROR_CHARS]
+        if status["status"] == "failed":
+            self._reported_error = str(status.get("error", ""))[:MAX_ERROR_CHARS]
 
     async def _wait_for_restart(self) -> None:
         policy = self.spec.policy
@@ -293,12 +293,12 @@ def kill_group(pid: int) -> None:
 
 
 def parse_status(line: bytes) -> dict[str, Any] | None:
-    """A status line is a JSON object with a string "event"; anything else is ordinary output."""
+    """A status line is a JSON object with a string "status"; anything else is ordinary output."""
     try:
         status = json.loads(line)
     except ValueError:
         return None
-    if isinstance(status, dict) and isinstance(status.get("event"), str):
+    if isinstance(status, dict) and isinstance(status.get("status"), str):
         return status
     return None
 

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engines.process import set_openmp_environment
 from service.children import (
     Child,
     ChildSpec,
@@ -42,6 +43,8 @@ LISTEN_BACKLOG = 2048
 MAX_UNIX_PATH_BYTES = 107
 POLL_SECONDS = 0.2
 TRIM_LOGS_SECONDS = 60.0
+ENGINE_STOP_SECONDS = 35.0
+"""A host lets running requests end for 30 seconds."""
 ENGINE_POLICY = RestartPolicy(max_quick_failures=5)
 SERVICE_POLICY = RestartPolicy()
 _PERCENT = re.compile(rb"(\d{1,3})%")
@@ -97,18 +100,16 @@ def engine_command(settings: Settings, model: str) -> tuple[str, ...]:
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """Ours, with the settings that flags may have changed.
-
-    An idle OpenMP thread must sleep: spinning ones of several hosts starve each other and the API process.
-    """
-    return {
+    """Ours, with the settings that flags may have changed."""
+    environment = {
         **os.environ,
         "LATHE_HOME": str(settings.home),
         "LATHE_HOST": settings.host,
         "LATHE_PORT": str(settings.port),
-        "OMP_WAIT_POLICY": "passive",
         "PYTHONUNBUFFERED": "1",
     }
+    set_openmp_environment(environment)
+    return environment
 
 
 def is_installed(models_dir: Path, model: str) -> bool:
@@ -264,6 +265,7 @@ class Supervisor:
             policy=self._engine_policy,
             prepare=lambda: self._prepare_engine(child),
             speaks_status=True,
+            stop_seconds=ENGINE_STOP_SECONDS,
         )
         child = Child(spec, self._child_changed)
         runtime.engines[model] = child

@@ -21,6 +21,12 @@ def bar(fraction: float) -> str:
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {fraction:4.0%}"
 
 
+def _wandering_bar(seconds: float) -> str:
+    """For what cannot say how far it is: shows only that time passes."""
+    place = round(seconds / (2 * REDRAW_SECONDS)) % BAR_WIDTH
+    return f"[{'.' * place}#{'.' * (BAR_WIDTH - 1 - place)}]"
+
+
 class Terminal:
     """Writes lines and at most one live line. Not thread-safe."""
 
@@ -48,7 +54,7 @@ class Terminal:
         if now - since < SILENT_SECONDS or now - self._drawn_at < interval:
             return
         self._drawn_at = now
-        drawing = bar(fraction) if fraction is not None else "[" + "." * BAR_WIDTH + "]"
+        drawing = bar(fraction) if fraction is not None else _wandering_bar(now - since)
         text = f"{label} {drawing} {now - since:.0f} s"
         if self._redraws:
             self._stream.write("\r\x1b[K" + text)

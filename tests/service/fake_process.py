@@ -41,8 +41,8 @@ def engine(path: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
-    say(event="loading", fraction=0.5)
-    say(event="ready")
+    say(status="loading", fraction=0.5)
+    say(status="ready")
     signal.sigwait({signal.SIGTERM})
 
 
@@ -51,9 +51,15 @@ def stubborn(path: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if (pid := os.fork()) != 0:
         Path(path + ".pid").write_text(str(pid))
-        say(event="ready")
+        say(status="ready")
     while True:
         signal.pause()
+
+
+def refuse(message: str) -> None:
+    """An engine that says why it cannot load."""
+    say(status="failed", error=message)
+    sys.exit(1)
 
 
 def crash(message: str) -> None:
@@ -78,5 +84,5 @@ def convert(folder: str) -> None:
 if __name__ == "__main__":
     # sigwait needs the signals blocked first; a role that sets a handler unblocks nothing.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    roles = {role.__name__: role for role in (api, engine, stubborn, crash, wait, convert)}
+    roles = {role.__name__: role for role in (api, engine, stubborn, refuse, crash, wait, convert)}
     roles[sys.argv[1]](*sys.argv[2:])

@@ -211,6 +211,16 @@ async def test_gives_up_on_an_engine_that_never_starts_until_it_is_loaded_again(
     assert status.engines["tiny"].restarts == 0
 
 
+async def test_what_an_engine_says_before_it_ends_is_its_error(
+    settings: Settings, commands: Commands
+) -> None:
+    install(settings, "tiny")
+    refusing = replace(commands, engine=lambda model: (*FAKE, "refuse", "CheckpointError: no"))
+    async with running(settings, refusing) as run:
+        status = await run.until_state("tiny", "failed")
+    assert status.engines["tiny"].error == "ended with exit code 1: CheckpointError: no"
+
+
 async def test_loads_and_unloads(settings: Settings, commands: Commands) -> None:
     settings = settings.model_copy(update={"models": ()})
     install(settings, "tiny")
@@ -457,7 +467,7 @@ def test_status_survives_its_json_form() -> None:
     assert SupervisorStatus.from_json(status.to_json()) == status
 
 
-@pytest.mark.parametrize("line", [b"", b"text", b"[1]", b'"event"', b'{"event": 1}', b"\xff"])
+@pytest.mark.parametrize("line", [b"", b"text", b"[1]", b'"status"', b'{"status": 1}', b"\xff"])
 def test_other_output_is_not_a_status(line: bytes) -> None:
     assert parse_status(line) is None
 

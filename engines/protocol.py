@@ -318,6 +318,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def close(self) -> None:
+        """Stop whatever runs in the background; nothing is called afterwards."""
+
 
 class TokenStream(Protocol):
     """Outputs of one accepted request. Leaving early must go through `aclose`, which aborts it."""

@@ -158,5 +158,5 @@ def _check_messages(file_name: str, data: dict[str, Any]) -> None:
     if sorted(places) != sorted(data["inputs"]):
         raise PromptFileError(f"{file_name}: inputs {data['inputs']}, places {places}")
     limits = (data["max_neighbors"], data["max_neighbor_tokens"])
-    if ("neighbors" in places) != all(limit > 0 for limit in limits):
+    if {"neighbors" in places} != {limit > 0 for limit in limits}:
         raise PromptFileError(f"{file_name}: neighbour limits are for prompts that read neighbours")

@@ -18,6 +18,7 @@ import bisect
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -42,6 +43,8 @@ SPLITS = ("train", "val", "test")
 MANIFEST_NAME = "graph.json"
 FORMAT_VERSION = 1
 _LEFTOVER_SECONDS = 24 * 3600
+
+logger = logging.getLogger("lathe.graphs")
 
 NodeId = str | int
 IdType = Literal["string", "int64"]
@@ -308,6 +311,9 @@ class GraphStore:
         try:
             return GraphInfo(**json.loads((self._dir / graph_id / MANIFEST_NAME).read_text()))
         except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:  # damaged, or of another version: no graph
+            logger.error("unreadable manifest of %s: %s", graph_id, error)
             return None
 
     def _remove_leftovers(self) -> None:

@@ -62,7 +62,14 @@ def _read_table(
             batches.append(batch)
         table = pa.Table.from_batches(batches, schema)
         return {name: _one_array(table.column(name), part) for name in schema.names}
-    except (pa.ArrowException, OSError, EOFError, MemoryError, OverflowError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        EOFError,
+        MemoryError,
+        OverflowError,
+        UnicodeDecodeError,  # of a column name
+    ) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise GraphInputError(
             part, f"{part} is not a readable Parquet or Arrow file: {reason}"

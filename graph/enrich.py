@@ -285,7 +285,8 @@ class Enricher:
     """Enriches nodes for all requests of a process. Belongs to one event loop.
 
     Args:
-        engine_for: the engine that serves a model; raises what its caller wants to see for one that is not there.
+        engine_for: the engine that serves a model, given its id and the field that named it; raises what the caller
+            of `enrich` is to see where there is none.
         text_for: the same for its tokenizer.
         observer: told of every row and every cache hit.
     """
@@ -293,8 +294,8 @@ class Enricher:
     def __init__(
         self,
         *,
-        engine_for: Callable[[str], Awaitable[AsyncEngine]],
-        text_for: Callable[[str], Awaitable[TextModel]],
+        engine_for: Callable[[str, str], Awaitable[AsyncEngine]],
+        text_for: Callable[[str, str], Awaitable[TextModel]],
         cache: EnrichmentCache,
         observer: EnrichObserver | None = None,
     ) -> None:
@@ -331,8 +332,8 @@ class Enricher:
         self._cache.close()
 
     async def _prepare(self, request: EnrichRequest) -> _Run:
-        engine = await self._engine_for(request.model)
-        text = await self._text_for(request.model)
+        engine = await self._engine_for(request.model, "model")
+        text = await self._text_for(request.model, "model")
         max_tokens = request.max_tokens or request.prompt.max_tokens
         if engine.info.kind != "decoder":
             raise UnsuitableModelError("model", f"{request.model} is an encoder: it writes no text")
@@ -348,8 +349,8 @@ class Enricher:
             raise UnsuitableModelError("model", f"{request.model}: {error}") from None
         encoder = encoder_text = batcher = None
         if "embedding" in request.outputs:
-            encoder = await self._engine_for(request.embedding_model)
-            encoder_text = await self._text_for(request.embedding_model)
+            encoder = await self._engine_for(request.embedding_model, "embedding_model")
+            encoder_text = await self._text_for(request.embedding_model, "embedding_model")
             batcher = _EmbedBatcher(encoder, request.tenant)
         return _Run(
             request=request,

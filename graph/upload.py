@@ -1,14 +1,14 @@
-"""Graphs from Parquet and Arrow files: which columns are read, and how a hostile file is refused.
+"""Graphs from uploads: JSON lists, and Parquet and Arrow files, of which hostile ones are refused.
 
 Nodes have columns id, text and optionally label and split; edges have source and target. Other columns are refused by
 name. A file is recognised by its first bytes. It is read in pieces and given up once it holds more rows or more bytes
 than a graph may: a small file can expand to a very large table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from graph.store import MAX_EDGES, MAX_NODES, GraphColumns, GraphInputError
+from graph.store import MAX_EDGES, MAX_NODES, GraphColumns, GraphInputError, NodeId
 
 MAX_TABLE_BYTES = 4 * 2**30
 """Decoded size of one file. Files are decoded one after the other."""
@@ -136,3 +136,54 @@ def _one_array(column: Any, part: str) -> Any:
     if isinstance(combined, pa.ChunkedArray):
         combined = pa.concat_arrays(combined.chunks) if combined.chunks else pa.nulls(0)
     return combined
+
+
+def columns_from_lists(
+    *,
+    ids: Sequence[NodeId],
+    texts: Sequence[str],
+    labels: Sequence[NodeId | None],
+    splits: Sequence[str | None],
+    edges: Sequence[tuple[NodeId, NodeId]],
+) -> GraphColumns:
+    """Columns of a graph that came as JSON.
+
+    Raises:
+        GraphInputError: ids, labels or ends of edges are strings here and integers there.
+    """
+    import pyarrow as pa
+
+    _check_one_type(ids, "nodes[{}].id", "node ids")
+    _check_one_type(labels, "nodes[{}].label", "labels")
+    sources, targets = [edge[0] for edge in edges], [edge[1] for edge in edges]
+    kind = type(ids[0]) if ids else str
+    for index, edge in enumerate(edges):
+        if type(edge[0]) is not kind or type(edge[1]) is not kind:
+            raise GraphInputError(
+                f"edges[{index}]", f"edge {list(edge)!r:.80} does not name nodes by {_NAMES[kind]}"
+            )
+    has_labels = any(label is not None for label in labels)
+    has_splits = any(split is not None for split in splits)
+    return GraphColumns(
+        ids=pa.array(ids),
+        texts=pa.array(texts, pa.large_string()),
+        labels=pa.array(labels) if has_labels else None,
+        splits=pa.array(splits, pa.string()) if has_splits else None,
+        sources=pa.array(sources),
+        targets=pa.array(targets),
+    )
+
+
+_NAMES: dict[type, str] = {str: "strings", int: "integers"}
+
+
+def _check_one_type(values: Sequence[NodeId | None], place: str, what: str) -> None:
+    kind: type | None = None
+    for index, value in enumerate(values):
+        if value is None:
+            continue
+        kind = kind or type(value)
+        if type(value) is not kind:
+            raise GraphInputError(
+                place.format(index), f"{what} must all be strings or all be integers, got both"
+            )

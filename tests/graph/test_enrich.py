@@ -64,11 +64,11 @@ class House:
             observer=self.counts,
         )
 
-    async def _engine_for(self, model: str) -> AsyncEngine:
+    async def _engine_for(self, model: str, param: str) -> AsyncEngine:
         engines = {"writer": self.writer, "encoder": self.encoder}
         return engines[model]
 
-    async def _text_for(self, model: str) -> TextModel:
+    async def _text_for(self, model: str, param: str) -> TextModel:
         return self.text if model == "writer" else CodePointText(marks=True)
 
     async def enrich(

@@ -49,7 +49,7 @@ PUBLISHED = {
     "digest@1": "8092d65bfbd0b659",
     "repair@1": "865f31a74e6970ec",
     "summary@1": "6868c51d14bf346e",
-    "terms@1": "8bae9f442b890109",
+    "terms@1": "8c91c7d9ff2ba53a",
 }
 
 

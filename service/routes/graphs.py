@@ -32,7 +32,6 @@ from service.deps import (
     AppState,
     IdempotencyKey,
     IdentityDep,
-    RequestModel,
     ResponseModel,
     StateDep,
     require,
@@ -44,6 +43,7 @@ from service.enrichment import (
     EnrichResponse,
     LabelField,
     NodeIdField,
+    StrictRequestModel,
     answer_enrich,
     find_prompt,
 )
@@ -59,7 +59,7 @@ router = APIRouter(
 _PARTS = ("nodes", "edges", "name", "directed")
 
 
-class GraphNodeBody(RequestModel):
+class GraphNodeBody(StrictRequestModel):
     """An empty text is allowed: a node need not have one."""
 
     id: NodeIdField
@@ -68,7 +68,7 @@ class GraphNodeBody(RequestModel):
     split: Literal["train", "val", "test"] | None = None
 
 
-class GraphBody(RequestModel):
+class GraphBody(StrictRequestModel):
     """Ids and labels are all strings or all integers. Self-loops and repeated edges are dropped, and counted."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
@@ -77,7 +77,7 @@ class GraphBody(RequestModel):
     edges: Annotated[list[tuple[NodeIdField, NodeIdField]], FailFast()] = Field(default=[])
 
 
-class GraphUpload(RequestModel):
+class GraphUpload(StrictRequestModel):
     """Parquet or Arrow IPC files: nodes (id, text, label?, split?) and edges (source, target)."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
@@ -119,14 +119,14 @@ class GraphDeleted(ResponseModel):
     deleted: Literal[True] = True
 
 
-class SelectBudget(RequestModel):
+class SelectBudget(StrictRequestModel):
     """Exactly one."""
 
     nodes: int | None = Field(default=None, ge=1)
     fraction: float | None = Field(default=None, gt=0, le=1)
 
 
-class SelectBody(RequestModel):
+class SelectBody(StrictRequestModel):
     """`order` is for degree (default low) and pagerank (default high), `seed` for random (default 0)."""
 
     strategy: str = Field(max_length=100, description="random, degree or pagerank")
@@ -152,7 +152,7 @@ class GraphEnrichBody(EnrichOptions):
     node_ids: list[NodeIdField] = Field(min_length=1, max_length=MAX_NODES_PER_REQUEST)
 
 
-def _schema(model: type[RequestModel]) -> dict[str, Any]:
+def _schema(model: type[StrictRequestModel]) -> dict[str, Any]:
     """A schema that stands on its own."""
     from pydantic.json_schema import GenerateJsonSchema
 

@@ -1,0 +1,117 @@
+"""Server-sent events: framing, keep-alive comments, errors in mid-stream, and an end to work when a client leaves."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.background import BackgroundTask
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engines.protocol import EngineError
+from service.errors import ApiError, from_engine_error
+
+KEEP_ALIVE_SECONDS = 15.0
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+MEDIA_TYPE = "text/event-stream"
+
+logger = logging.getLogger("lathe.sse")
+
+
+def encode_event(data: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def openai_events(chunks: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    """Chunks as OpenAI streams them: `[DONE]` after a normal end only; an error is the last event."""
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield encode_event(chunk)
+    except ApiError as error:
+        yield encode_event(error.body())
+    except EngineError as error:
+        yield encode_event(from_engine_error(error).body())
+    except Exception:
+        logger.exception("a stream failed")
+        yield encode_event(ApiError("internal_error", "internal error").body())
+    else:
+        yield DONE
+
+
+class EventStreamResponse(Response):
+    """Sends events as they come, a comment in every silence, and stops when the client leaves.
+
+    Args:
+        events: encoded events.
+        close: frees what the events come from; called once at the end, whatever the end is, even if nothing was sent.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], Awaitable[None]],
+        *,
+        keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    ) -> None:
+        self._events = events
+        self._close = close
+        self._keep_alive_seconds = keep_alive_seconds
+        self.status_code = 200
+        self.background: BackgroundTask | None = None
+        self.body = b""
+        headers = {
+            "content-type": f"{MEDIA_TYPE}; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",  # nginx passes events on at once
+        }
+        self.raw_headers = [(k.encode(), v.encode()) for k, v in headers.items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = asyncio.ensure_future(self._write(send))
+        watcher = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            for task in (writer, watcher):
+                task.cancel()
+            await asyncio.gather(writer, watcher, return_exceptions=True)
+            await self._events.aclose()
+            await self._close()
+
+    async def _write(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        pending: asyncio.Future[bytes | None] | None = None
+        try:
+            while True:
+                pending = asyncio.ensure_future(self._next())
+                while not (await asyncio.wait({pending}, timeout=self._keep_alive_seconds))[0]:
+                    await send(_body(KEEP_ALIVE))
+                event = pending.result()
+                if event is None:
+                    break
+                await send(_body(event))
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            if pending is not None and not pending.done():
+                pending.cancel()
+                await asyncio.gather(pending, return_exceptions=True)
+
+    async def _next(self) -> bytes | None:
+        return await anext(self._events, None)
+
+
+def _body(data: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": True}
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -122,16 +122,19 @@ class TextTokenizer:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        if self._control_ids.isdisjoint(ids) or self._control_pattern is None:
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if self._control_ids.isdisjoint(ids):
             return ids
-        # The vocabulary itself holds the spelling (Unigram may): break it after its first character.
+        # The vocabulary itself holds the spelling (Unigram and WordLevel may): break it after its first character.
+        pairs = zip(ids, encoding.offsets, strict=True)
+        offsets = [at for token_id, at in pairs if token_id in self._control_ids]
+        if any(end - start < 2 for start, end in offsets):
+            raise TextError("the text has a character that is a control token of this model")
         ids, position = [], 0
-        for end in [m.start() + 1 for m in self._control_pattern.finditer(text)] + [len(text)]:
-            ids += self._plain.encode(text[position:end], add_special_tokens=False).ids
-            position = end
-        if not self._control_ids.isdisjoint(ids):
-            raise TextError("the text spells a control token that cannot be kept apart")
+        for cut in [*(start + 1 for start, _ in offsets), len(text)]:
+            ids += self._encode_plain(text[position:cut])
+            position = cut
         return ids
 
     def _encode_trusted(self, text: str) -> list[int]:
@@ -265,9 +268,13 @@ class _WindowDetokenizer:
 
     def add(self, token_id: int) -> str:
         self._ids.append(token_id)
-        if self._tokenizer.is_byte_piece(token_id):
-            return ""
+        if self._tokenizer.is_byte_piece(token_id) or self._is_left_out(token_id):
+            return ""  # a run of bytes goes on, also across what is left out
         return self._take(final=False)
+
+    def _is_left_out(self, token_id: int) -> bool:
+        is_skipped = self._skip and self._tokenizer.is_special(token_id)
+        return is_skipped or not self._tokenizer.token_string(token_id)
 
     def finish(self) -> str:
         return self._take(final=True)
@@ -320,6 +327,7 @@ class TextStream:
         self._hold = max((len(s) for s in self._stop), default=1) - 1
         self._min_tokens = min_tokens
         self._pending = ""
+        self._num_exempt = 0  # characters at the start of `_pending` that came before `min_tokens`
         self._num_released_chars = 0
         self.num_tokens = 0
         self.offsets: list[int] = []
@@ -354,9 +362,11 @@ class TextStream:
 
     def _append(self, text: str) -> None:
         self._pending += text
-        if not text or self.num_tokens < self._min_tokens:
+        if self.num_tokens < self._min_tokens:
+            self._num_exempt = len(self._pending)
             return
-        found = [at for at in (self._pending.find(s) for s in self._stop) if at >= 0]
+        starts = (self._pending.find(s, max(0, self._num_exempt - len(s) + 1)) for s in self._stop)
+        found = [at for at in starts if at >= 0]
         if found:
             self._pending = self._pending[: min(found)]
             self.stopped = True
@@ -371,6 +381,7 @@ class TextStream:
 
     def _release(self, length: int) -> str:
         text, self._pending = self._pending[:length], self._pending[length:]
+        self._num_exempt = max(0, self._num_exempt - length)
         self._num_released_chars += len(text)
         while (
             self.num_released < self.num_tokens

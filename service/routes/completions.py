@@ -67,7 +67,7 @@ def parse_prompts(value: object, *, name: str, most: int) -> Prompts:
     if not 1 <= len(prompts) <= most:
         raise invalid(f"{name} must be a string, token ids, or a list of 1 to {most} of either")
     kinds = {type(prompt) for prompt in prompts}
-    if kinds == {str}:
+    if kinds == {str} and all(prompts):
         return tuple(check_text(prompt, name) for prompt in prompts)
     if kinds == {list} and all(p and all(map(is_token_id, p)) for p in prompts):
         return tuple(tuple(prompt) for prompt in prompts)

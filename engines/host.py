@@ -225,7 +225,9 @@ class EngineHost:
             self._connections.pop(connection.number, None)
             connection.close()
 
-    def engine_call(self, work: Callable[[], Any], done: Callable[[Reply], None], call_id: int) -> None:
+    def engine_call(
+        self, work: Callable[[], Any], done: Callable[[Reply], None], call_id: int
+    ) -> None:
         """Run `work` on the engine thread and hand its reply to `done` on the loop."""
         loop = self._loop
         assert loop is not None

@@ -85,7 +85,9 @@ class Detokenizer:
     def add(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; may be empty."""
         self._ids += token_ids
-        before = self._tokenizer.decode(self._ids[self._prefix : self._read], skip_special_tokens=True)
+        before = self._tokenizer.decode(
+            self._ids[self._prefix : self._read], skip_special_tokens=True
+        )
         now = self._tokenizer.decode(self._ids[self._prefix :], skip_special_tokens=True)
         if now.endswith(REPLACEMENT) or len(now) < len(before):
             return ""
@@ -94,7 +96,9 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What is left, incomplete characters as U+FFFD."""
-        before = self._tokenizer.decode(self._ids[self._prefix : self._read], skip_special_tokens=True)
+        before = self._tokenizer.decode(
+            self._ids[self._prefix : self._read], skip_special_tokens=True
+        )
         now = self._tokenizer.decode(self._ids[self._prefix :], skip_special_tokens=True)
         self._prefix, self._read = self._read, len(self._ids)
         return now[len(before) :]

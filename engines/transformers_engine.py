@@ -174,9 +174,7 @@ class TransformersEngine:
             self._batched[request.request_id] = _Batched(request, stop_ids)
             self._batching.add(request, sorted(stop_ids))
             return
-        sampler = SamplerState.create(
-            request.params, request.token_ids, self._info.eos_token_ids
-        )
+        sampler = SamplerState.create(request.params, request.token_ids, self._info.eos_token_ids)
         self._waiting.append(_Request(request=request, sampler=sampler, stop_ids=stop_ids))
 
     def _goes_to_batching(self, request: GenerateRequest) -> bool:
@@ -210,7 +208,10 @@ class TransformersEngine:
                 f" context of {self._info.max_model_len}",
                 "max_tokens",
             )
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
             if not all(0 <= token_id < self._info.vocab_size for token_id in ids):
                 raise EngineError(
                     "invalid_value", f"token ids must be in [0, {self._info.vocab_size})", name
@@ -226,7 +227,9 @@ class TransformersEngine:
         expected = num_placeholders(token_ids) * self._info.hidden_size * 4
         if len(rows or b"") != expected:
             raise EngineError(
-                "invalid_value", f"embedding rows have {len(rows or b'')} bytes, need {expected}", param
+                "invalid_value",
+                f"embedding rows have {len(rows or b'')} bytes, need {expected}",
+                param,
             )
 
     def abort(self, request_id: str) -> None:

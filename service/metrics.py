@@ -7,7 +7,7 @@ the model registry and fixed sets, never from a request.
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -56,10 +56,16 @@ class Metrics:
             registry=self.registry,
         )
         self._enrich_items = Counter(
-            "lathe_enrich_items", "Enriched items, by outcome.", ("outcome",), registry=self.registry
+            "lathe_enrich_items",
+            "Enriched items, by outcome.",
+            ("outcome",),
+            registry=self.registry,
         )
         self._enrich_cache_hits = Counter(
-            "lathe_enrich_cache_hits", "Cache hits of enrichment.", ("layer",), registry=self.registry
+            "lathe_enrich_cache_hits",
+            "Cache hits of enrichment.",
+            ("layer",),
+            registry=self.registry,
         )
         self._ffn_rows = Counter(
             "lathe_ffn_rows", "FFN rows of answered requests.", ("model",), registry=self.registry
@@ -232,11 +238,15 @@ class EngineCollector(Collector):
         parameters = GaugeMetricFamily(
             "lathe_model_parameters", "Parameters that the model stands for.", labels=("model",)
         )
-        size = GaugeMetricFamily("lathe_model_bytes", "Bytes of tensors on disk.", labels=("model",))
+        size = GaugeMetricFamily(
+            "lathe_model_bytes", "Bytes of tensors on disk.", labels=("model",)
+        )
         ratio = GaugeMetricFamily(
             "lathe_model_compression_ratio", "Bytes against the source model.", labels=("model",)
         )
-        loaded = GaugeMetricFamily("lathe_model_loaded", "1 if an engine serves it.", labels=("model",))
+        loaded = GaugeMetricFamily(
+            "lathe_model_loaded", "1 if an engine serves it.", labels=("model",)
+        )
         for model, (count, num_bytes, bytes_ratio) in self._sizes().items():
             parameters.add_metric((model,), count)
             size.add_metric((model,), num_bytes)
@@ -262,7 +272,9 @@ class JobCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         counts = self._counts()
-        jobs = GaugeMetricFamily("lathe_jobs", "Jobs by type and status.", labels=("type", "status"))
+        jobs = GaugeMetricFamily(
+            "lathe_jobs", "Jobs by type and status.", labels=("type", "status")
+        )
         for (job_type, status), count in counts.by_type_and_status.items():
             jobs.add_metric((job_type, status), count)
         oldest = GaugeMetricFamily(

@@ -86,10 +86,16 @@ class RequestMiddleware:
         """
         if host is None:
             return
-        name = host.decode("latin-1").rsplit(":", 1)[0] if not host.endswith(b"]") else host.decode("latin-1")
+        name = (
+            host.decode("latin-1").rsplit(":", 1)[0]
+            if not host.endswith(b"]")
+            else host.decode("latin-1")
+        )
         if is_loopback(self._settings.host) or self._settings.allowed_hosts:
             if name.lower() not in self._hosts:
-                raise ApiError("host_not_allowed", "this Host is not served here (see LATHE_ALLOWED_HOSTS)")
+                raise ApiError(
+                    "host_not_allowed", "this Host is not served here (see LATHE_ALLOWED_HOSTS)"
+                )
 
 
 class _Exchange:

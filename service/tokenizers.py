@@ -37,7 +37,9 @@ class ModelText:
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
 
-    async def encode_segments(self, segments: list[Segment], max_tokens: int, param: str) -> list[int]:
+    async def encode_segments(
+        self, segments: list[Segment], max_tokens: int, param: str
+    ) -> list[int]:
         length = sum(len(segment.text) for segment in segments)
         _check_length(length, max_tokens, param)
         if length <= INLINE_CHARS:

@@ -1,7 +1,8 @@
 """The Lathe checkpoint: names, shapes and dtypes on disk, and the manifest `lathe.json`. Nothing else knows them.
 
 A folder of safetensors and JSON, never pickle. Each linear layer is stored by *kind*, and one frozen dataclass per kind
-declares its tensors. Reading checks that every promised tensor is there with its shape and dtype and that nothing else is.
+declares its tensors. Reading checks that every promised tensor is there with its shape and dtype and that
+nothing else is.
 INT4 uses the names and bits of compressed-tensors' `pack-quantized` format, so other engines read it too.
 Imports no torch; `Checkpoint.tensors` and `CheckpointWriter.add` import it when called.
 """

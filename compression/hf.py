@@ -146,7 +146,7 @@ def check_fingerprint(model: Any, expected: dict[str, Any], *, tolerance: float 
     from compression.safetensors_header import CheckpointError
 
     actual = fingerprint(model)
-    difference = max(
+    difference: float = max(
         abs(a - b) for a, b in zip(actual["logits"], expected["logits"], strict=True)
     ) / max(expected["scale"], 1e-6)
     if actual["token_ids"] != expected["token_ids"] or difference > tolerance:

@@ -1,6 +1,7 @@
 """Turns models as others publish them into Lathe checkpoints: Hugging Face folders and GGUF files.
 
-Safetensors and GGUF only; a folder that has its weights in pickles (.bin, .pt) is refused. Code that a model brings along is
+Safetensors and GGUF only; a folder that has its weights in pickles (.bin, .pt) is refused. Code that a model
+brings along is
 never run: `auto_map` is taken out of the configuration, and an architecture that transformers does not know is refused.
 """
 

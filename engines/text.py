@@ -1,6 +1,7 @@
 """Between text and token ids, without torch: a model's tokenizer, incremental decoding, and stop strings.
 
-Text from a user never becomes a control token: in `encode` the spelling of one, such as `<|im_end|>`, is ordinary characters.
+Text from a user never becomes a control token: in `encode` the spelling of one, such as `<|im_end|>`, is
+ordinary characters.
 Only `encode_segments` makes control tokens, from the parts that the chat template itself wrote.
 """
 

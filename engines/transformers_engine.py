@@ -1,7 +1,10 @@
-"""An engine over transformers' modules: any causal language model that transformers knows, and the oracle of faster engines.
+"""An engine over transformers' modules: any causal language model that transformers knows, and the oracle of
+faster engines.
 
-Requests whose parameters transformers' continuous batching honours go there. All others run through a step loop of ours over
-`model.forward`, each with its own KV cache: one prefill chunk or one token per request and step, so that they interleave, stop
+Requests whose parameters transformers' continuous batching honours go there. All others run through a step
+loop of ours over
+`model.forward`, each with its own KV cache: one prefill chunk or one token per request and step, so that they
+interleave, stop
 at once when aborted, and give the same tokens alone and in company.
 
 Shapes: S positions, V vocabulary, H hidden.
@@ -363,7 +366,7 @@ class TransformersEngine:
         rows_RH = rows_RH.view(-1, self._info.hidden_size)
         ids_S = torch.tensor(ids)
         embedding = self._model.get_input_embeddings()
-        embedded_SH = embedding(ids_S.clamp(min=0).to(self._model.device)).clone()
+        embedded_SH: Tensor = embedding(ids_S.clamp(min=0).to(self._model.device)).clone()
         first = num_placeholders(token_ids[:start])
         is_row_S = ids_S == ROW_PLACEHOLDER
         wanted_RH = rows_RH[first : first + int(is_row_S.sum())]

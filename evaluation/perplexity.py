@@ -1,6 +1,7 @@
 """Perplexity, with the protocol that makes a figure comparable.
 
-Windows of `window` tokens start every `stride` tokens; each window scores its last `stride` tokens (the first window all but
+Windows of `window` tokens start every `stride` tokens; each window scores its last `stride` tokens (the first
+window all but
 its first token), given what precedes them in the window. Perplexity is exp of the mean negative log-likelihood over all
 scored tokens. With stride == window this is the usual non-overlapping protocol.
 """

@@ -1,6 +1,7 @@
 """Jobs in Redis, for several API processes and machines. JSON values only; every change is WATCH, then one MULTI.
 
-Keys under one prefix: `job:ID` the document, `events:ID` a list, `index` and `queued` and `leased` sorted sets, `counts` a
+Keys under one prefix: `job:ID` the document, `events:ID` a list, `index` and `queued` and `leased` sorted
+sets, `counts` a
 hash by type and status. The clock is Redis' own (TIME).
 """
 
@@ -65,7 +66,8 @@ class RedisJobStore(JobStore):
             self._write(pipe, None, made, events, length, number, now)
             return made, True
 
-        return self._atomically(job.id, change)
+        result: tuple[Job, bool] = self._atomically(job.id, change)
+        return result
 
     def get(self, job_id: str) -> Job:
         raw = self._redis.get(self._key("job", job_id))
@@ -232,7 +234,8 @@ class RedisJobStore(JobStore):
             self._write(pipe, job, changed, events, length, number, now)
             return changed
 
-        return self._atomically(job_id, change)
+        changed: Job | None = self._atomically(job_id, change)
+        return changed
 
     def _atomically(self, job_id: str, change: Callable[[Any], Any]) -> Any:
         """Run `change` until nobody else wrote the job meanwhile."""

@@ -1,4 +1,5 @@
-"""Jobs in SQLite (WAL), the embedded default. Every change is one BEGIN IMMEDIATE transaction; many processes may share a file."""
+"""Jobs in SQLite (WAL), the embedded default. Every change is one BEGIN IMMEDIATE transaction; many processes
+may share a file."""
 
 import json
 import sqlite3

@@ -1,10 +1,12 @@
 """The worker: claims jobs one at a time and runs each in a process group of its own, which dies with the worker.
 
-The parent renews the lease, writes what the child says with the fencing token, and ends the child when the job is cancelled,
+The parent renews the lease, writes what the child says with the fencing token, and ends the child when the
+job is cancelled,
 too slow, or no longer ours. A store that does not answer is waited for.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -239,10 +241,8 @@ class _Attempt:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     process.wait()
 
 

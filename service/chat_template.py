@@ -1,7 +1,9 @@
 """Renders a model's own chat template in a sandbox, and keeps apart what the template wrote and what a user did.
 
-Conventions are transformers': trimmed blocks, `raise_exception`, `strftime_now`, `tojson`, loop controls. A request cannot
-bring a template. Contents are rendered as unguessable placeholders and put back afterwards as untrusted segments, so a message
+Conventions are transformers': trimmed blocks, `raise_exception`, `strftime_now`, `tojson`, loop controls. A
+request cannot
+bring a template. Contents are rendered as unguessable placeholders and put back afterwards as untrusted
+segments, so a message
 that spells `<|im_end|>` stays text. A template that transforms contents (other than trimming) would lose a placeholder;
 that is noticed and refused.
 """

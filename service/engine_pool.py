@@ -1,7 +1,9 @@
 """Which engine serves which model: connections to the hosts, their newest statistics, and whether they really work.
 
-Connections are made on demand and dropped when a host dies. A poll every two seconds reads statistics, connects to hosts that
-have come up, and sends an idle engine a canary now and then: readiness means that tokens come out, not that a process exists.
+Connections are made on demand and dropped when a host dies. A poll every two seconds reads statistics,
+connects to hosts that
+have come up, and sends an idle engine a canary now and then: readiness means that tokens come out, not that a
+process exists.
 """
 
 import asyncio

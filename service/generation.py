@@ -1,9 +1,10 @@
-"""What completions and chat share: sampling parameters, choices that run together, and their text and log-probabilities."""
+"""What completions and chat share: sampling parameters, choices that run together, and their text and log-
+probabilities."""
 
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -210,7 +211,7 @@ class Generation:
     _started: float = field(default_factory=time.monotonic)
     deadline_seconds: float = 600.0
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come.
 
         Raises:

@@ -1,13 +1,21 @@
 """Every metric that Lathe exports: names, labels and buckets. Nothing is declared elsewhere.
 
-Three families: the `vllm:` subset that existing dashboards, the Kubernetes inference extension and KEDA read (exactly their
-names, labels and buckets, and none of our invention); OpenTelemetry's GenAI names; our own under `lathe_`. Labels come from
+Three families: the `vllm:` subset that existing dashboards, the Kubernetes inference extension and KEDA read
+(exactly their
+names, labels and buckets, and none of our invention); OpenTelemetry's GenAI names; our own under `lathe_`.
+Labels come from
 the model registry and fixed sets, never from a request.
 """
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -39,6 +47,7 @@ _GEN_AI_TOKENS = tuple(4**k for k in range(14))
 _VLLM_LABELS = ("model_name", "engine")
 _GEN_AI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 PROVIDER = "lathe"
+_Reading = tuple[str, str, Callable[[EngineStats], float]]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -46,6 +55,7 @@ class Metrics:
     """The series of one application, in a registry of its own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one series more for each histogram, read by nothing
         self.registry = CollectorRegistry()
         self._vllm_histograms()
         self._gen_ai()
@@ -201,26 +211,28 @@ class EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         engines = self._engines()
         stats = {model: pair[1] for model, pair in engines.items()}
-        for name, text, gauge in (
+        gauges: tuple[_Reading, ...] = (
             ("num_requests_running", "Requests being run.", lambda s: s.num_requests_running),
             ("num_requests_waiting", "Requests waiting.", lambda s: s.num_requests_waiting),
             ("kv_cache_usage_perc", "KV cache in use, 0 to 1.", lambda s: s.kv_cache_usage_ratio),
-        ):
+        )
+        for name, text, gauge in gauges:
             family = GaugeMetricFamily(f"vllm:{name}", text, labels=_VLLM_LABELS)
             for model, one in stats.items():
                 family.add_metric((model, "0"), gauge(one))
             yield family
-        for name, text, counter in (
+        readings: tuple[_Reading, ...] = (
             ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens_total),
             ("generation_tokens", "Tokens generated.", lambda s: s.generation_tokens_total),
             ("num_preemptions", "Preemptions.", lambda s: s.preemptions_total),
             ("prefix_cache_queries", "Tokens looked up.", lambda s: s.prefix_cache_queries_total),
             ("prefix_cache_hits", "Tokens found.", lambda s: s.prefix_cache_hits_total),
-        ):
-            family = CounterMetricFamily(f"vllm:{name}", text, labels=_VLLM_LABELS)
+        )
+        for name, text, counter in readings:
+            counters = CounterMetricFamily(f"vllm:{name}", text, labels=_VLLM_LABELS)
             for model, one in stats.items():
-                family.add_metric((model, "0"), counter(one))
-            yield family
+                counters.add_metric((model, "0"), counter(one))
+            yield counters
         yield from self._model_families(engines)
 
     def _model_families(

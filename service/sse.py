@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -36,7 +36,7 @@ async def stream_events(chunks: Any) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-async def with_keep_alive(chunks: Any) -> AsyncIterator[Any]:
+async def with_keep_alive(chunks: Any) -> AsyncGenerator[Any, None]:
     """The chunks, and a comment after every 15 seconds of silence, so that proxies keep the connection."""
     iterator = aiter(chunks)
     pending: asyncio.Task[Any] | None = None

@@ -1,4 +1,5 @@
-"""POST /v1/completions: continue a prompt. OpenAI's legacy route, with echo and prompt log-probabilities for evaluation."""
+"""POST /v1/completions: continue a prompt. OpenAI's legacy route, with echo and prompt log-probabilities for
+evaluation."""
 
 import secrets
 import time
@@ -134,7 +135,7 @@ async def _prompts(body: CompletionRequest, text: ModelText, limit: int) -> list
     if isinstance(given, str):
         given = [given]
     if given and isinstance(given[0], int):
-        given = [given]  # type: ignore[list-item]
+        given = [given]
     prompts: list[list[int]] = []
     for index, one in enumerate(given):
         if isinstance(one, str):

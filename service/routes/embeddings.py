@@ -81,7 +81,7 @@ async def create_embeddings(
     special = engine.info.kind == "encoder"
     given = [body.input] if isinstance(body.input, str) else body.input
     if given and isinstance(given[0], int):
-        given = [given]  # type: ignore[list-item]
+        given = [given]
     token_ids = []
     for one in given:
         if isinstance(one, str):

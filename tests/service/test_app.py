@@ -197,7 +197,20 @@ def test_body_rules(client: TestClient) -> None:
 def test_random_bad_requests_only_get_4xx(client: TestClient) -> None:
     chooser = random.Random(0)
     paths = list(client.get("/openapi.json").json()["paths"])
-    values = [None, -1, 1e308, "", "\ud800", [], {}, [[]], True, "x" * 300, 2**70, "../etc"]
+    values: list[object] = [
+        None,
+        -1,
+        1e308,
+        "",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        True,
+        "x" * 300,
+        2**70,
+        "../etc",
+    ]
     for _ in range(400):
         path = chooser.choice(paths)
         for name in ("model_id", "job_id", "graph_id", "name", "prompt_id"):

@@ -1,7 +1,8 @@
 """The Lathe checkpoint: names, shapes and dtypes on disk, and the manifest `lathe.json`. Nothing else knows them.
 
 A folder of safetensors and JSON, never pickle. Each linear layer is stored by *kind*, and one frozen dataclass per kind
-declares its tensors. Reading checks that every promised tensor is there with its shape and dtype and that nothing else is.
+declares its tensors. Reading checks that every promised tensor is there with its shape and dtype and that
+nothing else is.
 INT4 uses the names and bits of compressed-tensors' `pack-quantized` format, so other engines read it too.
 Imports no torch; `Checkpoint.tensors` and `CheckpointWriter.add` import it when called.
 """
@@ -203,7 +204,9 @@ class Manifest:
     def from_json(cls, data: JsonObject) -> "Manifest":
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise CheckpointError(f"format_version {version!r}, this version reads {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"format_version {version!r}, this version reads {FORMAT_VERSION}"
+            )
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         fields["matrices"] = tuple(Matrix.from_json(row) for row in data["matrices"])
         fields["other_tensors"] = {n: (d, tuple(s)) for n, (d, s) in data["other_tensors"].items()}
@@ -359,7 +362,9 @@ class CheckpointWriter:
         """Add a linear layer; `tensors` are by suffix and must be what its kind declares."""
         promised = matrix.linear.tensors()
         if tensors.keys() != promised.keys():
-            raise CheckpointError(f"{matrix.name}: got {sorted(tensors)}, kind needs {sorted(promised)}")
+            raise CheckpointError(
+                f"{matrix.name}: got {sorted(tensors)}, kind needs {sorted(promised)}"
+            )
         for suffix, tensor in tensors.items():
             self._add(f"{matrix.name}.{suffix}", tensor, promised[suffix])
         self._matrices.append(matrix)

@@ -1,6 +1,7 @@
 """Turns models as others publish them into Lathe checkpoints: Hugging Face folders and GGUF files.
 
-Safetensors and GGUF only; a folder that has its weights in pickles (.bin, .pt) is refused. Code that a model brings along is
+Safetensors and GGUF only; a folder that has its weights in pickles (.bin, .pt) is refused. Code that a model
+brings along is
 never run: `auto_map` is taken out of the configuration, and an architecture that transformers does not know is refused.
 """
 
@@ -237,7 +238,10 @@ def _add_linear(writer: CheckpointWriter, name: str, tensors: dict[str, Any]) ->
     if dtype is None:
         raise CheckpointError(f"{name}: dtype {weight.dtype} cannot be imported")
     linear = DenseLinear(
-        out_features=weight.shape[0], in_features=weight.shape[1], dtype=dtype, bias="bias" in tensors
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        dtype=dtype,
+        bias="bias" in tensors,
     )
     writer.add_linear(Matrix(name=name, linear=linear), tensors)
 

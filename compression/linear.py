@@ -71,6 +71,8 @@ class CpuInt4Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.packed, Tensor)
+        assert isinstance(self.scale_and_shift_GO2, Tensor)
         x_NI = x.reshape(-1, x.shape[-1])
         y_NO = torch._weight_int4pack_mm_for_cpu(
             x_NI, self.packed, self.group_size, self.scale_and_shift_GO2

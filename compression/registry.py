@@ -1,4 +1,5 @@
-"""The model registry: the folder of checkpoints that may be served, by id. No id from a request becomes a path unchecked."""
+"""The model registry: the folder of checkpoints that may be served, by id. No id from a request becomes a
+path unchecked."""
 
 import os
 import re

@@ -74,14 +74,18 @@ def _parse_entry(file: str, name: str, entry: object) -> tuple[TensorInfo, int, 
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{file}: {name} has unknown dtype {str(dtype)[:20]!r}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    sizes, span = _sizes(shape), _sizes(offsets)
+    if sizes is None or span is None or len(span) != 2:
         raise CheckpointError(f"{file}: {name} has a malformed shape or offsets")
-    info = TensorInfo(dtype, tuple(shape))
-    start, end = offsets
+    info = TensorInfo(dtype, sizes)
+    start, end = span
     if end - start != info.num_bytes:
         raise CheckpointError(f"{file}: {name} has {end - start} bytes, its shape {info.num_bytes}")
     return info, start, end
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value)
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """The list as a tuple; None where it is no list of sane sizes."""
+    if isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value):
+        return tuple(value)
+    return None

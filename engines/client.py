@@ -105,7 +105,9 @@ class EngineClient(AsyncEngine):
                 client._info = await client._call("info", None)
                 return client
         except (OSError, TimeoutError) as error:
-            raise EngineError("engine_dead", f"no engine answers: {type(error).__name__}") from error
+            raise EngineError(
+                "engine_dead", f"no engine answers: {type(error).__name__}"
+            ) from error
 
     @property
     def info(self) -> EngineInfo:

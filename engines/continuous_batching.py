@@ -1,8 +1,11 @@
 """Drives transformers' own continuous batching for the requests whose parameters it honours.
 
-It batches the decode of all its requests into one forward pass over a paged cache, in a thread of its own. It knows temperature,
-top-k and top-p per request, and nothing else of ours; `honours` says which requests those are. In float32 its greedy tokens
-equal `generate`'s; in bfloat16 the batch's composition moves the last digits, and with them a greedy choice between near ties.
+It batches the decode of all its requests into one forward pass over a paged cache, in a thread of its own. It
+knows temperature,
+top-k and top-p per request, and nothing else of ours; `honours` says which requests those are. In float32 its
+greedy tokens
+equal `generate`'s; in bfloat16 the batch's composition moves the last digits, and with them a greedy choice
+between near ties.
 """
 
 import logging

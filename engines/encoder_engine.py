@@ -1,6 +1,7 @@
 """Sentence encoders (BERT and its kin) as an engine that only embeds: attention-masked mean pooling, then L2 norm.
 
-This is the recipe published with all-MiniLM-L6-v2. Weights stay in float32: lower precision moves the vectors, and vectors of
+This is the recipe published with all-MiniLM-L6-v2. Weights stay in float32: lower precision moves the
+vectors, and vectors of
 two precisions must not meet in one store. A text longer than the model was trained for is refused, not cut in silence.
 
 Shapes: B texts, S tokens, H hidden.

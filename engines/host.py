@@ -1,4 +1,5 @@
-"""The engine host: the process that owns one loaded model and steps it. One thread owns the engine, one loop the sockets.
+"""The engine host: the process that owns one loaded model and steps it. One thread owns the engine, one loop
+the sockets.
 
     python -m engines.host --model-id ID --checkpoint DIR --socket PATH
 
@@ -176,8 +177,7 @@ class EngineHost:
         """Listen until stopped. The socket is for this user only; a stale one is replaced."""
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        socket_path.unlink(missing_ok=True)
+        _clear(socket_path)
         previous = os.umask(0o177)
         try:
             server = await asyncio.start_unix_server(self._accept, path=str(socket_path))
@@ -195,7 +195,7 @@ class EngineHost:
             await asyncio.gather(*self._readers)
             self.thread.stop()
             await asyncio.to_thread(self.thread.join)
-            socket_path.unlink(missing_ok=True)
+            _clear(socket_path)
 
     def stop(self) -> None:
         """Refuse new requests, let running ones end for a while, then return from `serve`."""
@@ -205,7 +205,8 @@ class EngineHost:
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + (0 if self.broken else DRAIN_SECONDS)
-        while self.thread.num_running and time.monotonic() < deadline:
+        # the engine thread sets no event
+        while self.thread.num_running and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -225,7 +226,9 @@ class EngineHost:
             self._connections.pop(connection.number, None)
             connection.close()
 
-    def engine_call(self, work: Callable[[], Any], done: Callable[[Reply], None], call_id: int) -> None:
+    def engine_call(
+        self, work: Callable[[], Any], done: Callable[[Reply], None], call_id: int
+    ) -> None:
         """Run `work` on the engine thread and hand its reply to `done` on the loop."""
         loop = self._loop
         assert loop is not None
@@ -276,8 +279,8 @@ class EngineHost:
         for output in outputs:
             number, _, request_id = output.request_id.partition(":")
             by_connection.setdefault(int(number), []).append(replace(output, request_id=request_id))
-        for number, group in by_connection.items():
-            connection = self._connections.get(number)
+        for key, group in by_connection.items():
+            connection = self._connections.get(key)
             if connection is not None:
                 connection.send_outputs(group)
 
@@ -285,6 +288,11 @@ class EngineHost:
         assert self._loop is not None
         self.broken = True
         self._loop.call_soon_threadsafe(self.stop)
+
+
+def _clear(socket_path: Path) -> None:
+    socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    socket_path.unlink(missing_ok=True)
 
 
 class _Connection:

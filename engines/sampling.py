@@ -1,6 +1,7 @@
 """From logits to a token, for one request: penalties, bias, temperature, truncation, and a seeded draw.
 
-The order is the one OpenAI's parameters imply and vLLM uses: penalties and bias on the raw logits, then temperature, then
+The order is the one OpenAI's parameters imply and vLLM uses: penalties and bias on the raw logits, then
+temperature, then
 top-k, top-p and min-p on the resulting distribution. Reported log-probabilities are of the raw logits in float32.
 
 Shapes: V vocabulary.

@@ -1,7 +1,10 @@
-"""An engine over transformers' modules: any causal language model that transformers knows, and the oracle of faster engines.
+"""An engine over transformers' modules: any causal language model that transformers knows, and the oracle of
+faster engines.
 
-Requests whose parameters transformers' continuous batching honours go there. All others run through a step loop of ours over
-`model.forward`, each with its own KV cache: one prefill chunk or one token per request and step, so that they interleave, stop
+Requests whose parameters transformers' continuous batching honours go there. All others run through a step
+loop of ours over
+`model.forward`, each with its own KV cache: one prefill chunk or one token per request and step, so that they
+interleave, stop
 at once when aborted, and give the same tokens alone and in company.
 
 Shapes: S positions, V vocabulary, H hidden.
@@ -174,9 +177,7 @@ class TransformersEngine:
             self._batched[request.request_id] = _Batched(request, stop_ids)
             self._batching.add(request, sorted(stop_ids))
             return
-        sampler = SamplerState.create(
-            request.params, request.token_ids, self._info.eos_token_ids
-        )
+        sampler = SamplerState.create(request.params, request.token_ids, self._info.eos_token_ids)
         self._waiting.append(_Request(request=request, sampler=sampler, stop_ids=stop_ids))
 
     def _goes_to_batching(self, request: GenerateRequest) -> bool:
@@ -210,7 +211,10 @@ class TransformersEngine:
                 f" context of {self._info.max_model_len}",
                 "max_tokens",
             )
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
             if not all(0 <= token_id < self._info.vocab_size for token_id in ids):
                 raise EngineError(
                     "invalid_value", f"token ids must be in [0, {self._info.vocab_size})", name
@@ -226,7 +230,9 @@ class TransformersEngine:
         expected = num_placeholders(token_ids) * self._info.hidden_size * 4
         if len(rows or b"") != expected:
             raise EngineError(
-                "invalid_value", f"embedding rows have {len(rows or b'')} bytes, need {expected}", param
+                "invalid_value",
+                f"embedding rows have {len(rows or b'')} bytes, need {expected}",
+                param,
             )
 
     def abort(self, request_id: str) -> None:
@@ -360,7 +366,7 @@ class TransformersEngine:
         rows_RH = rows_RH.view(-1, self._info.hidden_size)
         ids_S = torch.tensor(ids)
         embedding = self._model.get_input_embeddings()
-        embedded_SH = embedding(ids_S.clamp(min=0).to(self._model.device)).clone()
+        embedded_SH: Tensor = embedding(ids_S.clamp(min=0).to(self._model.device)).clone()
         first = num_placeholders(token_ids[:start])
         is_row_S = ids_S == ROW_PLACEHOLDER
         wanted_RH = rows_RH[first : first + int(is_row_S.sum())]

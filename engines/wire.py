@@ -1,6 +1,8 @@
-"""How Engine protocol messages become bytes: length-prefixed msgpack frames over a Unix stream socket. Only this file knows.
+"""How Engine protocol messages become bytes: length-prefixed msgpack frames over a Unix stream socket. Only
+this file knows.
 
-A frame is a 4-byte big-endian length and one message. Payloads are typed by method name; a frame that does not decode is a
+A frame is a 4-byte big-endian length and one message. Payloads are typed by method name; a frame that does
+not decode is a
 `WireError`, and whoever reads it closes the connection.
 """
 
@@ -85,7 +87,7 @@ def encode_payload(value: object) -> msgspec.Raw:
 def decode_payload(raw: msgspec.Raw, expected: type[T] | None) -> T:
     """Raises: WireError."""
     try:
-        return msgspec.msgpack.decode(raw, type=expected)  # type: ignore[arg-type]
+        return msgspec.msgpack.decode(raw, type=expected)
     except msgspec.DecodeError as error:
         raise WireError(f"payload: {error}") from None
 
@@ -111,6 +113,7 @@ async def read_frame(reader: asyncio.StreamReader) -> Message | None:
             raise WireError("the stream ended inside a frame") from None
         return None
     try:
-        return _decoder.decode(body)
+        message: Message = _decoder.decode(body)
+        return message
     except msgspec.DecodeError as error:
         raise WireError(f"frame: {error}") from None

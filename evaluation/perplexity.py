@@ -1,6 +1,7 @@
 """Perplexity, with the protocol that makes a figure comparable.
 
-Windows of `window` tokens start every `stride` tokens; each window scores its last `stride` tokens (the first window all but
+Windows of `window` tokens start every `stride` tokens; each window scores its last `stride` tokens (the first
+window all but
 its first token), given what precedes them in the window. Perplexity is exp of the mean negative log-likelihood over all
 scored tokens. With stride == window this is the usual non-overlapping protocol.
 """
@@ -83,7 +84,9 @@ def measure_perplexity(
     token_ids, tokenizer_sha256 = tokenize(folder, corpus)
     starts = list(range(0, len(token_ids) - window + 1, stride))[:max_windows]
     if not starts:
-        raise ValueError(f"corpus {corpus.name} has {len(token_ids)} tokens, a window needs {window}")
+        raise ValueError(
+            f"corpus {corpus.name} has {len(token_ids)} tokens, a window needs {window}"
+        )
     total_nll = 0.0
     num_tokens = 0
     for index, start in enumerate(starts):

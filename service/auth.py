@@ -1,7 +1,8 @@
 """API keys: made by `lathe keys`, stored as hashes, compared in constant time.
 
 Roles are `inference` (generation, embeddings, enrichment, graphs), `jobs` (compression and other jobs) and `admin`
-(everything, and loading models). A role implies no other but admin, which implies all. The file is read again whenever it
+(everything, and loading models). A role implies no other but admin, which implies all. The file is read again
+whenever it
 changes, so a revocation takes effect at once.
 """
 
@@ -170,4 +171,6 @@ def check_bind(host: str, keys: KeyStore) -> str | None:
         raise PublicBindError(
             f"refusing to serve {host} without an API key; create one with: lathe keys create --role admin"
         )
-    return "no API keys: every local process may do everything (create one with `lathe keys create`)"
+    return (
+        "no API keys: every local process may do everything (create one with `lathe keys create`)"
+    )

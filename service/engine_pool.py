@@ -1,7 +1,9 @@
 """Which engine serves which model: connections to the hosts, their newest statistics, and whether they really work.
 
-Connections are made on demand and dropped when a host dies. A poll every two seconds reads statistics, connects to hosts that
-have come up, and sends an idle engine a canary now and then: readiness means that tokens come out, not that a process exists.
+Connections are made on demand and dropped when a host dies. A poll every two seconds reads statistics,
+connects to hosts that
+have come up, and sends an idle engine a canary now and then: readiness means that tokens come out, not that a
+process exists.
 """
 
 import asyncio
@@ -39,7 +41,15 @@ FRESH_SECONDS = 120.0
 
 logger = logging.getLogger("lathe.engines")
 ModelState = Literal[
-    "unloaded", "importing", "starting", "ready", "sleeping", "backoff", "failed", "stopping", "dead"
+    "unloaded",
+    "importing",
+    "starting",
+    "ready",
+    "sleeping",
+    "backoff",
+    "failed",
+    "stopping",
+    "dead",
 ]
 
 
@@ -65,7 +75,9 @@ class _Loaded:
 class EnginePool:
     """The engines that this process can reach. Belongs to one event loop."""
 
-    def __init__(self, settings: Settings, registry: ModelRegistry, supervisor: SupervisorClient) -> None:
+    def __init__(
+        self, settings: Settings, registry: ModelRegistry, supervisor: SupervisorClient
+    ) -> None:
         self._settings = settings
         self._registry = registry
         self._supervisor = supervisor
@@ -277,7 +289,9 @@ class EnginePool:
                     await _canary(loaded.client)
                     loaded.proved_at = time.time()
         except (EngineError, TimeoutError) as error:
-            logger.warning("engine does not answer", extra={"model": model_id, "reason": str(error)})
+            logger.warning(
+                "engine does not answer", extra={"model": model_id, "reason": str(error)}
+            )
 
 
 async def _canary(engine: AsyncEngine) -> None:

@@ -1,13 +1,21 @@
 """Every metric that Lathe exports: names, labels and buckets. Nothing is declared elsewhere.
 
-Three families: the `vllm:` subset that existing dashboards, the Kubernetes inference extension and KEDA read (exactly their
-names, labels and buckets, and none of our invention); OpenTelemetry's GenAI names; our own under `lathe_`. Labels come from
+Three families: the `vllm:` subset that existing dashboards, the Kubernetes inference extension and KEDA read
+(exactly their
+names, labels and buckets, and none of our invention); OpenTelemetry's GenAI names; our own under `lathe_`.
+Labels come from
 the model registry and fixed sets, never from a request.
 """
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -39,6 +47,7 @@ _GEN_AI_TOKENS = tuple(4**k for k in range(14))
 _VLLM_LABELS = ("model_name", "engine")
 _GEN_AI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 PROVIDER = "lathe"
+_Reading = tuple[str, str, Callable[[EngineStats], float]]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -46,6 +55,7 @@ class Metrics:
     """The series of one application, in a registry of its own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one series more for each histogram, read by nothing
         self.registry = CollectorRegistry()
         self._vllm_histograms()
         self._gen_ai()
@@ -56,10 +66,16 @@ class Metrics:
             registry=self.registry,
         )
         self._enrich_items = Counter(
-            "lathe_enrich_items", "Enriched items, by outcome.", ("outcome",), registry=self.registry
+            "lathe_enrich_items",
+            "Enriched items, by outcome.",
+            ("outcome",),
+            registry=self.registry,
         )
         self._enrich_cache_hits = Counter(
-            "lathe_enrich_cache_hits", "Cache hits of enrichment.", ("layer",), registry=self.registry
+            "lathe_enrich_cache_hits",
+            "Cache hits of enrichment.",
+            ("layer",),
+            registry=self.registry,
         )
         self._ffn_rows = Counter(
             "lathe_ffn_rows", "FFN rows of answered requests.", ("model",), registry=self.registry
@@ -195,26 +211,28 @@ class EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         engines = self._engines()
         stats = {model: pair[1] for model, pair in engines.items()}
-        for name, text, gauge in (
+        gauges: tuple[_Reading, ...] = (
             ("num_requests_running", "Requests being run.", lambda s: s.num_requests_running),
             ("num_requests_waiting", "Requests waiting.", lambda s: s.num_requests_waiting),
             ("kv_cache_usage_perc", "KV cache in use, 0 to 1.", lambda s: s.kv_cache_usage_ratio),
-        ):
+        )
+        for name, text, gauge in gauges:
             family = GaugeMetricFamily(f"vllm:{name}", text, labels=_VLLM_LABELS)
             for model, one in stats.items():
                 family.add_metric((model, "0"), gauge(one))
             yield family
-        for name, text, counter in (
+        readings: tuple[_Reading, ...] = (
             ("prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens_total),
             ("generation_tokens", "Tokens generated.", lambda s: s.generation_tokens_total),
             ("num_preemptions", "Preemptions.", lambda s: s.preemptions_total),
             ("prefix_cache_queries", "Tokens looked up.", lambda s: s.prefix_cache_queries_total),
             ("prefix_cache_hits", "Tokens found.", lambda s: s.prefix_cache_hits_total),
-        ):
-            family = CounterMetricFamily(f"vllm:{name}", text, labels=_VLLM_LABELS)
+        )
+        for name, text, counter in readings:
+            counters = CounterMetricFamily(f"vllm:{name}", text, labels=_VLLM_LABELS)
             for model, one in stats.items():
-                family.add_metric((model, "0"), counter(one))
-            yield family
+                counters.add_metric((model, "0"), counter(one))
+            yield counters
         yield from self._model_families(engines)
 
     def _model_families(
@@ -232,11 +250,15 @@ class EngineCollector(Collector):
         parameters = GaugeMetricFamily(
             "lathe_model_parameters", "Parameters that the model stands for.", labels=("model",)
         )
-        size = GaugeMetricFamily("lathe_model_bytes", "Bytes of tensors on disk.", labels=("model",))
+        size = GaugeMetricFamily(
+            "lathe_model_bytes", "Bytes of tensors on disk.", labels=("model",)
+        )
         ratio = GaugeMetricFamily(
             "lathe_model_compression_ratio", "Bytes against the source model.", labels=("model",)
         )
-        loaded = GaugeMetricFamily("lathe_model_loaded", "1 if an engine serves it.", labels=("model",))
+        loaded = GaugeMetricFamily(
+            "lathe_model_loaded", "1 if an engine serves it.", labels=("model",)
+        )
         for model, (count, num_bytes, bytes_ratio) in self._sizes().items():
             parameters.add_metric((model,), count)
             size.add_metric((model,), num_bytes)
@@ -262,7 +284,9 @@ class JobCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         counts = self._counts()
-        jobs = GaugeMetricFamily("lathe_jobs", "Jobs by type and status.", labels=("type", "status"))
+        jobs = GaugeMetricFamily(
+            "lathe_jobs", "Jobs by type and status.", labels=("type", "status")
+        )
         for (job_type, status), count in counts.by_type_and_status.items():
             jobs.add_metric((job_type, status), count)
         oldest = GaugeMetricFamily(

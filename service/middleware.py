@@ -1,6 +1,7 @@
 """What happens to every request before a route sees it: id, host and size checks, access log, and the last safety net.
 
-Pure ASGI. JSON bodies are read here, up to the limit, so that an oversized or mislabelled one is refused before anything
+Pure ASGI. JSON bodies are read here, up to the limit, so that an oversized or mislabelled one is refused
+before anything
 parses it; uploads (multipart) are counted as they stream.
 """
 
@@ -86,10 +87,16 @@ class RequestMiddleware:
         """
         if host is None:
             return
-        name = host.decode("latin-1").rsplit(":", 1)[0] if not host.endswith(b"]") else host.decode("latin-1")
-        if is_loopback(self._settings.host) or self._settings.allowed_hosts:
-            if name.lower() not in self._hosts:
-                raise ApiError("host_not_allowed", "this Host is not served here (see LATHE_ALLOWED_HOSTS)")
+        name = (
+            host.decode("latin-1").rsplit(":", 1)[0]
+            if not host.endswith(b"]")
+            else host.decode("latin-1")
+        )
+        limited = is_loopback(self._settings.host) or bool(self._settings.allowed_hosts)
+        if limited and name.lower() not in self._hosts:
+            raise ApiError(
+                "host_not_allowed", "this Host is not served here (see LATHE_ALLOWED_HOSTS)"
+            )
 
 
 class _Exchange:

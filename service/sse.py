@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ async def openai_events(chunks: AsyncGenerator[Any, None]) -> AsyncGenerator[byt
 
 
 async def with_keep_alive(
-    events: AsyncGenerator[Event, None], seconds: float = KEEP_ALIVE_SECONDS
+    events: AsyncIterator[Event], seconds: float = KEEP_ALIVE_SECONDS
 ) -> AsyncGenerator[Event | str, None]:
     """The events, and a comment after every so many seconds of silence, so that proxies keep the connection."""
     pending: asyncio.Future[Event | None] | None = None
@@ -64,10 +64,11 @@ async def with_keep_alive(
         if pending is not None and not pending.done():
             pending.cancel()
             await asyncio.gather(pending, return_exceptions=True)
-        await events.aclose()
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
 
 
-async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
+async def _next(events: AsyncIterator[Event]) -> Event | None:
     return await anext(events, None)
 
 

@@ -239,6 +239,9 @@ class EchoEngine:
     def wake(self) -> None:
         self._sleeping = False
 
+    def close(self) -> None:
+        return
+
     def stats(self) -> EngineStats:
         num_running = min(len(self._requests), self.info.max_num_seqs)
         return replace(

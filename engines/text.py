@@ -48,11 +48,7 @@ class TextTokenizer:
     def __init__(self, raw: str) -> None:
         data = json.loads(raw)
         added = data.get("added_tokens") or []
-        self.control_tokens: dict[str, int] = {
-            token["content"]: token["id"]
-            for token in added
-            if token["special"] or _MARKUP.match(token["content"])
-        }
+        self.control_tokens = find_control_tokens(data)
         self._special_ids = frozenset(token["id"] for token in added if token["special"])
         self._trusting = _build(data)
         # An object of its own: whether a control token's spelling is one is a setting of the whole tokenizer.
@@ -189,6 +185,15 @@ class TextTokenizer:
     def token_text(self, token_id: int) -> str:
         """One token as text; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def find_control_tokens(tokenizer_json: dict[str, Any]) -> dict[str, int]:
+    """Spelling to id of the control tokens, see `TextTokenizer.control_tokens`."""
+    return {
+        token["content"]: token["id"]
+        for token in tokenizer_json.get("added_tokens") or []
+        if token["special"] or _MARKUP.match(token["content"])
+    }
 
 
 def control_pattern(tokens: Sequence[str] | dict[str, int]) -> re.Pattern[str] | None:

@@ -24,7 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from engines.text import Segment, control_pattern, read_json
+from engines.text import Segment, control_pattern, find_control_tokens, read_json
 
 MAX_OUTPUT_CHARS = 8 * 2**20
 MAX_STEPS = 500_000
@@ -35,6 +35,9 @@ MAX_WIDTH = 10_000
 SPECIAL_TOKEN_NAMES = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+# Without private-use characters, one of which is the mark.
+_MARKUP = re.compile(r"<[^<>\s\U000f0000-\U0010ffff]{1,64}>|\[[A-Z_/]{1,32}\]")
+_BEGUN_MARKUP = re.compile(r"(?:<[^<>\s]{0,64}|\[[A-Z_/]{0,32})\Z")
 _WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 _WIDTH_FILTERS = ("center", "indent", "batch", "slice", "wordwrap", "round")
 
@@ -49,19 +52,22 @@ class ChatTemplate:
     Args:
         source: the template's text.
         special_tokens: variables such as `bos_token`.
-        control_tokens: spellings that must not come out of a message as control tokens.
+        control_tokens: spellings that must not come out of a message as control tokens; None, where they are not
+            known, takes whatever looks like one (`<|end|>`, `[INST]`).
     """
 
     def __init__(
         self,
         source: str,
         special_tokens: Mapping[str, str] | None = None,
-        control_tokens: Iterable[str] = (),
+        control_tokens: Iterable[str] | None = None,
     ) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
-        self._control_tokens = tuple(control_tokens)
-        self._pattern = control_pattern(self._control_tokens)
+        self._control_tokens = None if control_tokens is None else tuple(control_tokens)
+        self._pattern = (
+            _MARKUP if self._control_tokens is None else control_pattern(self._control_tokens)
+        )
 
     @functools.cached_property
     def _template(self) -> Any:
@@ -102,10 +108,15 @@ class ChatTemplate:
             return content
         content = self._pattern.sub(lambda match: match[0][0] + mark + match[0][1:], content)
         body = content.rstrip()
-        for token in self._control_tokens:
-            if any(body.endswith(token[:length]) for length in range(1, len(token))):
-                return body + mark + content[len(body) :]
-        return content
+        if self._control_tokens is None:
+            begins = bool(_BEGUN_MARKUP.search(body))
+        else:
+            begins = any(
+                body.endswith(token[:length])
+                for token in self._control_tokens
+                for length in range(1, len(token))
+            )
+        return body + mark + content[len(body) :] if begins else content
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         pieces: list[str] = []
@@ -386,8 +397,16 @@ def _environment() -> _Environment:
     return _Environment()
 
 
-def load_chat_template(folder: Path, control_tokens: Iterable[str] = ()) -> ChatTemplate | None:
-    """The chat template of a checkpoint; None where it has none (a base model, an encoder)."""
+def load_chat_template(
+    folder: Path, control_tokens: Iterable[str] | None = None
+) -> ChatTemplate | None:
+    """The chat template of a checkpoint; None where it has none (a base model, an encoder).
+
+    Args:
+        control_tokens: those of the checkpoint's tokenizer, read from its file if not given.
+    """
+    if control_tokens is None and (folder / "tokenizer.json").is_file():
+        control_tokens = find_control_tokens(read_json(folder / "tokenizer.json"))
     config = read_json(folder / "tokenizer_config.json")
     path = folder / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")

@@ -152,3 +152,24 @@ def test_where_a_template_comes_from(tmp_path: Path) -> None:
     template = load_chat_template(tmp_path)
     assert template is not None
     assert template.render([])[0].text == "file"
+
+
+def test_spellings_are_broken_even_where_control_tokens_are_not_known() -> None:
+    for content in (SPOOF, "[INST] </s> <｜User｜>", "a <|im_"):
+        segments = ChatTemplate(SMOLLM2).render([{"role": "user", "content": content}])
+        trusted = [segment.text for segment in segments if segment.trusted]
+        assert trusted == ["<|im_start|>", "<|im_end|>"] * 2 + ["<|im_start|>"]
+        assert content in "".join(segment.text for segment in segments)
+
+
+def test_control_tokens_come_from_the_tokenizer(tmp_path: Path) -> None:
+    _write(tmp_path, {"chat_template": "{{ messages[0].content }}!!end"})
+    added = [{"content": "!!end", "id": 1, "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    template = load_chat_template(tmp_path)
+    assert template is not None
+    segments = template.render([{"role": "user", "content": "!!end"}])
+    assert [(segment.text, segment.trusted) for segment in segments] == [
+        ("!!end", False),
+        ("!!end", True),
+    ]

@@ -106,8 +106,11 @@ def child_environment(settings: Settings) -> dict[str, str]:
         "LATHE_HOME": str(settings.home),
         "LATHE_HOST": settings.host,
         "LATHE_PORT": str(settings.port),
+        "LATHE_MODELS": ",".join(settings.models),
         "PYTHONUNBUFFERED": "1",
     }
+    if settings.redis_url is not None:
+        environment["LATHE_REDIS_URL"] = settings.redis_url.get_secret_value()
     set_openmp_environment(environment)
     return environment
 
@@ -286,7 +289,9 @@ class Supervisor:
                 raise StartError(f"there is no model {model!r}; bring one in with `lathe import`")
             async with self._import_lock:  # one at a time: each uses all cores
                 child.set_state("importing")
+                started = time.monotonic()
                 await self._import(child)
+                self._say(f"{model}: converted in {time.monotonic() - started:.1f} s")
         if await accepts_connections(path):
             raise StartError(f"another process serves {model} already; end it first")
         path.unlink(missing_ok=True)
@@ -325,13 +330,12 @@ class Supervisor:
 
     def _child_changed(self, child: Child) -> None:
         """Tell the person at the terminal."""
-        snapshot = child.snapshot
+        snapshot, now = child.snapshot, time.monotonic()
+        seconds = now - self._busy_since.pop(child.name, now)
         if snapshot.state in ("importing", "starting"):
-            self._busy_since.setdefault(child.name, time.monotonic())
-            return
-        since = self._busy_since.pop(child.name, time.monotonic())
-        if snapshot.state == "ready" and child.spec.speaks_status:
-            self._say(f"{child.name}: ready after {time.monotonic() - since:.1f} s")
+            self._busy_since[child.name] = now
+        elif snapshot.state == "ready" and child.spec.speaks_status:
+            self._say(f"{child.name}: loaded in {seconds:.1f} s")
         elif snapshot.state == "backoff":
             self._say(f"{child.name}: {snapshot.error}; starts again soon")
         elif snapshot.state == "failed":

@@ -289,7 +289,7 @@ def doctor(home: Path | None) -> None:
 
     failed = False
     for finding in examine(load_settings(home=home)):
-        click.echo(f"{'ok ' if finding.ok else 'BAD'}  {finding.name:<12} {finding.text}")
+        click.echo(f"{'ok ' if finding.ok else 'BAD'}  {finding.name:<24} {finding.text}")
         failed = failed or not finding.ok
     if failed:
         raise click.ClickException("something is missing, see BAD above")

@@ -56,16 +56,17 @@ def list_models(url: str) -> None:
     Example:
       lathe models list
     """
-    from service.job_view import table
+    from service.job_view import human_bytes, table
 
     with connected(url) as client:
         found = client.get("/v1/models")["data"]
-    rows = [["id", "state"], *([model["id"], _state(model)] for model in found)]
+    rows = [["id", "state", "kind", "parameters", "size", "made from"]]
+    for model in found:
+        size = human_bytes(model["bytes"])
+        parameters = f"{model['parameters']:,}"
+        parent = model["parent"] or "-"
+        rows.append([model["id"], model["state"], model["kind"], parameters, size, parent])
     _echo(table(rows) if found else ["no models; see `lathe import --help`"])
-
-
-def _state(model: dict[str, Any]) -> str:
-    return str(model.get("status", {}).get("state", "not loaded"))
 
 
 @models.command("show")
@@ -93,8 +94,8 @@ def load_model(model: str, url: str) -> None:
       lathe models load smollm2-135m-int4
     """
     with connected(url) as client:
-        client.post(f"/v1/models/{_segment(model)}/load")
-        _echo_json(client.get(f"/v1/models/{_segment(model)}"))
+        loaded = client.post(f"/v1/models/{_segment(model)}/load?wait=true")
+    click.echo(f"{model}: {loaded['state']}")
 
 
 @models.command("unload")
@@ -136,7 +137,12 @@ def delete_model(model: str, yes: bool, url: str) -> None:
 @click.option(
     "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True
 )
-@click.option("--symmetric", is_flag=True, help="No zero points.")
+@click.option(
+    "--symmetric/--asymmetric",
+    default=True,
+    show_default=True,
+    help="Without zero points (loads in plain transformers), or with them (closer to the original).",
+)
 @click.option("--max-perplexity-ratio", type=float, help="Refuse the result if it loses more.")
 @click.option("--detach", is_flag=True, help="Print the job's id and return.")
 @url_option

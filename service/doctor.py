@@ -32,7 +32,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         version = _version(package)
         yield Finding(name=package, text=version or "not installed", ok=version is not None)
     for package in _OPTIONAL:
-        yield Finding(name=package[:12], text=f"{package} {_version(package) or 'not installed'}")
+        yield Finding(name=package, text=_version(package) or "not installed")
     yield from _devices()
     openmp = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     yield Finding(name="openmp", text=", ".join(f"{k}={v}" for k, v in openmp.items()))

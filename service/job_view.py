@@ -17,7 +17,7 @@ def follow(client: ApiClient, job_id: str, terminal: Terminal) -> JsonObject:
         step, total = progress_of(event)
         if total:
             terminal.progress(f"step {step}/{total}", step / total, started)
-        if event["kind"] != "progress":
+        if event["type"] != "progress":
             terminal.line(event_line(event))
     return dict(client.get(f"/v1/jobs/{job_id}"))
 

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +42,7 @@ IMPORTABLE_MODELS = (DEFAULT_MODEL, DEFAULT_EMBEDDING_MODEL)
 LISTEN_BACKLOG = 2048
 MAX_UNIX_PATH_BYTES = 107
 POLL_SECONDS = 0.2
+API_HEAD_START_SECONDS = 3.0
 TRIM_LOGS_SECONDS = 60.0
 ENGINE_STOP_SECONDS = 35.0
 """A host lets running requests end for 30 seconds."""
@@ -106,8 +107,11 @@ def child_environment(settings: Settings) -> dict[str, str]:
         "LATHE_HOME": str(settings.home),
         "LATHE_HOST": settings.host,
         "LATHE_PORT": str(settings.port),
+        "LATHE_MODELS": ",".join(settings.models),
         "PYTHONUNBUFFERED": "1",
     }
+    if settings.redis_url is not None:
+        environment["LATHE_REDIS_URL"] = settings.redis_url.get_secret_value()
     set_openmp_environment(environment)
     return environment
 
@@ -159,6 +163,7 @@ class Supervisor:
         self._env = child_environment(settings)
         self._stop_requested = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._gate = asyncio.Event()
         self._import_lock = asyncio.Lock()
         self._started_at = time.monotonic()
         self._busy_since: dict[str, float] = {}
@@ -201,6 +206,7 @@ class Supervisor:
         )
         self._settings.supervisor_socket.chmod(0o600)
         background = [
+            asyncio.create_task(self._open_gate(runtime)),
             asyncio.create_task(self._announce_ready(runtime)),
             asyncio.create_task(self._draw_progress(runtime)),
             asyncio.create_task(self._trim_logs()),
@@ -228,7 +234,10 @@ class Supervisor:
         )
         api.start()
         worker = self._service(
-            "worker", self._commands.worker, stop_seconds=settings.job_cancel_grace_seconds + 10.0
+            "worker",
+            self._commands.worker,
+            stop_seconds=settings.job_cancel_grace_seconds + 10.0,
+            prepare=self._wait_for_gate,
         )
         runtime = _Runtime(url=self.url, listener=listener, api=api, worker=worker)
         for model in settings.models:
@@ -243,6 +252,7 @@ class Supervisor:
         *,
         stop_seconds: float,
         pass_fds: tuple[int, ...] = (),
+        prepare: Callable[[], Awaitable[None]] | None = None,
     ) -> Child:
         spec = ChildSpec(
             name=name,
@@ -251,6 +261,7 @@ class Supervisor:
             env=self._env,
             policy=self._service_policy,
             pass_fds=pass_fds,
+            prepare=prepare,
             stop_seconds=stop_seconds,
         )
         return Child(spec, self._child_changed)
@@ -273,6 +284,7 @@ class Supervisor:
         return child
 
     async def _prepare_engine(self, child: Child) -> None:
+        await self._gate.wait()
         model = child.name
         settings = self._settings
         path = settings.engine_socket(model)
@@ -286,7 +298,9 @@ class Supervisor:
                 raise StartError(f"there is no model {model!r}; bring one in with `lathe import`")
             async with self._import_lock:  # one at a time: each uses all cores
                 child.set_state("importing")
+                started = time.monotonic()
                 await self._import(child)
+                self._say(f"{model}: converted in {time.monotonic() - started:.1f} s")
         if await accepts_connections(path):
             raise StartError(f"another process serves {model} already; end it first")
         path.unlink(missing_ok=True)
@@ -325,13 +339,12 @@ class Supervisor:
 
     def _child_changed(self, child: Child) -> None:
         """Tell the person at the terminal."""
-        snapshot = child.snapshot
+        snapshot, now = child.snapshot, time.monotonic()
+        seconds = now - self._busy_since.pop(child.name, now)
         if snapshot.state in ("importing", "starting"):
-            self._busy_since.setdefault(child.name, time.monotonic())
-            return
-        since = self._busy_since.pop(child.name, time.monotonic())
-        if snapshot.state == "ready" and child.spec.speaks_status:
-            self._say(f"{child.name}: ready after {time.monotonic() - since:.1f} s")
+            self._busy_since[child.name] = now
+        elif snapshot.state == "ready" and child.spec.speaks_status:
+            self._say(f"{child.name}: loaded in {seconds:.1f} s")
         elif snapshot.state == "backoff":
             self._say(f"{child.name}: {snapshot.error}; starts again soon")
         elif snapshot.state == "failed":
@@ -353,6 +366,15 @@ class Supervisor:
                     self._terminal.progress(f"{label} {child.name}", child.snapshot.fraction, since)
                     break
             await asyncio.sleep(POLL_SECONDS)
+
+    async def _open_gate(self, runtime: _Runtime) -> None:
+        """The API process gets the cores to itself until it answers; the request waits in its socket till then."""
+        host, port = runtime.listener.getsockname()[:2]
+        await http_status(host, port, "/health", API_HEAD_START_SECONDS)
+        self._gate.set()
+
+    async def _wait_for_gate(self) -> None:
+        await self._gate.wait()
 
     async def _announce_ready(self, runtime: _Runtime) -> None:
         """Print the banner once every host is up or has failed, and `/ready` agrees."""

@@ -229,6 +229,8 @@ class _Attempt:
         if outcome is not None and "failed" in outcome:
             failed = outcome["failed"]
             return JobStatus.FAILED, failed["code"], outcome.get("found"), failed
+        if self._job.attempt < self._job.max_attempts:
+            return JobStatus.QUEUED, "runner_crashed", None, None
         message = f"the job's process ended with status {returncode} and said nothing"
         if returncode == -signal.SIGKILL:
             message = "the job's process was killed, probably for lack of memory"

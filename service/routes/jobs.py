@@ -33,7 +33,7 @@ MAX_LOG_BYTES = 2**20
 
 
 class JobRequest(BaseModel):
-    """A job; which other fields it has depends on `type` (see docs/jobs.md)."""
+    """A job; which other fields it has depends on `type`."""
 
     model_config = ConfigDict(
         extra="allow",

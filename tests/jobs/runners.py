@@ -1,0 +1,26 @@
+"""Runners for tests of the worker."""
+
+import os
+import signal
+import time
+
+from jobs.context import RunnerContext
+from jobs.store import JsonObject
+
+
+def crash_once(context: RunnerContext) -> JsonObject:
+    context.progress(1, 2)
+    if context.attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"attempt": context.attempt}
+
+
+def stubborn(context: RunnerContext) -> JsonObject:
+    """Never looks whether it was cancelled."""
+    context.event("started")
+    time.sleep(600)
+    return {}
+
+
+def broken(context: RunnerContext) -> JsonObject:
+    raise ZeroDivisionError("on purpose")

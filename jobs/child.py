@@ -1,16 +1,19 @@
 """The process that runs one attempt of one job: `python -m jobs.child FD`, with the attempt as JSON on standard input.
 
 Messages go to the worker as JSON lines over the pipe FD: progress and events, and at the end one of "result", "failed",
-"cancelled". The child never touches the job store, so a stale one can do no harm there.
+"cancelled". JSON has no NaN or infinity, so such a number arrives as null. The child never touches the job store: one
+whose lease was lost can do no harm there.
 """
 
 import errno
 import importlib
 import json
+import math
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,13 @@ from jobs.context import JobCancelledError, JobFailedError, RunnerContext
 from jobs.store import JsonObject
 
 RUNNERS = {"compress": "jobs.runners.compress:run"}
+MAX_MESSAGE_CHARS = 500
 
 
 def main(argv: list[str]) -> int:
     die_with_parent()
+    if os.getppid() != int(os.environ["LATHE_PARENT_PID"]):
+        return 1  # the worker ended before the kernel was asked to watch it
     set_openmp_environment()
     pipe = os.fdopen(int(argv[0]), "w", buffering=1)
     attempt = json.loads(sys.stdin.read())
@@ -35,7 +41,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, on_terminate)
 
     def send(message: JsonObject) -> None:
-        pipe.write(json.dumps(message) + "\n")
+        pipe.write(encode(message) + "\n")
 
     folder = Path(attempt["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,33 +54,72 @@ def main(argv: list[str]) -> int:
         send=send,
         cancelled=lambda: cancelled,
     )
-    send(_outcome(context, attempt.get("runner") or RUNNERS[context.spec["type"]]))
+    pipe.write(_outcome(context, attempt["runner"]) + "\n")
     pipe.close()
     return 0
 
 
-def _outcome(context: RunnerContext, target: str) -> JsonObject:
-    """Run, and say how it ended. The traceback goes to the job's log, not to its owner."""
+def encode(message: JsonObject) -> str:
+    """One line of JSON.
+
+    Raises:
+        TypeError: it holds what JSON has not.
+    """
+    try:
+        return json.dumps(message, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(message), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _outcome(context: RunnerContext, target: str) -> str:
+    """Run, and say how it ended. The traceback goes to the job's log, one line of it to the job."""
     module, _, function = target.partition(":")
     try:
         run: Any = getattr(importlib.import_module(module), function)
-        return {"result": run(context)}
+        return encode({"result": run(context)})
     except JobCancelledError:
-        return {"cancelled": True}
+        return encode({"cancelled": True})
     except JobFailedError as error:
-        return {"failed": {"code": error.code, "message": error.message}, "found": error.result}
-    except MemoryError:
-        traceback.print_exc()
-        return {"failed": {"code": "out_of_memory", "message": "the job ran out of memory"}}
-    except OSError as error:
-        traceback.print_exc()
-        if error.errno == errno.ENOSPC:
-            return {"failed": {"code": "disk_full", "message": "the disk is full"}}
-        return {"failed": {"code": "runner_crashed", "message": f"{type(error).__name__}"}}
+        failed = {"code": error.code, "message": error.message}
+        return encode({"failed": failed, "found": error.result})
     except Exception as error:
         traceback.print_exc()
-        code = "out_of_memory" if type(error).__name__ == "OutOfMemoryError" else "runner_crashed"
-        return {"failed": {"code": code, "message": f"{type(error).__name__}: {error}"[:500]}}
+        code, message = _classify(error)
+        return encode({"failed": {"code": code, "message": message}})
+
+
+def _classify(error: Exception) -> tuple[str, str]:
+    """Machine code and message of a failure; a library may have wrapped what really happened."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "disk_full", "the disk is full"
+        if "No space left on device" in str(cause):  # from a library not written in Python
+            return "disk_full", "the disk is full"
+        names = {base.__name__ for base in type(cause).__mro__}
+        if isinstance(cause, MemoryError) or "OutOfMemoryError" in names:
+            return "out_of_memory", "the job ran out of memory"
+        if "DefaultCPUAllocator: can't allocate memory" in str(cause):
+            return "out_of_memory", "the job ran out of memory"
+    return "runner_crashed", f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 if __name__ == "__main__":

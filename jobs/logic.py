@@ -17,9 +17,12 @@ from jobs.states import (
 from jobs.store import Event, EventLevel, Job, JsonObject, NewEvent, NewJob, StaleLeaseError
 
 Change = tuple[Job, list[NewEvent]]
-Operation = Callable[[Job, float], Change]
+Operation = Callable[[Job, float], Change | None]
+"""From a job and the time to what it becomes; None leaves it as it is."""
 MAX_EVENTS = 10_000
 """Events kept of one job; the oldest go first."""
+WORKER_SECONDS = 3600.0
+"""How long a worker that is no longer seen is remembered."""
 
 
 def created(new: NewJob, now: float) -> Change:
@@ -69,7 +72,9 @@ def _moved(job: Job, target: JobStatus, now: float, reason: str | None, **fields
 
 
 def claimed(worker: str, lease_seconds: float) -> Operation:
-    def operation(job: Job, now: float) -> Change:
+    def operation(job: Job, now: float) -> Change | None:
+        if job.status != JobStatus.QUEUED:
+            return None  # another worker was faster
         return _moved(
             job,
             JobStatus.RUNNING,
@@ -118,7 +123,12 @@ def finished(
 ) -> Operation:
     def operation(job: Job, now: float) -> Change:
         _check_lease(job, fencing)
-        return _moved(job, status, now, reason, result=result, error=error)
+        if status in LEASED_STATUSES:
+            raise InvalidTransitionError(job.id, job.status, status)
+        lost = job.attempts_lost
+        if status == JobStatus.QUEUED and reason == "runner_crashed":
+            lost += 1
+        return _moved(job, status, now, reason, result=result, error=error, attempts_lost=lost)
 
     return operation
 
@@ -147,15 +157,14 @@ def lease_expired(job: Job, now: float) -> Change | None:
     """What becomes of a job whose lease ran out; None if it has not."""
     if job.status not in LEASED_STATUSES or job.lease_until is None or job.lease_until > now:
         return None
+    job = replace(job, attempts_lost=job.attempts_lost + 1)
     if job.status == JobStatus.CANCELLING:
         return _moved(job, JobStatus.CANCELLED, now, "user")
     if job.status == JobStatus.PAUSING:
         return _moved(job, JobStatus.PAUSED, now, "user")
-    if job.attempt >= job.max_attempts:
-        error = {
-            "code": "lease_lost",
-            "message": f"the worker vanished in each of {job.attempt} attempts",
-        }
+    if job.attempts_lost >= job.max_attempts:
+        message = f"{job.attempts_lost} attempts were lost; in the last, the worker vanished"
+        error = {"code": "lease_lost", "message": message}
         return _moved(job, JobStatus.FAILED, now, "lease_lost", error=error)
     return _moved(job, JobStatus.QUEUED, now, "lease_lost")
 

@@ -1,15 +1,28 @@
 """Jobs in Redis, for several API processes and machines. JSON values only; every change is WATCH, then one MULTI.
 
-Keys under one prefix: `job:ID` the document, `events:ID` a list, `index` and `queued` and `leased` sorted
-sets, `counts` a
-hash by type and status. The clock is Redis' own (TIME).
+The rules of `jobs.logic` decide here what they decide for SQLite, and optimistic locking makes their answer atomic: a
+change that another client overtook is worked out again. The clock is Redis' own (TIME). Keys, under one prefix:
+
+    number               counts jobs; gives each its place in every order
+    job:ID               the document: job, number, seq of its newest event
+    events:ID            sorted set of events by seq
+    all, owner:OWNER     sorted sets of ids by number
+    queued:TYPE          sorted set of ids by priority, then number
+    waiting              sorted set of queued ids by creation time
+    leased               sorted set of ids by the end of their lease
+    counts, lease_lost   jobs by type and status; leases that ran out
+    workers              sorted set of names by when last seen
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from jobs import logic
 from jobs.states import LEASED_STATUSES, JobStatus
@@ -26,54 +39,71 @@ from jobs.store import (
 )
 
 _PRIORITY_STEP = 2**40
-_SCAN = 200
+"""More than there will be jobs; with MAX_PRIORITY still exact in the double that a score is."""
+_PAGE = 200
+
+_Value = TypeVar("_Value")
 
 
 class CorruptValueError(Exception):
-    """A value under our prefix is not the JSON that we wrote."""
+    """A value under our prefix is not the JSON that we wrote. It is never run, guessed at or repaired."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """The document of one job."""
+
+    job: Job
+    number: int
+    last_seq: int
+
+    def dump(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
 
 
 class RedisJobStore(JobStore):
-    """A redis-py client is thread-safe; pipelines are made per call."""
+    """Thread-safe: the client is, and every pipeline belongs to one call."""
 
     def __init__(self, url: str, prefix: str = "lathe") -> None:
-        self._redis: Any = redis.Redis.from_url(url, decode_responses=True, socket_timeout=10)
+        # One retry is for a pooled connection that a restart of Redis closed; longer outages are the caller's.
+        # What we write is ASCII, so bytes that are not UTF-8 are replaced by a character that `_parse` refuses.
+        self._redis: Any = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            encoding_errors="replace",
+            socket_timeout=10,
+            socket_connect_timeout=5,
+            retry=Retry(NoBackoff(), 1),
+        )
         self._prefix = prefix
 
-    def _key(self, *parts: str) -> str:
-        return ":".join((self._prefix, *parts))
-
-    def _now(self) -> float:
-        seconds, micros = self._redis.time()
-        return float(seconds) + float(micros) / 1e6
-
     def create(self, job: NewJob) -> tuple[Job, bool]:
-        number = self._redis.incr(self._key("number"))
-        now = self._now()
+        key = self._key("job", job.id)
 
         def change(pipe: Any) -> tuple[Job, bool]:
-            raw = pipe.get(self._key("job", job.id))
+            raw = pipe.get(key)
             if raw is not None:
-                existing = _load(raw)
+                existing = _load(key, raw).job
                 if existing.request_hash != job.request_hash:
                     raise RequestConflictError(job.id)
-                pipe.multi()
                 return existing, False
+            number = int(self._redis.incr(self._key("number")))
+            now = self._now()
             made, events = logic.created(job, now)
-            length = self._length(pipe, job.id)
             pipe.multi()
-            pipe.zadd(self._key("index"), {job.id: number})
-            self._write(pipe, None, made, events, length, number, now)
+            pipe.zadd(self._key("all"), {made.id: number})
+            pipe.zadd(self._key("owner", made.owner), {made.id: number})
+            self._write(pipe, None, _Record(made, number, 0), events, now)
             return made, True
 
-        result: tuple[Job, bool] = self._atomically(job.id, change)
-        return result
+        return self._atomically(key, change)
 
     def get(self, job_id: str) -> Job:
-        raw = self._redis.get(self._key("job", job_id))
+        key = self._key("job", job_id)
+        raw = self._redis.get(key)
         if raw is None:
             raise JobNotFoundError(job_id)
-        return _load(raw)
+        return _load(key, raw).job
 
     def list_jobs(
         self,
@@ -84,54 +114,45 @@ class RedisJobStore(JobStore):
         after: str | None = None,
         limit: int = 20,
     ) -> list[Job]:
-        below: float | str = "+inf"
+        index = self._key("all") if owner is None else self._key("owner", owner)
+        below = "+inf"
         if after is not None:
-            score = self._redis.zscore(self._key("index"), after)
-            if score is None:
+            number = self._redis.zscore(index, after)
+            if number is None:
                 raise JobNotFoundError(after)
-            below = f"({score}"
+            below = f"({number:.0f}"
         found: list[Job] = []
-        start = 0
         while len(found) < limit:
-            ids = self._redis.zrevrangebyscore(
-                self._key("index"), below, "-inf", start=start, num=_SCAN
+            page = self._redis.zrevrangebyscore(
+                index, below, "-inf", start=0, num=_PAGE, withscores=True
             )
-            if not ids:
+            if not page:
                 break
-            start += len(ids)
-            for raw in self._redis.mget([self._key("job", job_id) for job_id in ids]):
-                job = _load(raw)
-                wanted = (
-                    owner in (None, job.owner),
-                    type in (None, job.type),
-                    status in (None, job.status),
-                )
-                if all(wanted):
+            below = f"({page[-1][1]:.0f}"
+            keys = [self._key("job", job_id) for job_id, _ in page]
+            for key, raw in zip(keys, self._redis.mget(keys), strict=True):
+                job = _load(key, raw).job
+                if type in (None, job.type) and status in (None, job.status):
                     found.append(job)
         return found[:limit]
 
     def claim(self, worker: str, types: Collection[str], lease_seconds: float) -> Job | None:
         self.reap()
-        while True:
-            job_id = self._first_queued(types)
-            if job_id is None:
-                return None
-            claimed = self._change(job_id, logic.claimed(worker, lease_seconds), JobStatus.QUEUED)
-            if claimed is not None:
-                return claimed
-
-    def _first_queued(self, types: Collection[str]) -> str | None:
-        start = 0
-        while ids := self._redis.zrange(self._key("queued"), start, start + _SCAN - 1):
-            start += len(ids)
-            for raw in self._redis.mget([self._key("job", job_id) for job_id in ids]):
-                job = _load(raw)
-                if job.type in types and job.status == JobStatus.QUEUED:
-                    return job.id
+        while (job_id := self._first_queued(types)) is not None:
+            job = self._change(job_id, logic.claimed(worker, lease_seconds))
+            if job is not None:
+                return job
         return None
 
+    def _first_queued(self, types: Collection[str]) -> str | None:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_type in types:
+            pipe.zrange(self._key("queued", job_type), 0, 0, withscores=True)
+        heads = [(score, job_id) for head in pipe.execute() for job_id, score in head]
+        return min(heads)[1] if heads else None
+
     def heartbeat(self, job_id: str, fencing: int, lease_seconds: float) -> Job:
-        return self._must(job_id, logic.renewed(fencing, lease_seconds))
+        return self._must_change(job_id, logic.renewed(fencing, lease_seconds))
 
     def report(
         self,
@@ -140,7 +161,7 @@ class RedisJobStore(JobStore):
         events: Sequence[NewEvent],
         progress: tuple[int, int] | None = None,
     ) -> None:
-        self._must(job_id, logic.reported(fencing, list(events), progress))
+        self._must_change(job_id, logic.reported(fencing, list(events), progress))
 
     def finish(
         self,
@@ -152,149 +173,177 @@ class RedisJobStore(JobStore):
         result: JsonObject | None = None,
         error: JsonObject | None = None,
     ) -> Job:
-        return self._must(job_id, logic.finished(fencing, status, reason, result, error))
+        operation = logic.finished(fencing, status, reason, result, error)
+        return self._must_change(job_id, operation)
 
     def request_cancel(self, job_id: str) -> Job:
-        return self._must(job_id, logic.cancel_requested)
+        return self._must_change(job_id, logic.cancel_requested)
 
     def request_pause(self, job_id: str) -> Job:
-        return self._must(job_id, logic.pause_requested)
+        return self._must_change(job_id, logic.pause_requested)
 
     def request_resume(self, job_id: str) -> Job:
-        return self._must(job_id, logic.resume_requested)
+        return self._must_change(job_id, logic.resume_requested)
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]:
-        self.get(job_id)
-        raw = self._redis.lrange(self._key("events", job_id), 0, -1)
-        events = [logic.event_from_json(_parse(one)) for one in raw]
-        return [event for event in events if event.seq > after][:limit]
+        if not self._redis.exists(self._key("job", job_id)):
+            raise JobNotFoundError(job_id)
+        key = self._key("events", job_id)
+        rows = self._redis.zrangebyscore(key, f"({after}", "+inf", start=0, num=limit)
+        return [_load_event(key, row) for row in rows]
 
     def reap(self) -> list[Job]:
-        now = self._now()
-        reaped: list[Job] = []
-        for job_id in self._redis.zrangebyscore(self._key("leased"), "-inf", now):
-            changed = self._change(
-                job_id, lambda job, at: logic.lease_expired(job, at) or (job, [])
-            )
-            if changed is not None and changed.status not in LEASED_STATUSES:
-                reaped.append(changed)
-                self._redis.incr(self._key("lease_lost"))
-        return reaped
+        expired = self._redis.zrangebyscore(self._key("leased"), "-inf", self._now())
+        lost = self._key("lease_lost")
+        changed = (self._change(job_id, logic.lease_expired, count=lost) for job_id in expired)
+        return [job for job in changed if job is not None]
 
     def counts(self) -> JobCounts:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self._key("counts"))
+        pipe.zrange(self._key("waiting"), 0, 0, withscores=True)
+        pipe.get(self._key("lease_lost"))
+        numbers, oldest, lost = pipe.execute()
         by: dict[tuple[str, JobStatus], int] = {}
-        for name, count in self._redis.hgetall(self._key("counts")).items():
-            job_type, _, status = name.partition("|")
+        for name, count in numbers.items():
+            job_type, _, status = name.rpartition("|")
             if int(count):
                 by[job_type, JobStatus(status)] = int(count)
-        now = self._now()
-        oldest = 0.0
-        for job_id in self._redis.zrange(self._key("queued"), 0, 0):
-            oldest = max(now - self.get(job_id).created_at, 0.0)
-        lost = int(self._redis.get(self._key("lease_lost")) or 0)
-        return JobCounts(by_type_and_status=by, oldest_queued_seconds=oldest, lease_lost_total=lost)
+        return JobCounts(
+            by_type_and_status=by,
+            oldest_queued_seconds=max(self._now() - oldest[0][1], 0.0) if oldest else 0.0,
+            lease_lost_total=int(lost or 0),
+        )
 
     def worker_seen(self, worker: str) -> None:
-        self._redis.hset(self._key("workers"), worker, self._now())
+        now = self._now()
+        pipe = self._redis.pipeline()
+        pipe.zadd(self._key("workers"), {worker: now})
+        pipe.zremrangebyscore(self._key("workers"), "-inf", now - logic.WORKER_SECONDS)
+        pipe.execute()
 
     def worker_ages(self) -> dict[str, float]:
         now = self._now()
-        ages = {
-            w: max(now - float(t), 0.0)
-            for w, t in self._redis.hgetall(self._key("workers")).items()
-        }
-        return {worker: age for worker, age in ages.items() if age < 3600}
+        rows = self._redis.zrangebyscore(
+            self._key("workers"), now - logic.WORKER_SECONDS, "+inf", withscores=True
+        )
+        return {worker: max(now - seen, 0.0) for worker, seen in rows}
 
     def close(self) -> None:
         self._redis.close()
 
-    def _must(self, job_id: str, operation: logic.Operation) -> Job:
-        changed = self._change(job_id, operation)
-        assert changed is not None
-        return changed
+    def _key(self, *parts: str) -> str:
+        return ":".join((self._prefix, *parts))
+
+    def _now(self) -> float:
+        seconds, micros = self._redis.time()
+        return float(seconds) + float(micros) / 1e6
+
+    def _must_change(self, job_id: str, operation: logic.Operation) -> Job:
+        job = self._change(job_id, operation)
+        assert job is not None, "only claims and expired leases may find nothing to do"
+        return job
 
     def _change(
-        self, job_id: str, operation: logic.Operation, only_if: JobStatus | None = None
+        self, job_id: str, operation: logic.Operation, count: str | None = None
     ) -> Job | None:
-        """Apply an operation; None if the job is no longer in the status `only_if`."""
+        """Apply an operation, and add one to the key `count`; None if it found nothing to do."""
+        key = self._key("job", job_id)
 
         def change(pipe: Any) -> Job | None:
-            raw = pipe.get(self._key("job", job_id))
+            raw = pipe.get(key)
             if raw is None:
                 raise JobNotFoundError(job_id)
-            job = _load(raw)
-            if only_if is not None and job.status != only_if:
-                pipe.multi()
-                return None
+            record = _load(key, raw)
             now = self._now()
-            changed, events = operation(job, now)
-            length = self._length(pipe, job_id)
-            number = int(pipe.zscore(self._key("index"), job_id))
+            outcome = operation(record.job, now)
+            if outcome is None:
+                return None
+            job, events = outcome
             pipe.multi()
-            self._write(pipe, job, changed, events, length, number, now)
-            return changed
+            if count is not None:
+                pipe.incr(count)
+            self._write(pipe, record.job, dataclasses.replace(record, job=job), events, now)
+            return job
 
-        changed: Job | None = self._atomically(job_id, change)
-        return changed
+        return self._atomically(key, change)
 
-    def _atomically(self, job_id: str, change: Callable[[Any], Any]) -> Any:
-        """Run `change` until nobody else wrote the job meanwhile."""
+    def _atomically(self, key: str, change: Callable[[Any], _Value]) -> _Value:
+        """Run `change` until nobody else wrote the key meanwhile; each round lost is another client's progress."""
         with self._redis.pipeline() as pipe:
             while True:
                 try:
-                    pipe.watch(self._key("job", job_id))
+                    pipe.watch(key)
                     value = change(pipe)
                     pipe.execute()
                     return value
                 except redis.WatchError:
-                    continue
-
-    def _length(self, pipe: Any, job_id: str) -> int:
-        """Newest event's number."""
-        last = pipe.lindex(self._key("events", job_id), -1)
-        return int(_parse(last)["seq"]) if last else 0
+                    pipe.reset()
 
     def _write(
-        self,
-        pipe: Any,
-        before: Job | None,
-        after: Job,
-        events: list[NewEvent],
-        length: int,
-        number: int,
-        now: float,
+        self, pipe: Any, before: Job | None, record: _Record, events: list[NewEvent], now: float
     ) -> None:
-        pipe.set(self._key("job", after.id), json.dumps(logic.job_to_json(after)))
-        for offset, event in enumerate(events, start=1):
-            document = json.dumps(logic.event_to_json(event, length + offset, now))
-            pipe.rpush(self._key("events", after.id), document)
-        pipe.ltrim(self._key("events", after.id), -logic.MAX_EVENTS, -1)
-        if after.status == JobStatus.QUEUED:
-            pipe.zadd(self._key("queued"), {after.id: after.priority * _PRIORITY_STEP + number})
+        """Queue everything that follows from one change into the transaction."""
+        job = record.job
+        record = dataclasses.replace(record, last_seq=record.last_seq + len(events))
+        pipe.set(self._key("job", job.id), record.dump())
+        self._write_events(pipe, record, events, now)
+        if job.status == JobStatus.QUEUED:
+            score = job.priority * _PRIORITY_STEP + record.number
+            pipe.zadd(self._key("queued", job.type), {job.id: score})
+            pipe.zadd(self._key("waiting"), {job.id: job.created_at})
         else:
-            pipe.zrem(self._key("queued"), after.id)
-        if after.status in LEASED_STATUSES:
-            pipe.zadd(self._key("leased"), {after.id: after.lease_until})
+            pipe.zrem(self._key("queued", job.type), job.id)
+            pipe.zrem(self._key("waiting"), job.id)
+        if job.status in LEASED_STATUSES:
+            pipe.zadd(self._key("leased"), {job.id: job.lease_until})
         else:
-            pipe.zrem(self._key("leased"), after.id)
-        if before is None or before.status != after.status:
+            pipe.zrem(self._key("leased"), job.id)
+        if before is None or before.status != job.status:
             if before is not None:
                 pipe.hincrby(self._key("counts"), f"{before.type}|{before.status}", -1)
-            pipe.hincrby(self._key("counts"), f"{after.type}|{after.status}", 1)
+            pipe.hincrby(self._key("counts"), f"{job.type}|{job.status}", 1)
+
+    def _write_events(self, pipe: Any, record: _Record, events: list[NewEvent], now: float) -> None:
+        if not events:
+            return
+        first = record.last_seq - len(events) + 1
+        documents = {
+            json.dumps(logic.event_to_json(event, seq, now)): seq
+            for seq, event in enumerate(events, start=first)
+        }
+        key = self._key("events", record.job.id)
+        pipe.zadd(key, documents)
+        pipe.zremrangebyscore(key, "-inf", record.last_seq - logic.MAX_EVENTS)
 
 
-def _parse(raw: str) -> JsonObject:
+def _parse(key: str, raw: str | None) -> JsonObject:
     try:
+        if raw is None or not raw.isascii():
+            raise ValueError
         data = json.loads(raw)
-    except (ValueError, TypeError):
-        raise CorruptValueError("a job value in Redis is not JSON") from None
-    if not isinstance(data, dict):
-        raise CorruptValueError("a job value in Redis is not an object")
+        if not isinstance(data, dict):
+            raise ValueError
+    except ValueError:
+        raise CorruptValueError(f"the value of Redis key {key!r} is not a JSON object") from None
     return data
 
 
-def _load(raw: str) -> Job:
+def _load(key: str, raw: str | None) -> _Record:
+    data = _parse(key, raw)
     try:
-        return logic.job_from_json(_parse(raw))
+        return _Record(
+            job=logic.job_from_json(data["job"]),
+            number=int(data["number"]),
+            last_seq=int(data["last_seq"]),
+        )
     except (KeyError, TypeError, ValueError):
-        raise CorruptValueError("a job in Redis is malformed") from None
+        raise CorruptValueError(f"the value of Redis key {key!r} is not a job") from None
+
+
+def _load_event(key: str, raw: str) -> Event:
+    data = _parse(key, raw)
+    try:
+        return logic.event_from_json(data)
+    except TypeError:
+        raise CorruptValueError(f"a value of Redis key {key!r} is not an event") from None

@@ -1,5 +1,7 @@
-"""Jobs in SQLite (WAL), the embedded default. Every change is one BEGIN IMMEDIATE transaction; many processes
-may share a file."""
+"""Jobs in SQLite (WAL), the embedded default; several processes may share a file, on a local disk.
+
+A job is one JSON document beside the columns that are searched. Every change is one BEGIN IMMEDIATE transaction.
+"""
 
 import json
 import sqlite3
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobs import logic
-from jobs.states import LEASED_STATUSES, JobStatus
+from jobs.states import JobStatus
 from jobs.store import (
     Event,
     Job,
@@ -31,6 +33,7 @@ CREATE TABLE jobs (
     status TEXT NOT NULL, priority INTEGER NOT NULL, lease_until REAL, created_at REAL NOT NULL, document TEXT NOT NULL
 );
 CREATE INDEX jobs_by_status ON jobs (status, priority, number);
+CREATE INDEX jobs_by_owner ON jobs (owner, number);
 CREATE TABLE events (
     job_id TEXT NOT NULL, seq INTEGER NOT NULL, document TEXT NOT NULL, PRIMARY KEY (job_id, seq)
 ) WITHOUT ROWID;
@@ -40,15 +43,21 @@ CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 
 
 class SqliteJobStore(JobStore):
-    """One connection per thread."""
+    """Keeps as many connections as were ever used at once, not one per thread: threads of a pool come and go.
+
+    Args:
+        clock: Unix seconds; replaced in tests.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._idle: list[sqlite3.Connection] = []
+        self._closed = False
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        with self._connection() as db:
+            db.execute("PRAGMA journal_mode = WAL")  # kept in the file
         with self._transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
@@ -60,33 +69,38 @@ class SqliteJobStore(JobStore):
                     f"{path.name} has schema {version}, this version reads {SCHEMA_VERSION}"
                 )
 
-    def _db(self) -> sqlite3.Connection:
-        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """A connection that no other thread uses meanwhile."""
+        with self._lock:
+            db = self._idle.pop() if self._idle else None
         if db is None:
             db = sqlite3.connect(
                 self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
-            self._local.db = db
+        try:
+            yield db
+        finally:
+            if db.in_transaction:  # the disk may be full; what was not committed is undone
+                db.execute("ROLLBACK")
             with self._lock:
-                self._connections.append(db)
-        return db
+                keep = not self._closed
+                if keep:
+                    self._idle.append(db)
+            if not keep:
+                db.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        db = self._db()
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
             yield db
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")
+            db.execute("COMMIT")
 
     def create(self, job: NewJob) -> tuple[Job, bool]:
         with self._transaction() as db:
-            existing = self._find(db, job.id)
+            existing = _find(db, job.id)
             if existing is not None:
                 if existing.request_hash != job.request_hash:
                     raise RequestConflictError(job.id)
@@ -109,7 +123,8 @@ class SqliteJobStore(JobStore):
             return made, True
 
     def get(self, job_id: str) -> Job:
-        job = self._find(self._db(), job_id)
+        with self._connection() as db:
+            job = _find(db, job_id)
         if job is None:
             raise JobNotFoundError(job_id)
         return job
@@ -123,33 +138,35 @@ class SqliteJobStore(JobStore):
         after: str | None = None,
         limit: int = 20,
     ) -> list[Job]:
-        db = self._db()
-        where, values = ["1"], []
+        where: list[str] = []
+        values: list[str | int] = []
         for column, value in (("owner", owner), ("type", type), ("status", status)):
             if value is not None:
                 where.append(f"{column} = ?")
                 values.append(str(value))
-        if after is not None:
-            row = db.execute("SELECT number FROM jobs WHERE id = ?", (after,)).fetchone()
-            if row is None:
-                raise JobNotFoundError(after)
-            where.append("number < ?")
-            values.append(row[0])
-        rows = db.execute(
-            f"SELECT document FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?",
-            (*values, limit),
-        )
-        return [_load(row[0]) for row in rows]
+        with self._connection() as db:
+            if after is not None:
+                where.append("number < ?")
+                values.append(_number(db, after, owner))
+            condition = f"WHERE {' AND '.join(where)} " if where else ""
+            rows = db.execute(
+                f"SELECT document FROM jobs {condition}ORDER BY number DESC LIMIT ?",
+                (*values, limit),
+            )
+            return [_load(row[0]) for row in rows.fetchall()]
 
     def claim(self, worker: str, types: Collection[str], lease_seconds: float) -> Job | None:
         self.reap()
         marks = ", ".join("?" * len(types))
+        first = (
+            f"SELECT document FROM jobs WHERE status = 'queued' AND type IN ({marks})"
+            " ORDER BY priority, number LIMIT 1"
+        )
+        with self._connection() as db:  # an idle worker only reads
+            if db.execute(first, tuple(types)).fetchone() is None:
+                return None
         with self._transaction() as db:
-            row = db.execute(
-                f"SELECT document FROM jobs WHERE status = 'queued' AND type IN ({marks})"
-                " ORDER BY priority, number LIMIT 1",
-                tuple(types),
-            ).fetchone()
+            row = db.execute(first, tuple(types)).fetchone()
             if row is None:
                 return None
             return self._apply(db, _load(row[0]), logic.claimed(worker, lease_seconds))
@@ -188,43 +205,45 @@ class SqliteJobStore(JobStore):
         return self._change(job_id, logic.resume_requested)
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]:
-        self.get(job_id)
-        rows = self._db().execute(
-            "SELECT document FROM events WHERE job_id = ? AND seq > ? ORDER BY seq LIMIT ?",
-            (job_id, after, limit),
-        )
-        return [logic.event_from_json(json.loads(row[0])) for row in rows]
+        with self._connection() as db:
+            if _find(db, job_id) is None:
+                raise JobNotFoundError(job_id)
+            rows = db.execute(
+                "SELECT document FROM events WHERE job_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+                (job_id, after, limit),
+            )
+            return [logic.event_from_json(json.loads(row[0])) for row in rows.fetchall()]
 
     def reap(self) -> list[Job]:
-        reaped: list[Job] = []
         expired = (
             "SELECT document FROM jobs WHERE status IN ('running', 'pausing', 'cancelling')"
             " AND lease_until <= ?"
         )
-        if self._db().execute(expired + " LIMIT 1", (self._clock(),)).fetchone() is None:
-            return reaped
+        with self._connection() as db:
+            if db.execute(expired + " LIMIT 1", (self._clock(),)).fetchone() is None:
+                return []
         with self._transaction() as db:
-            for row in db.execute(expired, (self._clock(),)).fetchall():
-                change = logic.lease_expired(_load(row[0]), self._clock())
-                if change is not None:
-                    reaped.append(self._store(db, *change))
+            rows = db.execute(expired, (self._clock(),)).fetchall()
+            reaped = [self._apply(db, _load(row[0]), logic.lease_expired) for row in rows]
             db.execute(
                 "INSERT INTO counters VALUES ('lease_lost', ?)"
                 " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
                 (len(reaped),),
             )
-        return reaped
+            return reaped
 
     def counts(self) -> JobCounts:
-        db = self._db()
-        by = {
-            (row[0], JobStatus(row[1])): row[2]
-            for row in db.execute("SELECT type, status, count(*) FROM jobs GROUP BY type, status")
-        }
-        oldest = db.execute("SELECT min(created_at) FROM jobs WHERE status = 'queued'").fetchone()[
-            0
-        ]
-        lost = db.execute("SELECT value FROM counters WHERE name = 'lease_lost'").fetchone()
+        with self._connection() as db:
+            by = {
+                (row[0], JobStatus(row[1])): row[2]
+                for row in db.execute(
+                    "SELECT type, status, count(*) FROM jobs GROUP BY type, status"
+                ).fetchall()
+            }
+            oldest = db.execute(
+                "SELECT min(created_at) FROM jobs WHERE status = 'queued'"
+            ).fetchone()[0]
+            lost = db.execute("SELECT value FROM counters WHERE name = 'lease_lost'").fetchone()
         return JobCounts(
             by_type_and_status=by,
             oldest_queued_seconds=0.0 if oldest is None else max(self._clock() - oldest, 0.0),
@@ -232,48 +251,48 @@ class SqliteJobStore(JobStore):
         )
 
     def worker_seen(self, worker: str) -> None:
+        now = self._clock()
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO workers VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET seen_at = excluded.seen_at",
-                (worker, self._clock()),
+                "INSERT INTO workers VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET seen_at = excluded.seen_at",
+                (worker, now),
             )
+            db.execute("DELETE FROM workers WHERE seen_at < ?", (now - logic.WORKER_SECONDS,))
 
     def worker_ages(self) -> dict[str, float]:
         now = self._clock()
-        rows = self._db().execute(
-            "SELECT name, seen_at FROM workers WHERE seen_at > ?", (now - 3600,)
-        )
+        with self._connection() as db:
+            rows = db.execute(
+                "SELECT name, seen_at FROM workers WHERE seen_at > ?", (now - logic.WORKER_SECONDS,)
+            ).fetchall()
         return {row[0]: max(now - row[1], 0.0) for row in rows}
 
     def close(self) -> None:
         with self._lock:
-            for db in self._connections:
-                db.close()
-            self._connections.clear()
-        self._local = threading.local()
-
-    def _find(self, db: sqlite3.Connection, job_id: str) -> Job | None:
-        row = db.execute("SELECT document FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        return None if row is None else _load(row[0])
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for db in idle:
+            db.close()
 
     def _change(self, job_id: str, operation: logic.Operation) -> Job:
         with self._transaction() as db:
-            job = self._find(db, job_id)
+            job = _find(db, job_id)
             if job is None:
                 raise JobNotFoundError(job_id)
             return self._apply(db, job, operation)
 
     def _apply(self, db: sqlite3.Connection, job: Job, operation: logic.Operation) -> Job:
-        return self._store(db, *operation(job, self._clock()))
-
-    def _store(self, db: sqlite3.Connection, job: Job, events: list[NewEvent]) -> Job:
-        lease = job.lease_until if job.status in LEASED_STATUSES else None
+        change = operation(job, self._clock())
+        if change is None:
+            return job
+        changed, events = change
         db.execute(
             "UPDATE jobs SET status = ?, lease_until = ?, document = ? WHERE id = ?",
-            (job.status, lease, _dump(job), job.id),
+            (changed.status, changed.lease_until, _dump(changed), changed.id),
         )
-        self._append(db, job.id, events)
-        return job
+        self._append(db, changed.id, events)
+        return changed
 
     def _append(self, db: sqlite3.Connection, job_id: str, events: Sequence[NewEvent]) -> None:
         if not events:
@@ -281,12 +300,26 @@ class SqliteJobStore(JobStore):
         row = db.execute("SELECT max(seq) FROM events WHERE job_id = ?", (job_id,)).fetchone()
         last = row[0] or 0
         now = self._clock()
-        for offset, event in enumerate(events, start=1):
-            document = json.dumps(logic.event_to_json(event, last + offset, now))
-            db.execute("INSERT INTO events VALUES (?, ?, ?)", (job_id, last + offset, document))
-        oldest_kept = last + len(events) - logic.MAX_EVENTS
-        if oldest_kept > 0:
-            db.execute("DELETE FROM events WHERE job_id = ? AND seq <= ?", (job_id, oldest_kept))
+        for seq, event in enumerate(events, start=last + 1):
+            document = json.dumps(logic.event_to_json(event, seq, now))
+            db.execute("INSERT INTO events VALUES (?, ?, ?)", (job_id, seq, document))
+        dropped = last + len(events) - logic.MAX_EVENTS
+        if dropped > 0:
+            db.execute("DELETE FROM events WHERE job_id = ? AND seq <= ?", (job_id, dropped))
+
+
+def _find(db: sqlite3.Connection, job_id: str) -> Job | None:
+    row = db.execute("SELECT document FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    return None if row is None else _load(row[0])
+
+
+def _number(db: sqlite3.Connection, job_id: str, owner: str | None) -> int:
+    """Raises: JobNotFoundError."""
+    row = db.execute("SELECT number, owner FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    if row is None or owner not in (None, row[1]):
+        raise JobNotFoundError(job_id)
+    number: int = row[0]
+    return number
 
 
 def _dump(job: Job) -> str:

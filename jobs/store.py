@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from jobs.states import JobStatus
 
 JsonObject = dict[str, Any]
+MAX_PRIORITY = 1000
 EventLevel = Literal["info", "warn", "error"]
 EventKind = Literal["status", "message", "progress", "metrics"]
 StatusReason = Literal[
@@ -47,6 +48,8 @@ class NewJob:
         id: chosen by the caller; derived from the idempotency key where one was given.
         owner: id of the API key that asked.
         request_hash: sha256 of the canonical request body; guards the id against another body.
+        priority: -1000 to 1000; lower runs first.
+        max_attempts: how many attempts may be lost before the job fails.
         deadline_seconds: most seconds of running per attempt; None is no limit.
     """
 
@@ -59,6 +62,14 @@ class NewJob:
     max_attempts: int = 3
     deadline_seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise ValueError(f"priority must be within ±{MAX_PRIORITY}, got {self.priority}")
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+        if self.deadline_seconds is not None and not self.deadline_seconds > 0:
+            raise ValueError(f"deadline_seconds must be above 0, got {self.deadline_seconds}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -67,6 +78,8 @@ class Job:
     Attributes:
         attempt: 0 until first claimed, then 1, 2, ...
         fencing: grows with every claim; 0 until first claimed.
+        attempts_lost: attempts whose worker vanished or whose process was killed; one that was given back or
+            paused does not count.
         error: {"code", "message"} of a failed job.
     """
 
@@ -92,6 +105,7 @@ class Job:
     started_at: float | None
     finished_at: float | None
     updated_at: float
+    attempts_lost: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +165,7 @@ class JobStore(Protocol):
         """Newest first; `after` is the id of the last job of the previous page.
 
         Raises:
-            JobNotFoundError: `after` is unknown.
+            JobNotFoundError: `after` is unknown, or not the `owner`'s.
         """
 
     def claim(self, worker: str, types: Collection[str], lease_seconds: float) -> Job | None:
@@ -187,11 +201,13 @@ class JobStore(Protocol):
         result: JsonObject | None = None,
         error: JsonObject | None = None,
     ) -> Job:
-        """End the lease: succeeded, failed, cancelled, paused, or queued again (worker shutdown).
+        """End the lease: succeeded, failed, cancelled, paused, or queued again.
+
+        Queued again for the reason "runner_crashed", the attempt is lost; for another, it is not.
 
         Raises:
             StaleLeaseError
-            InvalidTransitionError
+            InvalidTransitionError: also where `status` is one that keeps the lease.
         """
 
     def request_cancel(self, job_id: str) -> Job:
@@ -212,7 +228,11 @@ class JobStore(Protocol):
         """Events with seq > after, oldest first. Raises: JobNotFoundError."""
 
     def reap(self) -> list[Job]:
-        """End expired leases: queued again, failed after `max_attempts`, cancelled if cancelling."""
+        """End expired leases: queued again, failed after `max_attempts`, cancelled or paused if asked to be.
+
+        Returns:
+            The jobs that lost their lease in this call; no other call returns the same loss.
+        """
 
     def counts(self) -> JobCounts: ...
 

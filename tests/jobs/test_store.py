@@ -1,234 +1,350 @@
 """One behavioural suite over every JobStore: SQLite, and a real redis-server."""
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from jobs.open import open_job_store
-from jobs.states import TERMINAL_STATUSES, TRANSITIONS, InvalidTransitionError, JobStatus
+from jobs import logic
+from jobs.states import LEASED_STATUSES, TERMINAL_STATUSES, InvalidTransitionError, JobStatus
 from jobs.store import (
+    MAX_PRIORITY,
+    Job,
     JobNotFoundError,
     JobStore,
+    JsonObject,
     NewEvent,
-    NewJob,
     RequestConflictError,
     StaleLeaseError,
 )
+from tests.jobs.conftest import new_job
 
-NUM_JOBS = 1000
-NUM_WORKERS = 8
-DRAIN = """
-import sys, time
-from pathlib import Path
-from jobs.open import open_job_store
-from jobs.states import JobStatus
-from jobs.store import StaleLeaseError
-store = open_job_store(Path(sys.argv[1]), sys.argv[2] or None)
-idle = 0
-while idle < 20:
-    job = store.claim(sys.argv[3], ("test",), 2.0)
-    if job is None:
-        idle += 1
-        time.sleep(0.2)
-        continue
-    idle = 0
-    try:
-        store.heartbeat(job.id, job.fencing, 2.0)
-        store.finish(job.id, job.fencing, JobStatus.SUCCEEDED, result={"fencing": job.fencing})
-    except StaleLeaseError:
-        pass
-"""
+TYPES = ("test",)
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    process = subprocess.Popen(
-        [binary, "--port", str(port), "--dir", str(folder), "--save", "", "--bind", "127.0.0.1"],
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-    yield f"redis://127.0.0.1:{port}/0"
-    process.terminate()
-    process.wait()
+def claim(store: JobStore, lease_seconds: float = 60.0) -> Job:
+    job = store.claim("w", TYPES, lease_seconds)
+    assert job is not None
+    return job
 
 
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str | None]:
-    if request.param == "sqlite":
-        return tmp_path / "jobs.db", None
-    url: str = request.getfixturevalue("redis_url")
-    import redis
-
-    client = redis.Redis.from_url(url)
-    client.flushall()
-    client.close()
-    return tmp_path / "unused.db", url
-
-
-@pytest.fixture
-def store(location: tuple[Path, str | None]) -> Iterator[JobStore]:
-    opened = open_job_store(*location)
-    yield opened
-    opened.close()
+def bring_to(store: JobStore, status: JobStatus) -> Job:
+    """A new job, taken to a status."""
+    store.create(new_job())
+    if status == JobStatus.QUEUED:
+        return store.get("job-0")
+    if status == JobStatus.PAUSED:
+        return store.request_pause("job-0")
+    job = claim(store)
+    if status == JobStatus.PAUSING:
+        return store.request_pause("job-0")
+    if status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
+        job = store.request_cancel("job-0")
+    if status in TERMINAL_STATUSES:
+        job = store.finish("job-0", job.fencing, status)
+    return job
 
 
-def new_job(number: int = 0, **fields: object) -> NewJob:
-    values = {"type": "test", "owner": "me", "spec": {"n": number}, "request_hash": f"h{number}"}
-    return NewJob(id=f"job-{number}", **(values | fields))  # type: ignore[arg-type]
+def status_events(store: JobStore, job_id: str = "job-0") -> list[str]:
+    return [e.data["status"] for e in store.events(job_id) if e.kind == "status"]
 
 
 def test_create_is_idempotent_by_id(store: JobStore) -> None:
-    first, created = store.create(new_job())
-    again, created_again = store.create(new_job())
+    first, created = store.create(new_job(deadline_seconds=2.5, priority=-3))
+    again, created_again = store.create(new_job(deadline_seconds=2.5, priority=-3))
     assert (created, created_again) == (True, False)
-    assert first == again
+    assert first == again == store.get("job-0")
+    assert (first.status, first.attempt, first.fencing) == (JobStatus.QUEUED, 0, 0)
     with pytest.raises(RequestConflictError):
         store.create(new_job(request_hash="other"))
+    assert status_events(store) == ["queued"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"priority": MAX_PRIORITY + 1}, {"max_attempts": 0}, {"deadline_seconds": 0.0}]
+)
+def test_a_job_out_of_range_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        new_job(**fields)
+
+
+def test_any_json_is_kept_as_it_is(store: JobStore) -> None:
+    spec: JsonObject = {
+        "empty": [],
+        "none": None,
+        "deep": {"a": [1, 2.5, "é\ud800 \x00"]},
+        "big": 2**60,
+    }
+    store.create(new_job(spec=spec, owner="ключ"))
+    job = claim(store)
+    done = store.finish(job.id, job.fencing, JobStatus.SUCCEEDED, result=spec)
+    assert (store.get("job-0").spec, done.result) == (spec, spec)
+    assert [found.id for found in store.list_jobs(owner="ключ")] == ["job-0"]
 
 
 def test_a_job_lives_through_its_states(store: JobStore) -> None:
     store.create(new_job())
-    job = store.claim("w", ("test",), 60)
-    assert job is not None
-    assert (job.status, job.attempt, job.fencing) == (JobStatus.RUNNING, 1, 1)
-    assert store.claim("w", ("test",), 60) is None
-    events = [NewEvent(kind="message", message="hello")]
+    job = claim(store)
+    assert (job.status, job.attempt, job.fencing, job.lease_owner) == ("running", 1, 1, "w")
+    assert store.claim("w", TYPES, 60) is None
+    events = [NewEvent(kind="message", message="hello", level="warn", data={"a": 1})]
     store.report(job.id, job.fencing, events, (3, 10))
     done = store.finish(job.id, job.fencing, JobStatus.SUCCEEDED, result={"x": 1})
     assert (done.progress_step, done.progress_total, done.result) == (3, 10, {"x": 1})
+    assert done.started_at is not None
     assert done.finished_at is not None
+    assert done.created_at <= done.started_at <= done.finished_at
+    assert (done.lease_owner, done.lease_until) == (None, None)
     seen = store.events(job.id)
     assert [event.seq for event in seen] == [1, 2, 3, 4]
     assert [event.message for event in seen] == ["queued", "running", "hello", "succeeded"]
+    assert (seen[2].level, seen[2].data) == ("warn", {"a": 1})
     assert [event.seq for event in store.events(job.id, after=2, limit=1)] == [3]
+    assert store.events(job.id, after=4) == []
+
+
+def test_unknown_ids_are_not_found(store: JobStore) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: store.get("no"),
+        lambda: store.events("no"),
+        lambda: store.request_cancel("no"),
+        lambda: store.request_pause("no"),
+        lambda: store.request_resume("no"),
+        lambda: store.heartbeat("no", 1, 60),
+        lambda: store.list_jobs(after="no"),
+    ]
+    for call in calls:
+        with pytest.raises(JobNotFoundError):
+            call()
 
 
 def test_a_stale_token_is_refused(store: JobStore) -> None:
     store.create(new_job())
-    old = store.claim("a", ("test",), 0.0)
-    assert old is not None
-    new = store.claim("b", ("test",), 60)
-    assert new is not None
+    old = claim(store, 0.0)
+    new = claim(store)
     assert (new.fencing, new.attempt) == (2, 2)
-    for write in (
+    writes: list[Callable[[], object]] = [
         lambda: store.heartbeat(old.id, old.fencing, 60),
-        lambda: store.report(old.id, old.fencing, []),
-        lambda: store.finish(old.id, old.fencing, JobStatus.SUCCEEDED),
-    ):
+        lambda: store.report(old.id, old.fencing, [NewEvent(kind="message", message="x")]),
+        lambda: store.finish(old.id, old.fencing, JobStatus.SUCCEEDED, result={"by": "old"}),
+    ]
+    for write in writes:
         with pytest.raises(StaleLeaseError):
             write()
-    assert store.finish(new.id, new.fencing, JobStatus.SUCCEEDED).status == JobStatus.SUCCEEDED
+    done = store.finish(new.id, new.fencing, JobStatus.SUCCEEDED, result={"by": "new"})
+    assert done.result == {"by": "new"}
+    with pytest.raises(StaleLeaseError):
+        store.finish(new.id, new.fencing, JobStatus.SUCCEEDED)
+    assert store.counts().lease_lost_total == 1
+    assert status_events(store) == ["queued", "running", "queued", "running", "succeeded"]
+
+
+def test_an_expired_lease_is_lost_once_and_the_last_one_fails_the_job(store: JobStore) -> None:
+    store.create(new_job(max_attempts=3))
+    for attempt in (1, 2, 3):
+        assert claim(store, 0.0).attempt == attempt
+        lost = store.reap()
+        assert [(job.id, job.attempts_lost) for job in lost] == [("job-0", attempt)]
+        assert store.reap() == []
+    job = store.get("job-0")
+    assert (job.status, job.status_reason) == (JobStatus.FAILED, "lease_lost")
+    assert job.error is not None
+    assert job.error["code"] == "lease_lost"
+    assert store.counts().lease_lost_total == 3
+
+
+def test_a_heartbeat_keeps_the_lease(store: JobStore) -> None:
+    store.create(new_job())
+    job = claim(store, 0.0)
+    renewed = store.heartbeat(job.id, job.fencing, 60)
+    assert renewed.lease_until is not None
+    assert job.lease_until is not None
+    assert renewed.lease_until - job.lease_until > 59
+    assert store.reap() == []
+
+
+def test_giving_back_and_pausing_use_up_no_attempt(store: JobStore) -> None:
+    store.create(new_job(max_attempts=2))
+    for _ in range(3):
+        job = claim(store)
+        store.finish(job.id, job.fencing, JobStatus.QUEUED, reason="worker_shutdown")
+        job = claim(store)
+        store.request_pause(job.id)
+        store.finish(job.id, job.fencing, JobStatus.PAUSED, reason="user")
+        store.request_resume(job.id)
+    assert claim(store, 0.0).attempt == 7
+    store.reap()
+    assert store.get("job-0").status == JobStatus.QUEUED
+    claim(store, 0.0)
+    store.reap()
+    assert store.get("job-0").status == JobStatus.FAILED
+
+
+def test_a_crash_uses_up_an_attempt_but_is_no_lost_lease(store: JobStore) -> None:
+    store.create(new_job(max_attempts=2))
+    job = claim(store, 0.0)
+    store.finish(job.id, job.fencing, JobStatus.QUEUED, reason="runner_crashed")
+    assert store.get(job.id).attempts_lost == 1
+    assert store.counts().lease_lost_total == 0
+    claim(store, 0.0)
+    assert [lost.status for lost in store.reap()] == [JobStatus.FAILED]
     assert store.counts().lease_lost_total == 1
 
 
-def test_the_last_lost_lease_fails_the_job(store: JobStore) -> None:
-    store.create(new_job(max_attempts=1))
-    assert store.claim("a", ("test",), 0.0) is not None
-    store.reap()
-    job = store.get("job-0")
-    assert (job.status, job.status_reason) == (JobStatus.FAILED, "lease_lost")
+@pytest.mark.parametrize("status", list(JobStatus))
+def test_cancel_in_every_state(store: JobStore, status: JobStatus) -> None:
+    job = bring_to(store, status)
+    if status in TERMINAL_STATUSES:
+        with pytest.raises(InvalidTransitionError, match=f"is {status}"):
+            store.request_cancel(job.id)
+        assert store.get(job.id) == job
+        return
+    waiting = status in (JobStatus.QUEUED, JobStatus.PAUSED)
+    after = store.request_cancel(job.id)
+    assert after.status == (JobStatus.CANCELLED if waiting else JobStatus.CANCELLING)
+    assert after.status_reason == "user"
+    if waiting:
+        assert after.finished_at is not None
+        assert store.claim("w", TYPES, 60) is None
+    else:
+        assert store.request_cancel(job.id) == after
+        assert store.heartbeat(job.id, job.fencing, 60).status == JobStatus.CANCELLING
+        done = store.finish(job.id, job.fencing, JobStatus.CANCELLED, reason="user")
+        assert done.status == JobStatus.CANCELLED
+    assert status_events(store)[-1] == "cancelled"
 
 
-def test_cancel_in_every_state(store: JobStore) -> None:
-    store.create(new_job(1))
-    assert store.request_cancel("job-1").status == JobStatus.CANCELLED
-    store.create(new_job(2))
-    running = store.claim("w", ("test",), 60)
-    assert running is not None
-    assert store.request_cancel("job-2").status == JobStatus.CANCELLING
-    assert store.request_cancel("job-2").status == JobStatus.CANCELLING
-    assert store.heartbeat("job-2", running.fencing, 60).status == JobStatus.CANCELLING
-    assert store.finish("job-2", running.fencing, JobStatus.CANCELLED).status == "cancelled"
-    with pytest.raises(InvalidTransitionError):
-        store.request_cancel("job-2")
-    with pytest.raises(JobNotFoundError):
-        store.request_cancel("job-none")
+@pytest.mark.parametrize("status", list(JobStatus))
+def test_pause_and_resume_in_every_state(store: JobStore, status: JobStatus) -> None:
+    job = bring_to(store, status)
+    expected = {"queued": "paused", "running": "pausing", "pausing": "pausing"}.get(status)
+    if status != JobStatus.PAUSED:
+        with pytest.raises(InvalidTransitionError):
+            store.request_resume(job.id)
+    else:
+        assert store.request_resume(job.id).status == JobStatus.QUEUED
+        assert claim(store).id == job.id
+        return
+    if expected is None:
+        with pytest.raises(InvalidTransitionError):
+            store.request_pause(job.id)
+    else:
+        assert store.request_pause(job.id).status == expected
 
 
-def test_pause_and_resume(store: JobStore) -> None:
-    store.create(new_job())
-    assert store.request_pause("job-0").status == JobStatus.PAUSED
-    assert store.claim("w", ("test",), 60) is None
-    assert store.request_resume("job-0").status == JobStatus.QUEUED
-    with pytest.raises(InvalidTransitionError):
-        store.request_resume("job-0")
-
-
-def test_pages_priorities_and_owners(store: JobStore) -> None:
-    for number in range(5):
-        store.create(new_job(number, owner="a" if number % 2 else "b", priority=-number))
-    page = store.list_jobs(limit=2)
-    assert [job.id for job in page] == ["job-4", "job-3"]
-    assert [job.id for job in store.list_jobs(after="job-3", limit=9)] == [
-        "job-2",
-        "job-1",
-        "job-0",
-    ]
-    assert [job.id for job in store.list_jobs(owner="a")] == ["job-3", "job-1"]
-    claimed = store.claim("w", ("test",), 60)
-    assert claimed is not None
-    assert claimed.id == "job-4"
-    assert store.counts().by_type_and_status["test", JobStatus.QUEUED] == 4
-
-
-def test_terminal_states_are_final() -> None:
-    assert all(not TRANSITIONS[status] for status in TERMINAL_STATUSES)
-
-
-@pytest.mark.processes
-def test_killed_workers_lose_no_job_and_double_none(
-    store: JobStore, location: tuple[Path, str | None]
+@pytest.mark.parametrize(
+    ("asked", "becomes"), [("cancel", JobStatus.CANCELLED), ("pause", JobStatus.PAUSED)]
+)
+def test_what_was_asked_is_done_when_the_worker_vanishes(
+    store: JobStore, asked: str, becomes: JobStatus
 ) -> None:
-    """8 workers, 1000 jobs, workers killed -9 as they go: each job ends with exactly one accepted result."""
-    for number in range(NUM_JOBS):
-        store.create(new_job(number, max_attempts=50))
+    store.create(new_job())
+    claim(store, 0.0)
+    (store.request_cancel if asked == "cancel" else store.request_pause)("job-0")
+    assert [job.status for job in store.reap()] == [becomes]
+    assert store.claim("w", TYPES, 60) is None
 
-    def start(name: int) -> "subprocess.Popen[bytes]":
-        arguments = [sys.executable, "-c", DRAIN, str(location[0]), location[1] or "", f"w{name}"]
-        root = str(Path(__file__).parents[2])
-        return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": root})
 
-    workers = [start(number) for number in range(NUM_WORKERS)]
-    kills = 0
-    deadline = time.monotonic() + 240
-    try:
-        while time.monotonic() < deadline:
-            by_status = store.counts().by_type_and_status
-            if by_status.get(("test", JobStatus.SUCCEEDED), 0) == NUM_JOBS:
-                break
-            if kills < 20:
-                victim = workers[kills % NUM_WORKERS]
-                victim.send_signal(signal.SIGKILL)
-                victim.wait()
-                workers[kills % NUM_WORKERS] = start(100 + kills)
-                kills += 1
-            time.sleep(0.25)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert store.counts().by_type_and_status == {("test", JobStatus.SUCCEEDED): NUM_JOBS}
-    for number in range(0, NUM_JOBS, 37):
-        job = store.get(f"job-{number}")
-        finishes = [e for e in store.events(job.id) if e.data.get("status") == "succeeded"]
-        assert len(finishes) == 1
-        assert job.result == {"fencing": job.fencing}
+@pytest.mark.parametrize("target", sorted(LEASED_STATUSES))
+def test_finish_ends_the_lease(store: JobStore, target: JobStatus) -> None:
+    store.create(new_job())
+    job = claim(store)
+    with pytest.raises(InvalidTransitionError):
+        store.finish(job.id, job.fencing, target)
+    assert store.get(job.id) == job
+
+
+def test_only_known_types_are_claimed(store: JobStore) -> None:
+    store.create(new_job(0, type="other"))
+    store.create(new_job(1, type="test"))
+    assert claim(store).id == "job-1"
+    assert store.claim("w", TYPES, 60) is None
+    assert store.claim("w", (), 60) is None
+    both = store.claim("w", ("test", "other"), 60)
+    assert both is not None
+    assert both.id == "job-0"
+
+
+def test_the_most_urgent_is_claimed_first_then_the_oldest(store: JobStore) -> None:
+    for number, priority in enumerate((0, MAX_PRIORITY, -MAX_PRIORITY, 0, -1)):
+        store.create(new_job(number, priority=priority))
+    order = [claim(store).id for _ in range(5)]
+    assert order == ["job-2", "job-4", "job-0", "job-3", "job-1"]
+
+
+def test_a_job_given_back_keeps_its_place(store: JobStore) -> None:
+    store.create(new_job(0))
+    store.create(new_job(1))
+    job = claim(store)
+    store.finish(job.id, job.fencing, JobStatus.QUEUED, reason="worker_shutdown")
+    assert claim(store).id == "job-0"
+
+
+def test_pages(store: JobStore) -> None:
+    for number in range(450):
+        owner = "a" if number % 90 == 0 else "b"
+        store.create(new_job(number, owner=owner, type="even" if number % 2 == 0 else "odd"))
+    store.request_cancel("job-0")
+    seen: list[str] = []
+    after: str | None = None
+    while page := store.list_jobs(after=after, limit=64):
+        seen += [job.id for job in page]
+        after = page[-1].id
+    assert seen == [f"job-{number}" for number in reversed(range(450))]
+    assert [j.id for j in store.list_jobs(owner="a", limit=2)] == ["job-360", "job-270"]
+    assert [j.id for j in store.list_jobs(owner="a", after="job-90")] == ["job-0"]
+    assert [j.id for j in store.list_jobs(owner="a", status=JobStatus.CANCELLED)] == ["job-0"]
+    assert [j.id for j in store.list_jobs(type="odd", after="job-4")] == ["job-3", "job-1"]
+    assert store.list_jobs(owner="nobody") == []
+    with pytest.raises(JobNotFoundError):
+        store.list_jobs(owner="a", after="job-1")
+
+
+def test_old_events_make_room_and_numbers_go_on(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logic, "MAX_EVENTS", 10)
+    store.create(new_job())
+    job = claim(store)
+    for batch in range(5):
+        events = [NewEvent(kind="message", message=f"{batch}.{i}") for i in range(4)]
+        store.report(job.id, job.fencing, events)
+    seen = store.events(job.id)
+    assert [event.seq for event in seen] == list(range(13, 23))
+    assert seen[-1].message == "4.3"
+    assert [event.seq for event in store.events(job.id, after=20)] == [21, 22]
+
+
+def test_counts(store: JobStore) -> None:
+    empty = store.counts()
+    assert (empty.by_type_and_status, empty.oldest_queued_seconds) == ({}, 0.0)
+    store.create(new_job(0, type="a|b"))
+    store.create(new_job(1, priority=-5))
+    store.create(new_job(2, priority=-9))
+    claim(store)
+    counts = store.counts()
+    assert counts.by_type_and_status == {
+        ("a|b", JobStatus.QUEUED): 1,
+        ("test", JobStatus.QUEUED): 1,
+        ("test", JobStatus.RUNNING): 1,
+    }
+    assert 0 < counts.oldest_queued_seconds < 60
+    assert counts.lease_lost_total == 0
+
+
+def test_workers_are_seen(store: JobStore) -> None:
+    assert store.worker_ages() == {}
+    store.worker_seen("one")
+    store.worker_seen("two")
+    ages = store.worker_ages()
+    assert set(ages) == {"one", "two"}
+    assert all(0 <= age < 30 for age in ages.values())
+
+
+def test_workers_long_gone_are_forgotten(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.worker_seen("one")
+    monkeypatch.setattr(logic, "WORKER_SECONDS", -60.0)  # an hour ago, seen from now
+    store.worker_seen("two")
+    assert store.worker_ages() == {}
+    monkeypatch.undo()
+    assert store.worker_ages() == {}

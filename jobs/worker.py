@@ -367,7 +367,9 @@ class _Attempt:
             try:
                 self._report()
                 self._end(verdict)
-                logger.info("job %s attempt %d: %s", self._job.id, self._job.attempt, verdict.status)
+                logger.info(
+                    "job %s attempt %d: %s", self._job.id, self._job.attempt, verdict.status
+                )
                 return
             except STORE_ERRORS as error:
                 logger.warning("job %s: cannot end it yet (%s)", self._job.id, type(error).__name__)
@@ -395,9 +397,7 @@ class _Attempt:
             # Cancelled in the moment that it was given back or paused: a cancel is what remains possible.
             if error.current != JobStatus.CANCELLING:
                 raise
-            self._store.finish(
-                self._job.id, self._job.fencing, JobStatus.CANCELLED, reason="user"
-            )
+            self._store.finish(self._job.id, self._job.fencing, JobStatus.CANCELLED, reason="user")
 
     def _verdict(self, returncode: int | None) -> _Verdict:
         outcome = self._outcome

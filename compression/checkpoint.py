@@ -203,7 +203,9 @@ class Manifest:
     def from_json(cls, data: JsonObject) -> "Manifest":
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise CheckpointError(f"format_version {version!r}, this version reads {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"format_version {version!r}, this version reads {FORMAT_VERSION}"
+            )
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         fields["matrices"] = tuple(Matrix.from_json(row) for row in data["matrices"])
         fields["other_tensors"] = {n: (d, tuple(s)) for n, (d, s) in data["other_tensors"].items()}
@@ -359,7 +361,9 @@ class CheckpointWriter:
         """Add a linear layer; `tensors` are by suffix and must be what its kind declares."""
         promised = matrix.linear.tensors()
         if tensors.keys() != promised.keys():
-            raise CheckpointError(f"{matrix.name}: got {sorted(tensors)}, kind needs {sorted(promised)}")
+            raise CheckpointError(
+                f"{matrix.name}: got {sorted(tensors)}, kind needs {sorted(promised)}"
+            )
         for suffix, tensor in tensors.items():
             self._add(f"{matrix.name}.{suffix}", tensor, promised[suffix])
         self._matrices.append(matrix)

@@ -58,7 +58,9 @@ def _no_initialisation() -> Any:
     return no_init_weights()
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+def _fill(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
     """Put the checkpoint's tensors in, replacing each INT4 layer by a module that keeps it packed."""
     remaining = set(checkpoint.manifest.promised_tensors())
     for matrix in checkpoint.manifest.matrices:
@@ -79,7 +81,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: 
     dense: dict[str, Tensor] = {n: t.to(dtype) for n, t in checkpoint.tensors(sorted(remaining))}
     result = model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
-    expected = {n for n, p in model.named_parameters() if n.rpartition(".")[0] not in _int4(checkpoint)}
+    expected = {
+        n for n, p in model.named_parameters() if n.rpartition(".")[0] not in _int4(checkpoint)
+    }
     missing = expected - dense.keys() - _tied(model)
     if result.unexpected_keys or missing:
         raise RuntimeError(f"unexpected {result.unexpected_keys}, missing {sorted(missing)}")
@@ -146,7 +150,9 @@ def check_fingerprint(model: Any, expected: dict[str, Any], *, tolerance: float 
         abs(a - b) for a, b in zip(actual["logits"], expected["logits"], strict=True)
     ) / max(expected["scale"], 1e-6)
     if actual["token_ids"] != expected["token_ids"] or difference > tolerance:
-        raise CheckpointError(f"logits differ from the manifest's by {difference:.3f} of their spread")
+        raise CheckpointError(
+            f"logits differ from the manifest's by {difference:.3f} of their spread"
+        )
     return difference
 
 

@@ -237,7 +237,10 @@ def _add_linear(writer: CheckpointWriter, name: str, tensors: dict[str, Any]) ->
     if dtype is None:
         raise CheckpointError(f"{name}: dtype {weight.dtype} cannot be imported")
     linear = DenseLinear(
-        out_features=weight.shape[0], in_features=weight.shape[1], dtype=dtype, bias="bias" in tensors
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        dtype=dtype,
+        bias="bias" in tensors,
     )
     writer.add_linear(Matrix(name=name, linear=linear), tensors)
 

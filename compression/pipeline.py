@@ -58,7 +58,9 @@ def compress(
     writer.copy_files(source)
     ignore = [m.name for m in matrices if m.linear.kind == "dense"]
     if "lm_head.weight" not in checkpoint.manifest.promised_tensors():
-        ignore.append("lm_head")  # tied to the embedding: no tensor of its own, but a Linear to loaders
+        ignore.append(
+            "lm_head"
+        )  # tied to the embedding: no tensor of its own, but a Linear to loaders
     config = read_config(source)
     config["quantization_config"] = quantization_config(
         stage.group_size, symmetric=stage.symmetric, ignore=ignore

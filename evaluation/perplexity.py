@@ -83,7 +83,9 @@ def measure_perplexity(
     token_ids, tokenizer_sha256 = tokenize(folder, corpus)
     starts = list(range(0, len(token_ids) - window + 1, stride))[:max_windows]
     if not starts:
-        raise ValueError(f"corpus {corpus.name} has {len(token_ids)} tokens, a window needs {window}")
+        raise ValueError(
+            f"corpus {corpus.name} has {len(token_ids)} tokens, a window needs {window}"
+        )
     total_nll = 0.0
     num_tokens = 0
     for index, start in enumerate(starts):

@@ -170,4 +170,6 @@ def check_bind(host: str, keys: KeyStore) -> str | None:
         raise PublicBindError(
             f"refusing to serve {host} without an API key; create one with: lathe keys create --role admin"
         )
-    return "no API keys: every local process may do everything (create one with `lathe keys create`)"
+    return (
+        "no API keys: every local process may do everything (create one with `lathe keys create`)"
+    )

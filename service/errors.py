@@ -6,10 +6,20 @@ The shape is OpenAI's, `{"error": {"message", "type", "param", "code"}}`, on eve
 import re
 from typing import Any
 
+from pydantic import BaseModel, Field
+
+from engines.protocol import EngineError
+
 MAX_MESSAGE_CHARS = 2000
 """An error body stays far under 8 KiB, whatever the request held."""
+MAX_PARAM_CHARS = 200
 
-_INTERNALS = re.compile(r"0x[0-9a-fA-F]{6,}|/(?:[\w.+-]+/)+[\w.+-]+|Traceback")
+_INTERNALS = re.compile(
+    r"0x[0-9a-fA-F]{6,}"
+    r"|/(?:home|root|usr|var|tmp|opt|etc|proc|srv|mnt|data|work|lib|run|Users)(?:/[\w.@+-]+)+/?"
+    r"|[\w./-]*site-packages[\w./-]*"
+    r"|Traceback"
+)
 
 # code: (HTTP status, OpenAI error type, seconds for Retry-After or None)
 ERRORS: dict[str, tuple[int, str, int | None]] = {
@@ -65,7 +75,7 @@ class ApiError(Exception):
         self.code = code
         self.status, self.type, self.retry_after = ERRORS[code]
         self.message = scrub(message)
-        self.param = param
+        self.param = None if param is None else scrub(param)[:MAX_PARAM_CHARS]
 
     def body(self) -> dict[str, Any]:
         return {
@@ -90,8 +100,59 @@ class ApiError(Exception):
 
 
 def scrub(message: str) -> str:
-    """Remove what describes our insides, and cap the length."""
+    """Remove what describes our insides and what UTF-8 cannot carry, and cap the length."""
+    message = message.encode("utf-8", "replace").decode()
     message = _INTERNALS.sub("…", message)
     if len(message) > MAX_MESSAGE_CHARS:
         message = message[:MAX_MESSAGE_CHARS] + "…"
     return message
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="Dotted name of the request field at fault.")
+    code: str | None = Field(description="Stable, machine-readable.")
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+_DESCRIPTIONS = {
+    400: "The request is malformed, out of range, or asks for what cannot be honoured",
+    401: "No valid API key",
+    403: "The key's roles do not allow this, or the Host is not served",
+    404: "No such resource",
+    405: "Method not allowed",
+    406: "No acceptable media type",
+    408: "The request took too long, or its client left",
+    409: "Conflicts with the resource's state",
+    413: "The body is too large",
+    415: "The body has another media type",
+    429: "Too many requests",
+    500: "Internal error",
+    503: "Cannot serve now; retry after the given time",
+}
+COMMON_STATUSES = (400, 401, 403, 404, 405, 413, 415, 500, 503)
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of errors: those that any route may give, and `statuses`."""
+    return {
+        status: {"model": ErrorResponse, "description": _DESCRIPTIONS[status]}
+        for status in sorted({*COMMON_STATUSES, *statuses})
+    }
+
+
+_ENGINE_CODES = {
+    "queue_full": "server_overloaded",
+    "sleeping": "model_sleeping",
+}
+
+
+def from_engine_error(error: EngineError) -> ApiError:
+    """How a client sees what an engine refused or lost."""
+    return ApiError(_ENGINE_CODES.get(error.code, error.code), error.message, error.param)

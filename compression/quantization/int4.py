@@ -129,7 +129,9 @@ def from_tensors(tensors: dict[str, Tensor]) -> QuantizedWeight:
     )
 
 
-def quantization_config(group_size: int, *, symmetric: bool, ignore: list[str]) -> dict[str, object]:
+def quantization_config(
+    group_size: int, *, symmetric: bool, ignore: list[str]
+) -> dict[str, object]:
     """`quantization_config` of config.json, as compressed-tensors and vLLM read it.
 
     Args:

@@ -96,9 +96,7 @@ def _compress(context: RunnerContext, source: Path, registry: ModelRegistry) -> 
     problems = verify_checkpoint(folder).problems
     if problems:
         raise CheckpointError(f"the written checkpoint is unsound: {problems[0]}")
-    context.event(
-        "checkpoint written and verified", data={"bytes_ratio": manifest.ratios["bytes"]}
-    )
+    context.event("checkpoint written and verified", data={"bytes_ratio": manifest.ratios["bytes"]})
     return manifest
 
 

@@ -1,0 +1,858 @@
+"""On-demand enrichment of node texts by an LLM (E-LLaGNN, Jaiswal et al. 2024, arXiv:2407.14996).
+
+For each node: render the prompt, look the text up in the cache, have the LLM write it, then encode
+`phi(text + separator + LLM text)`, so that raw and enriched vectors live in one space. Decoding is greedy.
+
+What costs nothing is settled first: equal nodes of a request are one unit of work, cached units need no engine, and a
+unit that another request is working on right now is waited for, not repeated. The work that is left runs with as many
+requests at once as the engine has slots. A failing unit fails its own rows.
+
+Keys hold everything that shapes a value: tenant, texts, prompt body, checkpoint, decoding; nothing cached goes stale.
+Knows engines only by their protocol, and text by `TextModel`; no torch, no HTTP.
+"""
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import struct
+import unicodedata
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+import msgspec
+
+from engines.protocol import (
+    AsyncEngine,
+    EmbedRequest,
+    EngineError,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+)
+from graph.cache import EnrichmentCache, Layer
+from graph.catalog import Prompt
+from graph.single_flight import SingleFlight
+from graph.store import NodeId
+
+ItemStatus = Literal["ok", "cached", "skipped_budget", "invalid_output", "failed"]
+ITEM_STATUSES: tuple[ItemStatus, ...] = (
+    "ok",
+    "cached",
+    "skipped_budget",
+    "invalid_output",
+    "failed",
+)
+Output = Literal["text", "embedding"]
+BudgetName = Literal["max_nodes", "max_tokens", "max_seconds"]
+
+SEPARATOR = "\n"
+KEY_VERSION = 1
+"""Raise it when the way from a key's parts to its value changes."""
+PRIORITY = 1
+"""Behind interactive requests, which have 0."""
+EMBED_BATCH = 64
+INLINE_CHARS = 20_000
+"""Longer texts are tokenized on a thread, so that the event loop goes on."""
+_QUEUE_FULL_WAITS_SECONDS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+
+logger = logging.getLogger("lathe.enrich")
+T = TypeVar("T")
+
+
+class TextError(Exception):
+    """A model's template or tokenizer refused a text; the message may be shown to a client."""
+
+
+class TextModel(Protocol):
+    """Between text and one model's token ids. Thread-safe."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A prompt for the next assistant message. Contents never become control tokens.
+
+        Raises:
+            TextError: the model has no chat template, or it refuses these messages.
+        """
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of the bare text."""
+
+    def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        """What the model expects around a text that it is to embed ([CLS] ... [SEP] for BERT)."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrichNode:
+    """Attributes: neighbors: their texts, best first."""
+
+    id: NodeId
+    text: str
+    neighbors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrichBudget:
+    """The first limit that is reached stops the run; None is no limit.
+
+    Attributes:
+        nodes: the first so many nodes, cached or not, so that the same request gives the same rows.
+        tokens: prompt and generated tokens of LLM calls. Reserved before a call (prompt and most answer tokens),
+            settled after it; never exceeded. Cached texts and embeddings cost nothing.
+        seconds: wall-clock time for LLM calls; a call that is running then is aborted.
+    """
+
+    nodes: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrichRequest:
+    """Nodes to enrich.
+
+    Attributes:
+        outputs: what the rows are to hold; a text is written in any case.
+        max_tokens: of an answer; None is the prompt's own number.
+        tenant: nothing is shared between tenants.
+    """
+
+    nodes: tuple[EnrichNode, ...]
+    prompt: Prompt
+    model: str
+    embedding_model: str
+    outputs: frozenset[Output]
+    max_tokens: int | None = None
+    budget: EnrichBudget = EnrichBudget()
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemError:
+    """Attributes: code: an engine's code, or "empty_text", "empty_output", "budget_exhausted"."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrichRow:
+    """One node's result.
+
+    Attributes:
+        status: "cached" means that no engine worked for this row: cache, an equal node of the request, or a request
+            that was working on it already. "invalid_output": the LLM wrote nothing usable.
+        text: None where not asked for or not there.
+        embedding: float32 little-endian.
+        embedding_source: "enriched"; "raw" is the node's own text alone, for an invalid output.
+        tokens_in, tokens_out: of the LLM call that wrote the text, now or when it was cached.
+        finish_reason: "length": the answer was cut at max_tokens.
+        truncated_tokens: tokens cut from the end of the node's and its neighbours' texts to fit the prompt.
+        embedding_truncated_tokens: the same, to fit the encoder.
+        neighbors_used: how many neighbours the prompt read.
+        content_hash: sha256 of what the row was made from: text, and neighbours if read.
+    """
+
+    node_id: NodeId
+    status: ItemStatus
+    text: str | None = None
+    embedding: bytes | None = None
+    embedding_source: Literal["enriched", "raw"] | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    finish_reason: FinishReason | None = None
+    truncated_tokens: int = 0
+    embedding_truncated_tokens: int = 0
+    neighbors_used: int = 0
+    content_hash: str
+    error: ItemError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrichUsage:
+    """What a request cost.
+
+    Attributes:
+        prompt_tokens, completion_tokens: of LLM calls made now.
+        embedding_tokens: encoded now.
+        cached_tokens: prompt and completion tokens that rows would have cost without cache and deduplication.
+        stopped_by: the budget that ran out first.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    embedding_tokens: int
+    cached_tokens: int
+    num_nodes: int
+    num_by_status: dict[ItemStatus, int]
+    seconds: float
+    stopped_by: BudgetName | None
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrichResult:
+    """Rows in the order of the request's nodes. Attributes: dim: of the embeddings; None without."""
+
+    rows: tuple[EnrichRow, ...]
+    usage: EnrichUsage
+    dim: int | None
+
+
+class EnrichObserver(Protocol):
+    """Counts what happens; the service's metrics."""
+
+    def enrich_item(self, outcome: str) -> None: ...
+
+    def enrich_cache_hit(self, layer: str) -> None: ...
+
+
+class UnsuitableModelError(ValueError):
+    """A model that cannot do what it was named for. Attributes: param: "model" or "embedding_model"."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
+
+
+class Generation(msgspec.Struct, frozen=True, array_like=True):
+    """What the text layer of the cache holds."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    finish_reason: FinishReason
+    truncated_tokens: int
+    neighbors_used: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """What the embedding layer of the cache holds: two uint32, then the vector."""
+
+    num_tokens: int
+    truncated_tokens: int
+    vector: bytes
+
+    def pack(self) -> bytes:
+        return struct.pack("<II", self.num_tokens, self.truncated_tokens) + self.vector
+
+    @classmethod
+    def unpack(cls, value: bytes) -> "Embedding":
+        num_tokens, truncated = struct.unpack_from("<II", value)
+        return cls(num_tokens=num_tokens, truncated_tokens=truncated, vector=value[8:])
+
+
+@dataclass(slots=True, kw_only=True)
+class _Unit:
+    """The work that equal nodes of a request share."""
+
+    key: bytes
+    node: EnrichNode
+    content_hash: str
+    generation: Generation | None = None
+    embedding: Embedding | None = None
+    llm_ran: bool = False
+    encoder_ran: bool = False
+    skipped: bool = True  # until an engine or the cache has been asked
+    error: ItemError | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One request while it is worked on."""
+
+    request: EnrichRequest
+    engine: AsyncEngine
+    text: TextModel
+    encoder: AsyncEngine | None
+    encoder_text: TextModel | None
+    batcher: "_EmbedBatcher | None"
+    max_tokens: int
+    ledger: "_Ledger"
+    units: dict[bytes, _Unit] = field(default_factory=dict)
+
+
+class Enricher:
+    """Enriches nodes for all requests of a process. Belongs to one event loop.
+
+    Args:
+        engine_for: the engine that serves a model, given its id and the field that named it; raises what the caller
+            of `enrich` is to see where there is none.
+        text_for: the same for its tokenizer.
+        observer: told of every row and every cache hit.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine_for: Callable[[str, str], Awaitable[AsyncEngine]],
+        text_for: Callable[[str, str], Awaitable[TextModel]],
+        cache: EnrichmentCache,
+        observer: EnrichObserver | None = None,
+    ) -> None:
+        self._engine_for = engine_for
+        self._text_for = text_for
+        self._cache = cache
+        self._observer = observer
+        self._generations: SingleFlight[Generation] = SingleFlight()
+        self._embeddings: SingleFlight[Embedding] = SingleFlight()
+
+    async def enrich(self, request: EnrichRequest) -> EnrichResult:
+        """Enrich every node that the budget allows. Cancelling it aborts what no other request waits for.
+
+        Raises:
+            UnsuitableModelError: a model cannot generate, chat or hold the answer.
+        """
+        start = asyncio.get_running_loop().time()
+        run = await self._prepare(request)
+        allowed = request.nodes[: request.budget.nodes]
+        if len(allowed) < len(request.nodes):
+            run.ledger.stopped_by = "max_nodes"
+        keys, hashes = await asyncio.to_thread(_keys, run)
+        for node, key, content_hash in zip(allowed, keys, hashes, strict=False):
+            run.units.setdefault(key, _Unit(key=key, node=node, content_hash=content_hash))
+        await self._work(run)
+        rows = self._rows(run, keys, hashes)
+        return EnrichResult(
+            rows=rows,
+            usage=_usage(run, rows, asyncio.get_running_loop().time() - start),
+            dim=None if run.encoder is None else run.encoder.info.hidden_size,
+        )
+
+    def close(self) -> None:
+        self._cache.close()
+
+    async def _prepare(self, request: EnrichRequest) -> _Run:
+        engine = await self._engine_for(request.model, "model")
+        text = await self._text_for(request.model, "model")
+        max_tokens = request.max_tokens or request.prompt.max_tokens
+        if engine.info.kind != "decoder":
+            raise UnsuitableModelError("model", f"{request.model} is an encoder: it writes no text")
+        if max_tokens >= engine.info.max_model_len:
+            raise UnsuitableModelError(
+                "max_tokens",
+                f"max_tokens must leave room for a prompt: {request.model} holds "
+                f"{engine.info.max_model_len} tokens, got {max_tokens}",
+            )
+        try:
+            text.encode_chat(request.prompt.fill("", ()))
+        except TextError as error:
+            raise UnsuitableModelError("model", f"{request.model}: {error}") from None
+        encoder = encoder_text = batcher = None
+        if "embedding" in request.outputs:
+            encoder = await self._engine_for(request.embedding_model, "embedding_model")
+            encoder_text = await self._text_for(request.embedding_model, "embedding_model")
+            batcher = _EmbedBatcher(encoder, request.tenant)
+        return _Run(
+            request=request,
+            engine=engine,
+            text=text,
+            encoder=encoder,
+            encoder_text=encoder_text,
+            batcher=batcher,
+            max_tokens=max_tokens,
+            ledger=_Ledger(request.budget),
+        )
+
+    async def _work(self, run: _Run) -> None:
+        units = [unit for unit in run.units.values() if _has_text(unit)]
+        cached = await self._cached_generations([unit.key for unit in units])
+        for unit in units:
+            unit.generation = cached.get(unit.key)
+        known = [unit for unit in units if unit.generation is not None]
+        missing = iter([unit for unit in units if unit.generation is None])
+        for unit in known:
+            unit.skipped = False
+            self._hit("text")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._embed_units(run, known))
+            for _ in range(max(1, run.engine.info.max_num_seqs)):
+                group.create_task(self._generate_units(run, missing, group))
+
+    async def _generate_units(
+        self, run: _Run, units: Iterator[_Unit], group: asyncio.TaskGroup
+    ) -> None:
+        """One of several workers that share an iterator; ends when it or the budget is exhausted."""
+        for unit in units:
+            try:
+                async with asyncio.timeout_at(run.ledger.deadline):
+                    await self._generate_unit(run, unit)
+            except TimeoutError:
+                run.ledger.stop("max_seconds")
+            if unit.generation is not None:
+                group.create_task(self._embed_units(run, [unit]))
+            if run.ledger.exhausted:
+                return
+
+    async def _generate_unit(self, run: _Run, unit: _Unit) -> None:
+        try:
+            prompt = await _off_loop(unit.node, lambda: _render(run, unit.node))
+            reserved = len(prompt.token_ids) + run.max_tokens
+            if not await run.ledger.reserve(reserved):
+                return
+            used = 0
+            try:
+                generation, led = await self._generations.run(
+                    unit.key, lambda: self._generate(run, unit.key, prompt)
+                )
+                used = generation.tokens_in + generation.tokens_out if led else 0
+            finally:
+                run.ledger.settle(reserved, used)
+            unit.skipped = False
+            unit.generation, unit.llm_ran = generation, led
+        except (EngineError, TextError) as error:
+            unit.skipped = False
+            unit.error = _item_error(error)
+
+    async def _generate(self, run: _Run, key: bytes, prompt: "_Rendered") -> Generation:
+        """Have the LLM write one text; keeps it in the cache. Runs for all requests that wait for it."""
+        again = await self._cached_generations([key])
+        if key in again:  # another request finished it after we had looked
+            return again[key]
+        token_ids, finish_reason = await _generate_tokens(
+            run.engine,
+            GenerateRequest(
+                request_id=f"enrich-{secrets.token_hex(12)}",
+                token_ids=tuple(prompt.token_ids),
+                params=_params(run.max_tokens),
+                priority=PRIORITY,
+                tenant=run.request.tenant,
+            ),
+        )
+        generation = Generation(
+            text=run.text.decode(token_ids).strip(),
+            tokens_in=len(prompt.token_ids),
+            tokens_out=len(token_ids),
+            finish_reason=finish_reason,
+            truncated_tokens=prompt.truncated_tokens,
+            neighbors_used=prompt.neighbors_used,
+        )
+        await self._store("text", key, msgspec.msgpack.encode(generation))
+        return generation
+
+    async def _embed_units(self, run: _Run, units: Sequence[_Unit]) -> None:
+        if run.encoder is None or not units:
+            return
+        keys = [_embedding_key(run, unit) for unit in units]
+        cached = await self._cached_embeddings(run, keys)
+        missing = []
+        for unit, key in zip(units, keys, strict=True):
+            unit.embedding = cached.get(key)
+            if unit.embedding is None:
+                missing.append(self._embed_unit(run, unit, key))
+            else:
+                self._hit("embedding")
+        await asyncio.gather(*missing)
+
+    async def _embed_unit(self, run: _Run, unit: _Unit, key: bytes) -> None:
+        try:
+            unit.embedding, unit.encoder_ran = await self._embeddings.run(
+                key, lambda: self._embed(run, unit, key)
+            )
+        except EngineError as error:
+            unit.error = _item_error(error)
+
+    async def _embed(self, run: _Run, unit: _Unit, key: bytes) -> Embedding:
+        assert run.encoder is not None
+        assert run.encoder_text is not None
+        assert run.batcher is not None
+        assert unit.generation is not None
+        text, written = normalise(unit.node.text), unit.generation.text
+        encoder_text, limit = run.encoder_text, run.encoder.info.max_model_len
+        token_ids, truncated = await _off_loop(
+            unit.node, lambda: _join(encoder_text, text, written, limit)
+        )
+        vector = await run.batcher.embed(tuple(token_ids))
+        embedding = Embedding(num_tokens=len(token_ids), truncated_tokens=truncated, vector=vector)
+        await self._store("embedding", key, embedding.pack())
+        return embedding
+
+    async def _cached_generations(self, keys: Sequence[bytes]) -> dict[bytes, Generation]:
+        values = await asyncio.to_thread(self._cache.get_many, "text", keys)
+        found = {}
+        for key, value in values.items():
+            try:
+                found[key] = msgspec.msgpack.decode(value, type=Generation)
+            except msgspec.DecodeError as error:
+                logger.warning("unreadable cached text: %s", error)
+        return found
+
+    async def _cached_embeddings(self, run: _Run, keys: Sequence[bytes]) -> dict[bytes, Embedding]:
+        assert run.encoder is not None
+        values = await asyncio.to_thread(self._cache.get_many, "embedding", keys)
+        num_bytes = 8 + 4 * run.encoder.info.hidden_size
+        found = {}
+        for key, value in values.items():
+            if len(value) == num_bytes:
+                found[key] = Embedding.unpack(value)
+            else:
+                logger.warning("unreadable cached vector: %d bytes, not %d", len(value), num_bytes)
+        return found
+
+    async def _store(self, layer: Layer, key: bytes, value: bytes) -> None:
+        await asyncio.to_thread(self._cache.put_many, layer, {key: value})
+
+    def _hit(self, layer: Layer) -> None:
+        if self._observer is not None:
+            self._observer.enrich_cache_hit(layer)
+
+    def _rows(
+        self, run: _Run, keys: Sequence[bytes], hashes: Sequence[str]
+    ) -> tuple[EnrichRow, ...]:
+        rows: list[EnrichRow] = []
+        seen: set[bytes] = set()
+        num_allowed = run.request.budget.nodes or len(keys)
+        for index, (node, key, content_hash) in enumerate(
+            zip(run.request.nodes, keys, hashes, strict=True)
+        ):
+            unit = run.units.get(key) if index < num_allowed else None
+            row = _row(run, node, unit, content_hash, first=key not in seen)
+            seen.add(key)
+            rows.append(row)
+            if self._observer is not None:
+                self._observer.enrich_item(row.status)
+        return tuple(rows)
+
+
+def normalise(text: str) -> str:
+    """Equal texts in one spelling: Unicode NFC, line feeds, no white space at the ends."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+
+
+def _has_text(unit: _Unit) -> bool:
+    if normalise(unit.node.text):
+        return True
+    unit.skipped = False
+    unit.error = ItemError(code="empty_text", message="the node's text is empty")
+    return False
+
+
+def _keys(run: _Run) -> tuple[list[bytes], list[str]]:
+    """Text key and content hash of every node."""
+    request, info = run.request, run.engine.info
+    shared = (
+        KEY_VERSION,
+        request.tenant,
+        request.prompt.ref,
+        request.prompt.hash,
+        info.checkpoint_hash,
+        info.dtype,
+        info.max_model_len,  # decides what is cut from a long text
+        msgspec.to_builtins(_params(run.max_tokens)),  # greedy: no seed
+    )
+    keys, hashes = [], []
+    for node in request.nodes:
+        neighbors = node.neighbors[: request.prompt.max_neighbors]
+        content = (_text_hash(node.text), [_text_hash(text) for text in neighbors])
+        content_hash = hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
+        hashes.append(content_hash)
+        keys.append(_digest(("text", content_hash, shared)))
+    return keys, hashes
+
+
+def _embedding_key(run: _Run, unit: _Unit) -> bytes:
+    assert run.encoder is not None
+    assert unit.generation is not None
+    info = run.encoder.info
+    joined = (_text_hash(unit.node.text), _text_hash(unit.generation.text))
+    return _digest(
+        (
+            "embedding",
+            KEY_VERSION,
+            run.request.tenant,
+            joined,
+            info.checkpoint_hash,
+            info.dtype,
+            info.max_model_len,
+        )
+    )
+
+
+def _text_hash(text: str) -> bytes:
+    return hashlib.sha256(normalise(text).encode()).digest()
+
+
+def _digest(parts: Any) -> bytes:
+    return hashlib.sha256(msgspec.msgpack.encode(parts)).digest()
+
+
+def _params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rendered:
+    token_ids: list[int]
+    truncated_tokens: int
+    neighbors_used: int
+
+
+def _render(run: _Run, node: EnrichNode) -> _Rendered:
+    """The prompt about one node; of long texts the head is kept, first to the prompt's limits, then to the context.
+
+    Raises:
+        TextError: it does not fit whatever is cut from the node's text.
+    """
+    prompt, text = run.request.prompt, run.text
+    neighbors, truncated = [], 0
+    for neighbor in node.neighbors[: prompt.max_neighbors]:
+        head, cut = _head(text, text.encode_text(normalise(neighbor)), prompt.max_neighbor_tokens)
+        neighbors.append(head if cut else normalise(neighbor))
+        truncated += cut
+    whole = normalise(node.text)
+    ids = text.encode_text(whole)
+    keep = min(len(ids), prompt.max_text_tokens)
+    room = run.engine.info.max_model_len - run.max_tokens
+    while True:
+        shown = whole if keep == len(ids) else _head(text, ids, keep)[0]
+        token_ids = text.encode_chat(prompt.fill(shown, neighbors))
+        excess = len(token_ids) - room
+        if excess <= 0:
+            return _Rendered(
+                token_ids=token_ids,
+                truncated_tokens=truncated + len(ids) - keep,
+                neighbors_used=len(neighbors),
+            )
+        if keep <= excess:
+            raise TextError(
+                f"prompt and answer need {len(token_ids) - keep + run.max_tokens} tokens without the "
+                f"node's text, the model holds {run.engine.info.max_model_len}"
+            )
+        keep -= excess
+
+
+def _head(text: TextModel, token_ids: Sequence[int], max_tokens: int) -> tuple[str, int]:
+    """The first tokens as text, and how many were cut."""
+    cut = max(0, len(token_ids) - max_tokens)
+    return text.decode(token_ids[:max_tokens]).rstrip("\ufffd"), cut
+
+
+def _join(
+    encoder_text: TextModel, text: str, written: str, max_tokens: int
+) -> tuple[list[int], int]:
+    """Tokens of `text + separator + written` for the encoder, and how many were cut.
+
+    The LLM's text is kept whole up to half of the encoder's window, of the node's own the head that fits beside it:
+    cutting the end of the joined text would cut what the LLM added.
+    """
+    room = max_tokens - len(encoder_text.add_special_tokens([]))
+    own = encoder_text.encode_text(text + SEPARATOR if written else text)
+    added = encoder_text.encode_text(written) if written else []
+    num_added = max(min(len(added), room // 2), room - len(own))
+    kept = own[: room - min(num_added, len(added))] + added[:num_added]
+    return encoder_text.add_special_tokens(kept), len(own) + len(added) - len(kept)
+
+
+async def _off_loop(node: EnrichNode, work: Callable[[], T]) -> T:
+    """Do the work of tokenizing a node: here if it is short, else on a thread."""
+    if len(node.text) + sum(map(len, node.neighbors)) <= INLINE_CHARS:
+        return work()
+    return await asyncio.to_thread(work)
+
+
+async def _generate_tokens(
+    engine: AsyncEngine, request: GenerateRequest
+) -> tuple[list[int], FinishReason]:
+    """Generated tokens without the one that ended them. A full queue is waited for.
+
+    Raises:
+        EngineError
+    """
+    for seconds in (*_QUEUE_FULL_WAITS_SECONDS, None):
+        try:
+            stream = await engine.generate(request)
+            break
+        except EngineError as error:
+            if error.code != "queue_full" or seconds is None:
+                raise
+            await asyncio.sleep(seconds)
+    token_ids: list[int] = []
+    finish_reason: FinishReason = "abort"  # of a stream that just ends
+    async with aclosing(stream):  # leaving early aborts the request
+        async for output in stream:
+            token_ids += output.token_ids
+            if output.stop_token_id is not None and token_ids[-1:] == [output.stop_token_id]:
+                token_ids.pop()
+            if output.finish_reason == "error":
+                raise EngineError(output.error_code or "internal_error", output.error or "")
+            finish_reason = output.finish_reason or finish_reason
+    if finish_reason == "abort":
+        raise EngineError("internal_error", "the engine aborted the request")
+    return token_ids, finish_reason
+
+
+class _EmbedBatcher:
+    """Collects texts that are ready together into one call of the encoder."""
+
+    def __init__(self, engine: AsyncEngine, tenant: str) -> None:
+        self._engine = engine
+        self._tenant = tenant
+        self._waiting: list[tuple[tuple[int, ...], asyncio.Future[bytes]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def embed(self, token_ids: tuple[int, ...]) -> bytes:
+        """Raises: EngineError."""
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting.append((token_ids, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        await asyncio.sleep(0)  # those that are ready in this turn of the loop come along
+        while self._waiting:
+            batch, self._waiting = self._waiting[:EMBED_BATCH], self._waiting[EMBED_BATCH:]
+            wanted = [(ids, future) for ids, future in batch if not future.done()]
+            if not wanted:
+                continue
+            try:
+                vectors = await self._embed([ids for ids, _ in wanted])
+            except Exception as error:
+                for _, future in wanted:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), vector in zip(wanted, vectors, strict=True):
+                if not future.done():
+                    future.set_result(vector)
+
+    async def _embed(self, token_ids: list[tuple[int, ...]]) -> list[bytes]:
+        result = await self._engine.embed(
+            EmbedRequest(
+                request_id=f"enrich-{secrets.token_hex(12)}",
+                token_ids=tuple(token_ids),
+                tenant=self._tenant,
+            )
+        )
+        size = 4 * result.dim
+        return [result.vectors[i * size : (i + 1) * size] for i in range(len(token_ids))]
+
+
+class _Ledger:
+    """The budget of one request: what is spent, what is reserved, and what stopped it."""
+
+    def __init__(self, budget: EnrichBudget) -> None:
+        self._max_tokens = budget.tokens
+        self._spent = 0
+        self._reserved = 0
+        self._changed = asyncio.Event()
+        self._turn = (
+            asyncio.Lock()
+        )  # first come, first served: the nodes that are skipped are the last
+        self.stopped_by: BudgetName | None = None
+        self.exhausted = False
+        now = asyncio.get_running_loop().time()
+        self.deadline = None if budget.seconds is None else now + budget.seconds
+
+    async def reserve(self, tokens: int) -> bool:
+        """Set tokens aside; while others may give some back, wait for them. False: the budget is exhausted."""
+        if self._max_tokens is None:
+            return True
+        async with self._turn:
+            while not self.exhausted and self._spent + self._reserved + tokens > self._max_tokens:
+                if self._reserved == 0:
+                    self.stop("max_tokens")
+                else:
+                    await self._changed.wait()
+            if not self.exhausted:
+                self._reserved += tokens
+            return not self.exhausted
+
+    def settle(self, reserved: int, used: int) -> None:
+        """Give back what was set aside, and count what was used of it."""
+        if self._max_tokens is not None:
+            self._reserved -= reserved
+            self._spent += used
+            self._wake()
+
+    def stop(self, name: BudgetName) -> None:
+        self.exhausted = True
+        self.stopped_by = self.stopped_by or name
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let everyone who waits look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _item_error(error: EngineError | TextError) -> ItemError:
+    if isinstance(error, EngineError):
+        return ItemError(code=error.code, message=error.message)
+    return ItemError(code="context_length_exceeded", message=str(error))
+
+
+def _row(
+    run: _Run, node: EnrichNode, unit: _Unit | None, content_hash: str, *, first: bool
+) -> EnrichRow:
+    """Args: first: the unit's engine work, if any, was for this row."""
+    if unit is None or unit.skipped:
+        message = f"the budget ran out: {run.ledger.stopped_by}"
+        return EnrichRow(
+            node_id=node.id,
+            status="skipped_budget",
+            content_hash=content_hash,
+            error=ItemError(code="budget_exhausted", message=message),
+        )
+    generation, embedding = unit.generation, unit.embedding
+    if generation is None:
+        return EnrichRow(
+            node_id=node.id, status="failed", content_hash=content_hash, error=unit.error
+        )
+    status, error = _outcome(unit, first=first)
+    return EnrichRow(
+        node_id=node.id,
+        status=status,
+        text=(generation.text or None) if "text" in run.request.outputs else None,
+        embedding=None if embedding is None else embedding.vector,
+        embedding_source=(None if embedding is None else "enriched" if generation.text else "raw"),
+        tokens_in=generation.tokens_in,
+        tokens_out=generation.tokens_out,
+        finish_reason=generation.finish_reason,
+        truncated_tokens=generation.truncated_tokens,
+        embedding_truncated_tokens=0 if embedding is None else embedding.truncated_tokens,
+        neighbors_used=generation.neighbors_used,
+        content_hash=content_hash,
+        error=error,
+    )
+
+
+def _outcome(unit: _Unit, *, first: bool) -> tuple[ItemStatus, ItemError | None]:
+    if unit.error is not None:
+        return "failed", unit.error
+    assert unit.generation is not None
+    if not unit.generation.text:
+        return "invalid_output", ItemError(code="empty_output", message="the answer is empty")
+    ran = first and (unit.llm_ran or unit.encoder_ran)
+    return ("ok" if ran else "cached"), None
+
+
+def _usage(run: _Run, rows: Sequence[EnrichRow], seconds: float) -> EnrichUsage:
+    units = list(run.units.values())
+    ran = [u.generation for u in units if u.generation is not None and u.llm_ran]
+    encoded = [u.embedding for u in units if u.embedding is not None and u.encoder_ran]
+    prompt_tokens = sum(generation.tokens_in for generation in ran)
+    completion_tokens = sum(generation.tokens_out for generation in ran)
+    return EnrichUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        embedding_tokens=sum(embedding.num_tokens for embedding in encoded),
+        cached_tokens=sum(row.tokens_in + row.tokens_out for row in rows)
+        - prompt_tokens
+        - completion_tokens,
+        num_nodes=len(rows),
+        num_by_status={
+            status: sum(row.status == status for row in rows) for status in ITEM_STATUSES
+        },
+        seconds=seconds,
+        stopped_by=run.ledger.stopped_by,
+    )

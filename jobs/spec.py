@@ -1,0 +1,90 @@
+"""Typed job specifications: what a POST /v1/jobs may say. Checked in full before a job is accepted."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compression.recipe import RecipeError, parse_recipe
+from compression.registry import MODEL_ID_PATTERN
+
+PLANNED_TYPES = ("finetune", "evaluate", "calibrate_skip", "train_projector", "enrich", "export")
+JOB_TYPES = ("compress",)
+
+
+class SpecError(Exception):
+    """A specification that cannot be run.
+
+    Attributes:
+        param: dotted name of the field at fault.
+        code: "invalid_value" or "unsupported_parameter".
+    """
+
+    def __init__(self, param: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
+        self.code = code
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Gate(_Spec):
+    """Limits that a compressed model must keep to be registered."""
+
+    max_perplexity_ratio: float | None = Field(default=None, gt=0)
+
+
+class CompressSpec(_Spec):
+    """Compress `model` by `recipe` and register the result as `output`."""
+
+    type: Literal["compress"]
+    model: str = Field(max_length=96)
+    output: str = Field(pattern=MODEL_ID_PATTERN)
+    recipe: list[dict[str, Any]] = Field(min_length=1, max_length=16)
+    gate: Gate | None = None
+
+
+def parse_spec(body: Mapping[str, Any]) -> CompressSpec:
+    """Check a job request.
+
+    Raises:
+        SpecError
+    """
+    job_type = body.get("type")
+    if job_type in PLANNED_TYPES:
+        raise SpecError(
+            "type",
+            f"job type {job_type!r} is not available in this version; available: {', '.join(JOB_TYPES)}",
+            "unsupported_parameter",
+        )
+    if job_type not in JOB_TYPES:
+        raise SpecError("type", f"type must be one of: {', '.join(JOB_TYPES)}")
+    if body.get("calibration") is not None:
+        raise SpecError(
+            "calibration", "no stage of this recipe is calibrated", "unsupported_parameter"
+        )
+    try:
+        spec = CompressSpec.model_validate({k: v for k, v in body.items() if k != "calibration"})
+        parse_recipe(spec.recipe)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        unknown = first["type"] == "extra_forbidden"
+        raise SpecError(
+            _path(first["loc"]),
+            "this field is not known here" if unknown else first["msg"],
+            "unsupported_parameter" if unknown else "invalid_value",
+        ) from None
+    except RecipeError as error:
+        code = "unsupported_parameter" if error.unsupported else "invalid_value"
+        raise SpecError(error.param, error.message, code) from None
+    return spec
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else (f".{part}" if path else part)
+    return path

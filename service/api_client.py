@@ -1,0 +1,177 @@
+"""How the `lathe` command and the examples talk to a running service. Errors become one line for a person."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 600.0
+TERMINAL_STATUSES = ("succeeded", "failed", "cancelled")
+RECONNECT_SECONDS = 0.5
+_RECONNECTS = 5
+
+
+class ServiceError(Exception):
+    """The service refused, or cannot be reached; the message is one line.
+
+    Attributes:
+        status: HTTP status; None where there was no answer.
+        code: of the error object; None where there was none.
+    """
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerEvent:
+    """One server-sent event; `data` as sent."""
+
+    data: str
+    id: str | None = None
+
+
+class ApiClient:
+    """A connection to one service. Use as a context manager.
+
+    Args:
+        transport: for tests.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+            transport=transport,
+            trust_env=False,  # a proxy for the internet is none for this machine's own service
+        )
+
+    def __enter__(self) -> "ApiClient":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._http.close()
+
+    def get(self, path: str, **params: str | int) -> Any:
+        return self._send("GET", path, params=params).json()
+
+    def get_text(self, path: str, **params: str | int) -> str:
+        return self._send("GET", path, params=params).text
+
+    def get_bytes(self, path: str) -> bytes:
+        return self._send("GET", path).content
+
+    def post(self, path: str, body: Any = None, *, idempotency_key: str | None = None) -> Any:
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        return self._send(
+            "POST", path, json=body if body is not None else {}, headers=headers
+        ).json()
+
+    def delete(self, path: str) -> Any:
+        return self._send("DELETE", path).json()
+
+    def stream(self, path: str, body: Any) -> Iterator[Any]:
+        """POST a streamed request; yields the JSON of each event until `[DONE]`."""
+        with self._translated(), self._http.stream("POST", path, json=body) as response:
+            _check(response)
+            for event in read_events(response.iter_lines()):
+                if event.data == "[DONE]":
+                    return
+                chunk = json.loads(event.data)
+                if "error" in chunk:
+                    raise ServiceError(_message(chunk["error"]), code=chunk["error"].get("code"))
+                yield chunk
+
+    def follow_job(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Events of a job until it ends, resumed by `Last-Event-ID` where the connection breaks."""
+        last_id: str | None = None
+        reconnects = 0
+        while True:
+            headers = {"Accept": "text/event-stream", "Last-Event-ID": last_id or "0"}
+            try:
+                path = f"/v1/jobs/{job_id}/events"
+                with self._http.stream("GET", path, headers=headers) as response:
+                    _check(response)
+                    for event in read_events(response.iter_lines()):
+                        last_id = event.id or last_id
+                        reconnects = 0
+                        yield json.loads(event.data)
+            except httpx.TransportError as error:
+                reconnects += 1
+                if reconnects > _RECONNECTS:
+                    raise ServiceError(f"lost the connection to {self.url}") from error
+                continue
+            if self.get(f"/v1/jobs/{job_id}")["status"] in TERMINAL_STATUSES:
+                return
+            time.sleep(RECONNECT_SECONDS)  # the service drains, and will be back
+
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        with self._translated():
+            response = self._http.request(method, path, **arguments)
+            _check(response)
+            return response
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            raise ServiceError(
+                f"nothing answers at {self.url}: start the service with `lathe up`, or name another with --url"
+            ) from error
+        except httpx.TransportError as error:
+            raise ServiceError(f"{self.url}: {type(error).__name__} {error}".strip()) from error
+
+
+def read_events(lines: Iterator[str]) -> Iterator[ServerEvent]:
+    """Parse server-sent events; comments (keep-alives) are skipped."""
+    data: list[str] = []
+    event_id: str | None = None
+    for line in lines:
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                yield ServerEvent(data="\n".join(data), id=event_id)
+            data, event_id = [], None
+        elif field == "data":
+            data.append(value)
+        elif field == "id":
+            event_id = value
+
+
+def _check(response: httpx.Response) -> None:
+    """Raises: ServiceError: with the message of the error object."""
+    if response.is_success:
+        return
+    response.read()
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        raise ServiceError(
+            f"unexpected answer {response.status_code}; is this a Lathe service?",
+            response.status_code,
+        ) from None
+    raise ServiceError(_message(error), response.status_code, error.get("code"))
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    param = f" (parameter {error['param']})" if error.get("param") else ""
+    return f"{error['message']}{param} [{error['code']}]"

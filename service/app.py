@@ -1,0 +1,230 @@
+"""Builds the HTTP application: state, routes, error handlers, OpenAPI. Imports no torch."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import re
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from prometheus_fastapi_instrumentator import Instrumentator
+from starlette.exceptions import HTTPException
+
+from compression.registry import ModelRegistry
+from compression.safetensors_header import CheckpointError
+from engines.protocol import EngineError
+from graph.store import GraphStore
+from jobs.open import open_job_store
+from service.auth import KeyStore, check_bind
+from service.deps import AppState
+from service.engine_pool import EnginePool
+from service.enrichment import build_enricher
+from service.errors import ApiError, from_engine_error
+from service.logs import set_up_logging
+from service.metrics import EngineCollector, JobCollector, Metrics
+from service.middleware import RequestMiddleware
+from service.routes import (
+    chat,
+    completions,
+    embeddings,
+    enrich,
+    graphs,
+    health,
+    jobs,
+    models,
+    prompts,
+    score,
+    tokenize,
+)
+from service.settings import Settings
+from service.supervisor_client import SupervisorClient
+from service.tokenizers import TokenizerCache
+
+logger = logging.getLogger("lathe")
+ROUTERS = (
+    health.router,
+    models.router,
+    completions.router,
+    chat.router,
+    embeddings.router,
+    score.router,
+    tokenize.router,
+    jobs.router,
+    graphs.router,
+    enrich.router,
+    prompts.router,
+)
+OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
+
+
+def build_state(settings: Settings) -> AppState:
+    """Open everything that the application works with."""
+    registry = ModelRegistry(settings.models_dir)
+    engines = EnginePool(settings, registry, SupervisorClient(settings.supervisor_socket))
+    redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    metrics = Metrics()
+    tokenizers = TokenizerCache()
+    state = AppState(
+        settings=settings,
+        registry=registry,
+        engines=engines,
+        jobs=open_job_store(settings.database, redis_url),
+        keys=KeyStore(settings.keys_file),
+        metrics=metrics,
+        tokenizers=tokenizers,
+        graphs=GraphStore(settings.graphs_dir),
+        enricher=build_enricher(settings, engines, tokenizers, metrics),
+        started_at=time.time(),
+    )
+
+    def sizes() -> dict[str, tuple[int, int, float | None]]:
+        return {
+            entry.id: (
+                entry.manifest.parameters,
+                entry.manifest.tensor_bytes,
+                entry.manifest.ratios.get("bytes"),
+            )
+            for entry in registry.list_models()
+        }
+
+    metrics.registry.register(EngineCollector(engines.snapshot, sizes, engines.restarts))
+    metrics.registry.register(JobCollector(state.jobs.counts, state.jobs.worker_ages))
+    return state
+
+
+def build_app(settings: Settings) -> FastAPI:
+    """The application. Its state is at `app.state.lathe`; nothing runs before the lifespan starts."""
+    state = build_state(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        set_up_logging(settings.log_level)
+        notice = check_bind(settings.host, state.keys)
+        if notice is not None:
+            logger.warning(notice)
+        await state.engines.start()
+        try:
+            yield
+        finally:
+            await state.engines.aclose()
+            await asyncio.to_thread(state.enricher.close)
+            state.jobs.close()
+
+    app = FastAPI(
+        title="Lathe",
+        version=importlib.metadata.version("lathe"),
+        description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.lathe = state
+    for router in ROUTERS:
+        app.include_router(router)
+    Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
+    _handle_errors(app)
+    app.add_middleware(RequestMiddleware, settings=settings)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _respond(error: ApiError, extra: dict[str, str] | None = None) -> JSONResponse:
+    headers = error.headers() | (extra or {})
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Turn every exception that can leave a route into the one error shape."""
+
+    def api_error(_: Request, error: Any) -> JSONResponse:
+        return _respond(error)
+
+    def engine_error(_: Request, error: Any) -> JSONResponse:
+        return _respond(from_engine_error(error))
+
+    def validation_error(_: Request, error: Any) -> JSONResponse:
+        return _respond(from_validation_error(error))
+
+    def http_error(request: Request, error: Any) -> JSONResponse:
+        return _respond(_from_http(request, error), dict(error.headers or {}))
+
+    def store_error(_: Request, error: Any) -> JSONResponse:
+        logger.error("a store does not answer", exc_info=error)
+        return _respond(ApiError("store_unavailable", "a store does not answer"))
+
+    def checkpoint_error(_: Request, error: Any) -> JSONResponse:
+        logger.error("unsound checkpoint", exc_info=error)
+        return _respond(ApiError("model_load_failed", "the model's checkpoint is unsound"))
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(EngineError, engine_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(CheckpointError, checkpoint_error)
+    app.add_exception_handler(sqlite3.OperationalError, store_error)
+    with contextlib.suppress(ImportError):
+        from redis.exceptions import ConnectionError as RedisConnectionError
+        from redis.exceptions import TimeoutError as RedisTimeoutError
+
+        app.add_exception_handler(RedisConnectionError, store_error)
+        app.add_exception_handler(RedisTimeoutError, store_error)
+
+
+def from_validation_error(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong, with the path of the field, without echoing the input."""
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    if first["type"] == "json_invalid":
+        return ApiError("invalid_json", "the body is not valid JSON")
+    # pydantic names the branches of a union in the path; a client only knows its own field names
+    names = [p for p in location if isinstance(p, int) or re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", p)]
+    param = ""
+    for part in names:
+        param += f"[{part}]" if isinstance(part, int) else (f".{part}" if param else part)
+    if first["type"] == "extra_forbidden":
+        return ApiError("unsupported_parameter", "this parameter is not supported here", param)
+    return ApiError("invalid_value", str(first["msg"])[:300], param or None)
+
+
+def _from_http(request: Request, error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return ApiError("not_found", "there is no such route")
+    if error.status_code == 405:
+        return ApiError("method_not_allowed", f"{request.method} is not allowed here")
+    if error.status_code == 400:
+        return ApiError("invalid_json", "the body could not be read")
+    if error.status_code == 413:
+        return ApiError("request_too_large", "the upload is too large")
+    return ApiError("internal_error", "internal error")
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema, without the 422 that we never send, with the bearer key that most routes need."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        schema["components"].setdefault("securitySchemes", {})["bearer"] = {
+            "type": "http",
+            "scheme": "bearer",
+        }
+        for path, item in schema["paths"].items():
+            for operation in item.values():
+                operation["responses"].pop("422", None)
+                if path not in OPEN_ROUTES:
+                    operation["security"] = [{"bearer": []}, {}]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,385 @@
+"""The `lathe` commands that talk to a running service over HTTP."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from service.api_client import ApiClient
+
+POLL_SECONDS = 0.3
+
+url_option = click.option(
+    "--url",
+    envvar="LATHE_URL",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="The service.",
+)
+
+
+@contextmanager
+def connected(url: str) -> Iterator["ApiClient"]:
+    """A client with the key of LATHE_API_KEY; its errors end the command with one line."""
+    import os
+
+    from service.api_client import ApiClient, ServiceError
+
+    try:
+        with ApiClient(url, os.environ.get("LATHE_API_KEY")) as client:
+            yield client
+    except ServiceError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@click.group()
+def models() -> None:
+    """Models of a running service: list, show, load, unload, delete.
+
+    \b
+    Example:
+      lathe models list
+    """
+
+
+@models.command("list")
+@url_option
+def list_models(url: str) -> None:
+    """List the installed models and whether they are loaded.
+
+    \b
+    Example:
+      lathe models list
+    """
+    from service.job_view import table
+
+    with connected(url) as client:
+        found = client.get("/v1/models")["data"]
+    rows = [["id", "state"], *([model["id"], _state(model)] for model in found)]
+    _echo(table(rows) if found else ["no models; see `lathe import --help`"])
+
+
+def _state(model: dict[str, Any]) -> str:
+    return str(model.get("status", {}).get("state", "not loaded"))
+
+
+@models.command("show")
+@click.argument("model")
+@url_option
+def show_model(model: str, url: str) -> None:
+    """Show a model as JSON: recipe, sizes, evaluations.
+
+    \b
+    Example:
+      lathe models show smollm2-135m-int4
+    """
+    with connected(url) as client:
+        _echo_json(client.get(f"/v1/models/{_segment(model)}"))
+
+
+@models.command("load")
+@click.argument("model")
+@url_option
+def load_model(model: str, url: str) -> None:
+    """Load a model, and wait until it answers.
+
+    \b
+    Example:
+      lathe models load smollm2-135m-int4
+    """
+    with connected(url) as client:
+        client.post(f"/v1/models/{_segment(model)}/load")
+        _echo_json(client.get(f"/v1/models/{_segment(model)}"))
+
+
+@models.command("unload")
+@click.argument("model")
+@url_option
+def unload_model(model: str, url: str) -> None:
+    """Unload a model: its process ends and its memory is free.
+
+    \b
+    Example:
+      lathe models unload smollm2-135m-int4
+    """
+    with connected(url) as client:
+        client.post(f"/v1/models/{_segment(model)}/unload")
+    click.echo(f"unloaded {model}")
+
+
+@models.command("delete")
+@click.argument("model")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@url_option
+def delete_model(model: str, yes: bool, url: str) -> None:
+    """Delete a model from the disk. It must not be loaded.
+
+    \b
+    Example:
+      lathe models delete smollm2-135m-int4 --yes
+    """
+    if not yes:
+        click.confirm(f"Delete {model} from the disk?", abort=True)
+    with connected(url) as client:
+        client.delete(f"/v1/models/{_segment(model)}")
+    click.echo(f"deleted {model}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--output", required=True, help="Id of the compressed model.")
+@click.option(
+    "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True
+)
+@click.option("--symmetric", is_flag=True, help="No zero points.")
+@click.option("--max-perplexity-ratio", type=float, help="Refuse the result if it loses more.")
+@click.option("--detach", is_flag=True, help="Print the job's id and return.")
+@url_option
+def compress(
+    model: str,
+    output: str,
+    group_size: str,
+    symmetric: bool,
+    max_perplexity_ratio: float | None,
+    detach: bool,
+    url: str,
+) -> None:
+    """Compress a model to INT4 as a job of the service, and report what was gained and lost.
+
+    \b
+    Example:
+      lathe compress smollm2-135m --output smollm2-135m-int4 --group-size 64
+    """
+    int4 = {"group_size": int(group_size), "method": "rtn", "symmetric": symmetric}
+    body: dict[str, Any] = {
+        "type": "compress",
+        "model": model,
+        "output": output,
+        "recipe": [{"int4": int4}],
+    }
+    if max_perplexity_ratio is not None:
+        body["gate"] = {"max_perplexity_ratio": max_perplexity_ratio}
+    with connected(url) as client:
+        job = client.post("/v1/jobs", body)
+        click.echo(job["id"])
+        if not detach:
+            _follow_to_the_end(client, job["id"])
+
+
+@click.group()
+def jobs() -> None:
+    """Jobs of a running service.
+
+    \b
+    Example:
+      lathe jobs list
+    """
+
+
+@jobs.command("list")
+@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
+@url_option
+def list_jobs(limit: int, url: str) -> None:
+    """List the newest jobs.
+
+    \b
+    Example:
+      lathe jobs list --limit 5
+    """
+    from service.job_view import table
+
+    with connected(url) as client:
+        found = client.get("/v1/jobs", limit=limit)["data"]
+    rows = [["id", "type", "status", "attempt", "progress", "created"]]
+    for job in found:
+        progress = f"{job['progress']['step']}/{job['progress']['total']}"
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
+        rows.append([job["id"], job["type"], job["status"], str(job["attempt"]), progress, created])
+    _echo(table(rows) if found else ["no jobs"])
+
+
+@jobs.command("show")
+@click.argument("job_id")
+@url_option
+def show_job(job_id: str, url: str) -> None:
+    """Show a job as JSON, with its result or error.
+
+    \b
+    Example:
+      lathe jobs show job-0123456789abcdef01234567
+    """
+    with connected(url) as client:
+        _echo_json(client.get(f"/v1/jobs/{_segment(job_id)}"))
+
+
+@jobs.command("watch")
+@click.argument("job_id")
+@url_option
+def watch_job(job_id: str, url: str) -> None:
+    """Follow a job until it ends. Exit code 1 unless it succeeded.
+
+    \b
+    Example:
+      lathe jobs watch job-0123456789abcdef01234567
+    """
+    with connected(url) as client:
+        _follow_to_the_end(client, _segment(job_id))
+
+
+@jobs.command("logs")
+@click.argument("job_id")
+@url_option
+def job_logs(job_id: str, url: str) -> None:
+    """Print what the job's process wrote.
+
+    \b
+    Example:
+      lathe jobs logs job-0123456789abcdef01234567
+    """
+    with connected(url) as client:
+        click.echo(client.get_text(f"/v1/jobs/{_segment(job_id)}/logs"), nl=False)
+
+
+@jobs.command("cancel")
+@click.argument("job_id")
+@url_option
+def cancel_job(job_id: str, url: str) -> None:
+    """Cancel a job; a running one ends within ten seconds.
+
+    \b
+    Example:
+      lathe jobs cancel job-0123456789abcdef01234567
+    """
+    with connected(url) as client:
+        job = client.post(f"/v1/jobs/{_segment(job_id)}/cancel")
+    click.echo(f"{job['id']}: {job['status']}")
+
+
+@jobs.command("artifacts")
+@click.argument("job_id")
+@click.option(
+    "--save", type=click.Path(path_type=Path, file_okay=False), help="Download them here."
+)
+@url_option
+def job_artifacts(job_id: str, save: Path | None, url: str) -> None:
+    """List the files a job produced, or download them.
+
+    \b
+    Example:
+      lathe jobs artifacts job-0123456789abcdef01234567 --save ./report
+    """
+    from service.job_view import human_bytes, table
+
+    path = f"/v1/jobs/{_segment(job_id)}/artifacts"
+    with connected(url) as client:
+        found = client.get(path)["data"]
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+            for artifact in found:
+                name = Path(artifact["name"]).name  # never out of the chosen folder
+                (save / name).write_bytes(client.get_bytes(f"{path}/{_segment(artifact['name'])}"))
+    rows = [["name", "size", "sha256"]]
+    rows += [[a["name"], human_bytes(a["bytes"]), a["sha256"]] for a in found]
+    _echo(table(rows) if found else ["no artifacts"])
+
+
+@click.command()
+@click.option("-m", "--message", help="Ask this and leave; otherwise a conversation starts.")
+@click.option("--model", default="smollm2-135m", show_default=True)
+@click.option("--system", help="System message.")
+@click.option("--temperature", type=float, default=0.7, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@url_option
+def chat(
+    message: str | None,
+    model: str,
+    system: str | None,
+    temperature: float,
+    max_tokens: int,
+    url: str,
+) -> None:
+    """Talk to a model; its answer is printed as it comes.
+
+    \b
+    Examples:
+      lathe chat -m "Name three turning tools."
+      lathe chat --model smollm2-135m-int4
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+    with connected(url) as client:
+        if message is not None:
+            _say(client, [*messages, {"role": "user", "content": message}], options)
+            return
+        click.echo(f"Talking to {model}; an empty line or Ctrl-D ends it.", err=True)
+        while question := _ask():
+            messages.append({"role": "user", "content": question})
+            answer = _say(client, messages, options)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    click.echo("> ", nl=False, err=True)
+    return sys.stdin.readline().strip()
+
+
+def _say(client: "ApiClient", messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    """Stream one answer to the terminal; returns it."""
+    answer = ""
+    body = {**options, "messages": messages, "stream": True}
+    for chunk in client.stream("/v1/chat/completions", body):
+        for choice in chunk["choices"]:
+            piece = choice["delta"].get("content") or ""
+            answer += piece
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    click.echo()
+    return answer
+
+
+def _follow_to_the_end(client: "ApiClient", job_id: str) -> None:
+    from service.job_view import follow, report_lines
+    from service.terminal import Terminal
+
+    try:
+        job = follow(client, job_id, Terminal())
+    except KeyboardInterrupt:
+        click.echo(f"the job goes on; end it with: lathe jobs cancel {job_id}", err=True)
+        sys.exit(130)
+    result = job.get("result") or {}
+    if "report" in result:
+        _echo(["", *report_lines(result["report"])])
+    if job["status"] != "succeeded":
+        error = job.get("error") or {}
+        reason = error.get("message") or job.get("status_reason") or "no reason given"
+        raise click.ClickException(f"{job_id} {job['status']}: {reason}")
+    if result.get("model"):
+        click.echo(
+            f"\n{result['model']} is registered; serve it with: lathe models load {result['model']}"
+        )
+
+
+def _segment(identifier: str) -> str:
+    """One path segment of a URL, whatever was typed."""
+    from urllib.parse import quote
+
+    return quote(identifier, safe="")
+
+
+def _echo(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _echo_json(body: Any) -> None:
+    import json
+
+    click.echo(json.dumps(body, indent=2, ensure_ascii=False))
+
+
+COMMANDS: tuple[click.Command, ...] = (models, compress, jobs, chat)

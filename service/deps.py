@@ -1,0 +1,94 @@
+"""What routes ask FastAPI for: the application's state, and who is asking."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Header, Request
+from pydantic import BaseModel, ConfigDict
+
+from compression.registry import ModelRegistry
+from jobs.store import JobStore
+from service.auth import LOCAL_IDENTITY, Identity, KeyStore, Role, bearer_token
+from service.engine_pool import EnginePool
+from service.errors import ApiError
+from service.metrics import Metrics
+from service.settings import Settings
+from service.tokenizers import TokenizerCache
+
+if TYPE_CHECKING:
+    from graph.enrich import Enricher
+    from graph.store import GraphStore
+
+
+@dataclass(slots=True, kw_only=True)
+class AppState:
+    """Everything that lives as long as the application."""
+
+    settings: Settings
+    registry: ModelRegistry
+    engines: EnginePool
+    jobs: JobStore
+    keys: KeyStore
+    metrics: Metrics
+    tokenizers: TokenizerCache
+    graphs: "GraphStore"
+    enricher: "Enricher"
+    started_at: float = field(default=0.0)
+
+
+class RequestModel(BaseModel):
+    """Base of every request body: an unknown field is refused by name, and NaN is no number."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ResponseModel(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+def get_state(request: Request) -> AppState:
+    state: AppState = request.app.state.lathe
+    return state
+
+
+StateDep = Annotated[AppState, Depends(get_state)]
+
+
+def identify(request: Request, state: StateDep) -> Identity:
+    """Raises: ApiError: invalid_api_key."""
+    if not state.keys.has_keys:
+        identity: Identity | None = LOCAL_IDENTITY
+    else:
+        token = bearer_token(request.scope["headers"])
+        if token is None:
+            raise ApiError("invalid_api_key", "an API key is needed: Authorization: Bearer …")
+        identity = state.keys.identify(token) if token else None
+    if identity is None:
+        raise ApiError("invalid_api_key", "this API key is unknown or revoked")
+    request.state.identity = identity
+    return identity
+
+
+IdentityDep = Annotated[Identity, Depends(identify)]
+
+
+def require(role: Role) -> Callable[[Identity], Identity]:
+    """A dependency that lets only keys with `role` pass."""
+
+    def check(identity: IdentityDep) -> Identity:
+        if not identity.may(role):
+            raise ApiError("insufficient_scope", f"this needs a key with role {role!r}")
+        return identity
+
+    return check
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Creating twice with one key and body creates once.",
+        max_length=255,
+    ),
+]

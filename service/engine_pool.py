@@ -1,0 +1,307 @@
+"""Which engine serves which model: connections to the hosts, their newest statistics, and whether they really work.
+
+Connections are made on demand and dropped when a host dies. A poll every two seconds reads statistics, connects to hosts that
+have come up, and sends an idle engine a canary now and then: readiness means that tokens come out, not that a process exists.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from compression.registry import ModelEntry, ModelNotFoundError, ModelRegistry
+from engines.client import EngineClient
+from engines.protocol import (
+    AsyncEngine,
+    EmbedRequest,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    SamplingParams,
+)
+from service.errors import ApiError
+from service.settings import Settings
+from service.supervisor_client import (
+    EngineProcess,
+    SupervisorClient,
+    SupervisorRefusedError,
+    SupervisorUnavailableError,
+)
+
+POLL_SECONDS = 2.0
+CANARY_IDLE_SECONDS = 60.0
+CANARY_TIMEOUT_SECONDS = 20.0
+FRESH_SECONDS = 120.0
+
+logger = logging.getLogger("lathe.engines")
+ModelState = Literal[
+    "unloaded",
+    "importing",
+    "starting",
+    "ready",
+    "sleeping",
+    "backoff",
+    "failed",
+    "stopping",
+    "dead",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """Attributes: ready: a token or vector came out of it in the last two minutes."""
+
+    model: str
+    state: ModelState
+    ready: bool
+    restarts: int = 0
+    error: str | None = None
+    info: EngineInfo | None = None
+
+
+@dataclass(slots=True)
+class _Loaded:
+    client: AsyncEngine
+    stats: EngineStats | None = None
+    proved_at: float | None = None
+
+
+class EnginePool:
+    """The engines that this process can reach. Belongs to one event loop."""
+
+    def __init__(
+        self, settings: Settings, registry: ModelRegistry, supervisor: SupervisorClient
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._supervisor = supervisor
+        self._loaded: dict[str, _Loaded] = {}
+        self._processes: dict[str, EngineProcess] = {}
+        self._supervised = False
+        self._connecting: dict[str, asyncio.Lock] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._poll_for_ever(), name="engine-pool")
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for loaded in self._loaded.values():
+            if isinstance(loaded.client, EngineClient):
+                await loaded.client.aclose()
+        self._loaded.clear()
+
+    def entry(self, model_id: str) -> ModelEntry:
+        """Raises: ApiError: model_not_found."""
+        try:
+            return self._registry.get(model_id)
+        except ModelNotFoundError:
+            raise ApiError(
+                "model_not_found", f"the model {model_id[:100]!r} does not exist", "model"
+            ) from None
+
+    async def get(self, model_id: str) -> AsyncEngine:
+        """The engine that serves a model now.
+
+        Raises:
+            ApiError: model_not_found, model_not_loaded, model_loading, engine_dead.
+        """
+        self.entry(model_id)
+        loaded = self._alive(model_id)
+        if loaded is None:
+            loaded = await self._connect(model_id)
+        if loaded is None:
+            await self._refresh_processes()
+            raise self._why_not(model_id)
+        return loaded.client
+
+    def add(self, model_id: str, engine: AsyncEngine) -> None:
+        """Serve a model by an engine in this process."""
+        self._loaded[model_id] = _Loaded(engine, proved_at=time.time())
+
+    def _alive(self, model_id: str) -> _Loaded | None:
+        loaded = self._loaded.get(model_id)
+        if loaded is not None and getattr(loaded.client, "is_dead", False):
+            del self._loaded[model_id]
+            return None
+        return loaded
+
+    async def _connect(self, model_id: str) -> _Loaded | None:
+        path = self._settings.engine_socket(model_id)
+        async with self._connecting.setdefault(model_id, asyncio.Lock()):
+            loaded = self._alive(model_id)
+            if loaded is not None or not path.exists():
+                return loaded
+            try:
+                client = await EngineClient.connect(path)
+            except EngineError:
+                return None
+            self._loaded[model_id] = _Loaded(client)
+            return self._loaded[model_id]
+
+    def _why_not(self, model_id: str) -> ApiError:
+        process = self._processes.get(model_id)
+        if process is None:
+            return ApiError("model_not_loaded", f"model {model_id!r} is not loaded", "model")
+        if process.state in ("importing", "starting", "ready"):
+            return ApiError("model_loading", f"model {model_id!r} is being loaded", "model")
+        return ApiError("engine_dead", f"the engine of {model_id!r} is {process.state}", "model")
+
+    async def load(self, model_id: str) -> EngineStatus:
+        """Ask the supervisor to start a host; returns at once.
+
+        Raises:
+            ApiError: model_not_found, supervisor_unavailable.
+        """
+        self.entry(model_id)
+        if self._alive(model_id) is None:
+            await self._ask_supervisor(self._supervisor.load(model_id))
+            await self._refresh_processes()
+        return (await self.status())[model_id]
+
+    async def wait_loaded(self, model_id: str, timeout_seconds: float) -> EngineStatus:
+        """Wait until a model that is being loaded serves.
+
+        Raises:
+            ApiError: model_load_failed; model_loading, it takes longer than the time-out.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            if self._alive(model_id) or await self._connect(model_id):
+                return (await self.status())[model_id]
+            await self._refresh_processes()
+            process = self._processes.get(model_id)
+            if process is not None and process.state == "failed":
+                raise ApiError("model_load_failed", f"model {model_id!r}: {process.error}")
+            await asyncio.sleep(0.1)
+        raise ApiError("model_loading", f"model {model_id!r} is still being loaded")
+
+    async def unload(self, model_id: str) -> None:
+        """End a model's host; its memory is free when this returns.
+
+        Raises:
+            ApiError: model_not_found, model_not_loaded, supervisor_unavailable.
+        """
+        self.entry(model_id)
+        await self._ask_supervisor(self._supervisor.unload(model_id))
+        loaded = self._loaded.pop(model_id, None)
+        if loaded is not None and isinstance(loaded.client, EngineClient):
+            await loaded.client.aclose()
+        await self._refresh_processes()
+
+    async def _ask_supervisor(self, question: object) -> None:
+        try:
+            await question  # type: ignore[misc]
+        except SupervisorUnavailableError as error:
+            raise ApiError("supervisor_unavailable", str(error)) from error
+        except SupervisorRefusedError as error:
+            raise ApiError(error.code, error.message, "model") from error
+
+    async def status(self) -> dict[str, EngineStatus]:
+        """Every registered model."""
+        await self._refresh_processes()
+        names = {entry.id for entry in self._registry.list_models()} | self._processes.keys()
+        return {name: self._status_of(name) for name in sorted(names)}
+
+    def _status_of(self, model_id: str) -> EngineStatus:
+        process = self._processes.get(model_id)
+        loaded = self._alive(model_id)
+        restarts = process.restarts if process else 0
+        if loaded is not None:
+            asleep = loaded.stats is not None and loaded.stats.sleeping
+            return EngineStatus(
+                model=model_id,
+                state="sleeping" if asleep else "ready",
+                ready=asleep or self._is_fresh(loaded),
+                restarts=restarts,
+                info=loaded.client.info,
+            )
+        if process is None:
+            return EngineStatus(model=model_id, state="unloaded", ready=False)
+        state: ModelState = "starting" if process.state == "ready" else process.state
+        return EngineStatus(
+            model=model_id, state=state, ready=False, restarts=restarts, error=process.error
+        )
+
+    def _is_fresh(self, loaded: _Loaded) -> bool:
+        newest = max(
+            loaded.proved_at or 0.0, (loaded.stats.last_output_at or 0.0) if loaded.stats else 0.0
+        )
+        return time.time() - newest < FRESH_SECONDS
+
+    async def wanted(self) -> set[str]:
+        """Models that ought to be served now: the supervisor's, else those of the settings that are registered."""
+        await self._refresh_processes()
+        if self._supervised:
+            return {m for m, p in self._processes.items() if p.state != "stopping"}
+        return set(self._loaded) | set(self._settings.models)
+
+    def snapshot(self) -> dict[str, tuple[EngineInfo, EngineStats]]:
+        """What the last poll saw of every loaded engine; for the metrics."""
+        return {
+            model: (loaded.client.info, loaded.stats)
+            for model, loaded in self._loaded.items()
+            if loaded.stats is not None
+        }
+
+    def restarts(self) -> dict[str, int]:
+        return {model: process.restarts for model, process in self._processes.items()}
+
+    async def _refresh_processes(self) -> None:
+        try:
+            self._processes = (await self._supervisor.status()).engines
+            self._supervised = True
+        except (SupervisorUnavailableError, SupervisorRefusedError):
+            self._processes, self._supervised = {}, False
+
+    async def _poll_for_ever(self) -> None:
+        while True:
+            try:
+                await self.poll()
+            except Exception:  # one bad poll must not end all polling
+                logger.exception("poll failed")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def poll(self) -> None:
+        """Connect to new hosts, read statistics, prove idle engines."""
+        await self._refresh_processes()
+        models = {entry.id for entry in self._registry.list_models()}
+        await asyncio.gather(*(self._poll_one(model_id) for model_id in sorted(models)))
+
+    async def _poll_one(self, model_id: str) -> None:
+        loaded = self._alive(model_id) or await self._connect(model_id)
+        if loaded is None:
+            return
+        try:
+            async with asyncio.timeout(CANARY_TIMEOUT_SECONDS):
+                loaded.stats = await loaded.client.stats()
+                newest = max(loaded.proved_at or 0.0, loaded.stats.last_output_at or 0.0)
+                if not loaded.stats.sleeping and time.time() - newest > CANARY_IDLE_SECONDS:
+                    await _canary(loaded.client)
+                    loaded.proved_at = time.time()
+        except (EngineError, TimeoutError) as error:
+            logger.warning(
+                "engine does not answer", extra={"model": model_id, "reason": str(error)}
+            )
+
+
+async def _canary(engine: AsyncEngine) -> None:
+    """Have one token or vector computed. Raises: EngineError."""
+    request_id = f"canary-{secrets.token_hex(6)}"
+    token_id = min(1, engine.info.vocab_size - 1)
+    if engine.info.kind == "encoder":
+        await engine.embed(EmbedRequest(request_id=request_id, token_ids=((token_id,),)))
+        return
+    params = SamplingParams(max_tokens=1, temperature=0)
+    stream = await engine.generate(
+        GenerateRequest(request_id=request_id, token_ids=(token_id,), params=params)
+    )
+    async for _ in stream:
+        pass

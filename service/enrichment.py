@@ -1,0 +1,372 @@
+"""Enrichment as HTTP sees it: request options, JSON rows, content negotiation, and which engines it uses."""
+
+import asyncio
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
+
+from engines.protocol import AsyncEngine
+from graph import arrow_stream
+from graph.cache import EnrichmentCache
+from graph.catalog import Prompt, PromptNotFoundError, default_catalog
+from graph.enrich import (
+    ITEM_STATUSES,
+    EnrichBudget,
+    Enricher,
+    EnrichNode,
+    EnrichRequest,
+    EnrichResult,
+    EnrichRow,
+    EnrichUsage,
+    ItemStatus,
+    TextError,
+    TextModel,
+    UnsuitableModelError,
+)
+from graph.store import MAX_ID_BYTES
+from service.auth import Identity
+from service.chat_template import ChatTemplateError
+from service.deps import AppState, RequestModel, ResponseModel
+from service.engine_pool import EnginePool
+from service.errors import ApiError
+from service.metrics import Metrics
+from service.middleware import cancel_on_disconnect
+from service.settings import DEFAULT_MODEL, Settings
+from service.tokenizers import ModelText, TokenizerCache
+
+MAX_NODES_PER_REQUEST = 1024
+MAX_ANSWER_TOKENS = 1024
+JSON = "application/json"
+
+
+def _string_or_integer(value: object, *, min_chars: int) -> str | int:
+    """Strict, and one error instead of one per member of a union."""
+    if isinstance(value, str):
+        if not min_chars <= len(value) <= MAX_ID_BYTES:
+            raise ValueError(f"must have {min_chars} to {MAX_ID_BYTES} characters")
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError("must be valid Unicode")
+        return value
+    if type(value) is int:
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("an integer must fit in 64 bits with a sign")
+        return value
+    raise ValueError("must be a string or an integer")
+
+
+def _node_id(value: object) -> str | int:
+    return _string_or_integer(value, min_chars=1)
+
+
+def _label(value: object) -> str | int:
+    return _string_or_integer(value, min_chars=0)
+
+
+def _either(min_chars: int) -> WithJsonSchema:
+    text = {"type": "string", "minLength": min_chars, "maxLength": MAX_ID_BYTES}
+    number = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
+    return WithJsonSchema({"anyOf": [text, number]})
+
+
+NodeIdField = Annotated[str | int, PlainValidator(_node_id), _either(1)]
+LabelField = Annotated[str | int, PlainValidator(_label), _either(0)]
+Outputs = list[Literal["text", "embedding"]]
+
+
+class StrictRequestModel(RequestModel):
+    """A body whose values must be of their JSON type: "5" and true are no numbers."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class BudgetBody(StrictRequestModel):
+    """The first limit that is reached stops the run; what was not done is `skipped_budget`."""
+
+    max_nodes: int | None = Field(default=None, ge=1, description="The first so many nodes.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Prompt and generated tokens of LLM calls made now."
+    )
+    max_seconds: float | None = Field(
+        default=None, gt=0, description="At most, and by default, the server's time-out."
+    )
+
+
+class EnrichOptions(StrictRequestModel):
+    """What the two enrich routes have in common."""
+
+    prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")
+    model: str = Field(default=DEFAULT_MODEL, max_length=100)
+    embedding_model: str | None = Field(
+        default=None, max_length=100, description="The server's default encoder."
+    )
+    return_: Outputs = Field(
+        default=["text"], alias="return", min_length=1, max_length=2, description="Parts of a row."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, le=MAX_ANSWER_TOKENS, description="Of an answer; the prompt's own."
+    )
+    long_text: Literal["head"] = Field(
+        default="head", description="Which part of a text that is too long is kept."
+    )
+    budget: BudgetBody = BudgetBody()
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="Of embeddings in JSON; base64 is of little-endian values."
+    )
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+
+
+class ItemErrorBody(ResponseModel):
+    code: str
+    message: str
+
+
+class EnrichItem(ResponseModel):
+    """One node's result. `cached`: no engine worked for this row."""
+
+    node_id: str | int
+    status: ItemStatus
+    text: str | None
+    embedding: list[float] | str | None
+    embedding_source: Literal["enriched", "raw"] | None = Field(
+        description="raw: of the node's own text alone, because the LLM wrote nothing usable."
+    )
+    tokens_in: int
+    tokens_out: int
+    finish_reason: str | None
+    truncated_tokens: int = Field(description="Cut from the node's and neighbours' texts.")
+    embedding_truncated_tokens: int = Field(description="Cut to fit the encoder.")
+    neighbors_used: int
+    content_hash: str
+    model: str
+    embedding_model: str | None
+    prompt_id: str
+    prompt_version: int
+    prompt_hash: str
+    error: ItemErrorBody | None
+
+
+class EnrichUsageBody(ResponseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    embedding_tokens: int
+    cached_tokens: int = Field(description="What rows would have cost without the cache.")
+    num_nodes: int
+    num_by_status: dict[ItemStatus, int]
+    seconds: float
+    stopped_by: Literal["max_nodes", "max_tokens", "max_seconds"] | None
+
+
+class EnrichResponse(ResponseModel):
+    object: Literal["list"] = "list"
+    data: list[EnrichItem]
+    usage: EnrichUsageBody
+
+
+ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One row per node, in their order.",
+        "content": {arrow_stream.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+class ServedText(TextModel):
+    """A registered model's tokenizer and chat template, as enrichment uses them."""
+
+    def __init__(self, text: ModelText) -> None:
+        self._tokenizer = text.tokenizer
+        self._template = text.chat_template
+        bare = self._tokenizer.encode("a")
+        marked = self._tokenizer.encode("a", add_special_tokens=True)
+        starts = range(len(marked) - len(bare) + 1)
+        start = next(i for i in starts if marked[i : i + len(bare)] == bare)
+        self._before, self._after = marked[:start], marked[start + len(bare) :]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if self._template is None:
+            raise TextError("the model has no chat template")
+        try:
+            return self._tokenizer.encode_segments(self._template.render(messages))
+        except ChatTemplateError as error:
+            raise TextError(str(error)) from error
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        return [*self._before, *token_ids, *self._after]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def build_enricher(
+    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache, metrics: Metrics
+) -> Enricher:
+    """The enricher of one application; its cache file is opened when first needed."""
+
+    async def engine_for(model_id: str, param: str) -> AsyncEngine:
+        try:
+            return await engines.get(model_id)
+        except ApiError as error:
+            raise ApiError(error.code, error.message, param) from error
+
+    async def text_for(model_id: str, param: str) -> TextModel:
+        return ServedText(await tokenizers.get(engines.entry(model_id)))
+
+    return Enricher(
+        engine_for=engine_for,
+        text_for=text_for,
+        cache=EnrichmentCache(settings.cache_database),
+        observer=metrics,
+    )
+
+
+def find_prompt(ref: str) -> Prompt:
+    """Raises: ApiError: prompt_not_found."""
+    try:
+        return default_catalog().get(ref)
+    except PromptNotFoundError:
+        known = ", ".join(prompt.id for prompt in default_catalog().prompts())
+        raise ApiError(
+            "prompt_not_found", f"the prompt {ref!r} does not exist; there are: {known}", "prompt"
+        ) from None
+
+
+async def answer_enrich(
+    request: Request,
+    state: AppState,
+    identity: Identity,
+    body: EnrichOptions,
+    prompt: Prompt,
+    nodes: tuple[EnrichNode, ...],
+) -> Response:
+    """Enrich nodes for a request, and answer in the form that it accepts.
+
+    Raises:
+        ApiError: not_acceptable, a model that cannot serve, the client has gone.
+    """
+    media_type = negotiate(request.headers.get("accept"))
+    if len(set(body.return_)) < len(body.return_):
+        raise ApiError("invalid_value", "return names a part twice", "return")
+    limit = state.settings.request_timeout_seconds
+    enrich = EnrichRequest(
+        nodes=nodes,
+        prompt=prompt,
+        model=body.model,
+        embedding_model=body.embedding_model or state.settings.embedding_model,
+        outputs=frozenset(body.return_),
+        max_tokens=body.max_tokens,
+        budget=EnrichBudget(
+            nodes=body.budget.max_nodes,
+            tokens=body.budget.max_tokens,
+            seconds=min(body.budget.max_seconds or limit, limit),
+        ),
+        tenant=identity.tenant,
+    )
+    try:
+        result = await cancel_on_disconnect(request, state.enricher.enrich(enrich))
+    except UnsuitableModelError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    content = await asyncio.to_thread(_encode, media_type, enrich, result, body)
+    return Response(content, media_type=media_type)
+
+
+def negotiate(accept: str | None) -> str:
+    """The media type of an answer: JSON unless the client prefers Arrow.
+
+    Raises:
+        ApiError: not_acceptable.
+    """
+    if accept is None or not accept.strip():
+        return JSON
+    weights = {JSON: 0.0, arrow_stream.MEDIA_TYPE: 0.0}
+    for offered in weights:
+        weights[offered] = _weight(accept, offered)
+    best = max(weights, key=lambda offered: weights[offered])  # JSON where they are equal
+    if weights[best] <= 0:
+        raise ApiError(
+            "not_acceptable", f"Accept must allow {JSON} or {arrow_stream.MEDIA_TYPE}", "Accept"
+        )
+    return best
+
+
+def _weight(accept: str, offered: str) -> float:
+    """Quality that an Accept header gives a media type; the most specific range counts (RFC 9110, 12.5.1)."""
+    kind = offered.split("/")[0]
+    ranges = {"*/*": 0, f"{kind}/*": 1, offered: 2}
+    found = (-1, 0.0)
+    for part in accept.split(","):
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        if name in ranges:
+            found = max(found, (ranges[name], _quality(parameters)))
+    return found[1]
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if key.strip() == "q":
+            try:
+                return min(1.0, max(0.0, float(value)))
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+def _encode(
+    media_type: str, request: EnrichRequest, result: EnrichResult, body: EnrichOptions
+) -> bytes:
+    usage = _usage(result.usage)
+    if media_type == arrow_stream.MEDIA_TYPE:
+        return arrow_stream.encode_stream(request, result, usage, body.embedding_dtype)
+    data = [_item(request, row, body) for row in result.rows]
+    return msgspec.json.encode({"object": "list", "data": data, "usage": usage})
+
+
+def _usage(usage: EnrichUsage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "embedding_tokens": usage.embedding_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "num_nodes": usage.num_nodes,
+        "num_by_status": {status: usage.num_by_status[status] for status in ITEM_STATUSES},
+        "seconds": round(usage.seconds, 6),
+        "stopped_by": usage.stopped_by,
+    }
+
+
+def _item(request: EnrichRequest, row: EnrichRow, body: EnrichOptions) -> dict[str, Any]:
+    embedding: list[float] | str | None = None
+    if row.embedding is not None:
+        vector = arrow_stream.vector(row.embedding, body.embedding_dtype)
+        as_text = body.encoding_format == "base64"
+        embedding = base64.b64encode(vector.tobytes()).decode() if as_text else vector.tolist()
+    return {
+        "node_id": row.node_id,
+        "status": row.status,
+        "text": row.text,
+        "embedding": embedding,
+        "embedding_source": row.embedding_source,
+        "tokens_in": row.tokens_in,
+        "tokens_out": row.tokens_out,
+        "finish_reason": row.finish_reason,
+        "truncated_tokens": row.truncated_tokens,
+        "embedding_truncated_tokens": row.embedding_truncated_tokens,
+        "neighbors_used": row.neighbors_used,
+        "content_hash": row.content_hash,
+        "model": request.model,
+        "embedding_model": request.embedding_model if "embedding" in request.outputs else None,
+        "prompt_id": request.prompt.id,
+        "prompt_version": request.prompt.version,
+        "prompt_hash": request.prompt.hash,
+        "error": row.error and {"code": row.error.code, "message": row.error.message},
+    }

@@ -1,0 +1,85 @@
+"""How a job and its report look in a terminal; shared by `lathe` and the demo."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from service.api_client import ApiClient
+from service.terminal import Terminal
+
+JsonObject = dict[str, Any]
+
+
+def follow(client: ApiClient, job_id: str, terminal: Terminal) -> JsonObject:
+    """Show a job's events and progress until it ends; returns the job as it ended."""
+    started = time.monotonic()
+    for event in client.follow_job(job_id):
+        step, total = progress_of(event)
+        if total:
+            terminal.progress(f"step {step}/{total}", step / total, started)
+        if event["kind"] != "progress":
+            terminal.line(event_line(event))
+    return dict(client.get(f"/v1/jobs/{job_id}"))
+
+
+def progress_of(event: JsonObject) -> tuple[int, int]:
+    """(step, total) of a progress event; (0, 0) of any other."""
+    data = event.get("data") or {}
+    return int(data.get("step") or 0), int(data.get("total") or 0)
+
+
+def event_line(event: JsonObject) -> str:
+    clock = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
+    level = "" if event["level"] == "info" else f"{event['level']}: "
+    return f"{clock}  {level}{event['message']}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return [
+        lines[0].rstrip(),
+        *("  ".join("-" * width for width in widths),),
+        *map(str.rstrip, lines[1:]),
+    ]
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def report_lines(report: JsonObject) -> list[str]:
+    """A compression report: what changed, by how much, and how it was measured."""
+    speed = report["speed"]
+    rows = [
+        ["", "before", "after", "after / before"],
+        _row("parameters", report["parameters"], "{:,.0f}"),
+        _row("bytes on disk", report["bytes"], "{:,.0f}"),
+        _row("bytes in memory", report["resident_bytes"], "{:,.0f}"),
+        _row("perplexity", report["perplexity"], "{:.3f}"),
+    ]
+    for name in ("decode", "prefill"):
+        key = f"{name}_tokens_per_second"
+        pair = {"before": speed["before"][key], "after": speed["after"][key]}
+        rows.append(_row(f"{name} tokens/s", pair, "{:,.1f}"))
+    protocol = report["perplexity"]["protocol"]
+    return [
+        *table(rows),
+        f"Perplexity on {protocol['corpus']}: {protocol['num_windows']} windows of {protocol['window']} tokens, "
+        f"stride {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']} on "
+        f"{protocol['device']}.",
+        f"Speed: {speed['note']}.",
+    ]
+
+
+def _row(name: str, pair: JsonObject, form: str) -> list[str]:
+    before, after = float(pair["before"]), float(pair["after"])
+    return [name, form.format(before), form.format(after), f"{after / before:.3f}"]

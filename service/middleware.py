@@ -1,0 +1,217 @@
+"""What happens to every request before a route sees it: id, host and size checks, access log, and the last safety net.
+
+Pure ASGI. JSON bodies are read here, up to the limit, so that an oversized or mislabelled one is refused before anything
+parses it; uploads (multipart) are counted as they stream.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.auth import is_loopback
+from service.errors import ApiError
+from service.logs import request_id_var
+from service.settings import Settings
+
+logger = logging.getLogger("lathe.http")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
+_OPEN_WHILE_DRAINING = frozenset({"/health", "/ready", "/metrics", "/version"})
+
+
+class RequestMiddleware:
+    """The outermost layer; everything inside it runs with a request id."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self._hosts = _LOOPBACK_NAMES | {settings.host, *settings.allowed_hosts}
+        self.draining = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = _headers(scope)
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.match(given) else f"req-{secrets.token_hex(12)}"
+        token = request_id_var.set(request_id)
+        exchange = _Exchange(scope, send, request_id)
+        try:
+            await self._handle(scope, receive, exchange, headers)
+        except ApiError as error:
+            await exchange.fail(error)
+        except Exception:
+            logger.exception("unhandled error")
+            await exchange.fail(
+                ApiError("internal_error", f"internal error; request id {request_id}")
+            )
+        finally:
+            exchange.log()
+            request_id_var.reset(token)
+
+    async def _handle(
+        self, scope: Scope, receive: Receive, exchange: "_Exchange", headers: dict[bytes, bytes]
+    ) -> None:
+        self._check_host(headers.get(b"host"))
+        if self.draining and scope["path"] not in _OPEN_WHILE_DRAINING:
+            raise ApiError("draining", "the server is shutting down")
+        content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        is_upload = content_type == b"multipart/form-data"
+        limit = self._settings.max_upload_bytes if is_upload else self._settings.max_body_bytes
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > limit:
+            raise ApiError("request_too_large", f"a body here has at most {limit} bytes")
+        if is_upload:
+            receive = _counted(receive, limit)
+        elif scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+            body = await _read_body(receive, limit)
+            if body and content_type != b"application/json":
+                raise ApiError("unsupported_media_type", "the body must be application/json")
+            receive = _replay(body, receive)
+        await self._app(scope, receive, exchange.send)
+
+    def _check_host(self, host: bytes | None) -> None:
+        """Against DNS rebinding: a page in a browser here must not reach a loopback server by another name.
+
+        A server on a public address is reached by names that it cannot know, so there, where every request needs a key,
+        only an explicit `allowed_hosts` limits them.
+        """
+        if host is None:
+            return
+        name = (
+            host.decode("latin-1").rsplit(":", 1)[0]
+            if not host.endswith(b"]")
+            else host.decode("latin-1")
+        )
+        if is_loopback(self._settings.host) or self._settings.allowed_hosts:
+            if name.lower() not in self._hosts:
+                raise ApiError(
+                    "host_not_allowed", "this Host is not served here (see LATHE_ALLOWED_HOSTS)"
+                )
+
+
+class _Exchange:
+    """One request's answer: adds the id header, remembers status and time."""
+
+    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
+        self._scope = scope
+        self._send = send
+        self._request_id = request_id
+        self._start = time.monotonic()
+        self._status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            message["headers"] = [
+                *message.get("headers", []),
+                (b"x-request-id", self._request_id.encode()),
+            ]
+        await self._send(message)
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with an error; if the answer has begun, the connection can only end."""
+        if self._status is not None:
+            logger.error("the answer had begun: %s", error.code)
+            raise error
+        body = json.dumps(error.body()).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers += [(k.lower().encode(), v.encode()) for k, v in error.headers().items()]
+        start = {"type": "http.response.start", "status": error.status, "headers": headers}
+        await self.send(start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    def log(self) -> None:
+        route = self._scope.get("route")
+        state = self._scope.get("state", {})
+        identity = state.get("identity") if isinstance(state, MutableMapping) else None
+        logger.info(
+            "request",
+            extra={
+                "method": self._scope["method"],
+                "route": getattr(route, "path", None),
+                "status": self._status,
+                "seconds": round(time.monotonic() - self._start, 4),
+                "key_id": getattr(identity, "key_id", None),
+            },
+        )
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    headers: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        headers.setdefault(name, value)
+    return headers
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError("invalid_json", "the client left before its body was complete")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise ApiError("request_too_large", f"a body here has at most {limit} bytes")
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Hand the body on in one piece; later messages are the connection's own."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    size = 0
+
+    async def counted() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise ApiError("request_too_large", f"an upload has at most {limit} bytes")
+        return message
+
+    return counted
+
+
+async def cancel_on_disconnect(request: Any, work: Any) -> Any:
+    """Await `work`, cancelling it when the client goes away; FastAPI does not do so by itself.
+
+    Raises:
+        ApiError: request_timeout, the client has gone (nobody reads the answer).
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError("request_timeout", "the client closed the connection")
+    finally:
+        for pending in (task, watcher):
+            if not pending.done():
+                pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Any) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,484 @@
+"""Graphs: upload, look at, select nodes, enrich nodes."""
+
+import asyncio
+import hashlib
+import json
+from typing import IO, Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import FailFast, Field, ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from graph.catalog import Prompt
+from graph.enrich import EnrichNode
+from graph.select import Budget, Order, SelectError, Selection, select_nodes
+from graph.store import (
+    MAX_NAME_CHARS,
+    Graph,
+    GraphColumns,
+    GraphConflictError,
+    GraphInfo,
+    GraphInputError,
+    GraphNotFoundError,
+    NodeId,
+    UnknownNodeError,
+)
+from graph.upload import columns_from_lists, read_columns
+from service.auth import Identity
+from service.deps import (
+    AppState,
+    IdempotencyKey,
+    IdentityDep,
+    ResponseModel,
+    StateDep,
+    require,
+)
+from service.enrichment import (
+    ENRICH_RESPONSES,
+    MAX_NODES_PER_REQUEST,
+    EnrichOptions,
+    EnrichResponse,
+    LabelField,
+    NodeIdField,
+    StrictRequestModel,
+    answer_enrich,
+    find_prompt,
+)
+from service.errors import ApiError, error_responses
+from service.idempotency import request_hash, resource_id
+
+router = APIRouter(
+    prefix="/v1/graphs",
+    tags=["graphs"],
+    dependencies=[Depends(require("inference"))],
+    responses=error_responses(409),
+)
+_PARTS = ("nodes", "edges", "name", "directed")
+
+
+class GraphNodeBody(StrictRequestModel):
+    """An empty text is allowed: a node need not have one."""
+
+    id: NodeIdField
+    text: str
+    label: LabelField | None = None
+    split: Literal["train", "val", "test"] | None = None
+
+
+class GraphBody(StrictRequestModel):
+    """Ids and labels are all strings or all integers. Self-loops and repeated edges are dropped, and counted."""
+
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    directed: bool = False
+    nodes: Annotated[list[GraphNodeBody], FailFast(), Field(min_length=1)]
+    edges: Annotated[list[tuple[NodeIdField, NodeIdField]], FailFast()] = Field(default=[])
+
+
+class GraphUpload(StrictRequestModel):
+    """Parquet or Arrow IPC files: nodes (id, text, label?, split?) and edges (source, target)."""
+
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    directed: Literal["true", "false"] = "false"
+    nodes: Annotated[str, Field(json_schema_extra={"format": "binary"})]
+    edges: Annotated[str, Field(json_schema_extra={"format": "binary"})]
+
+
+class GraphObject(ResponseModel):
+    """`num_edges` counts distinct edges without self-loops; in an undirected graph a,b and b,a are one."""
+
+    id: str
+    object: Literal["graph"] = "graph"
+    name: str
+    created_at: int
+    directed: bool
+    id_type: Literal["string", "int64"]
+    num_nodes: int
+    num_edges: int
+    num_self_loops: int = Field(description="Dropped from the upload.")
+    num_duplicate_edges: int = Field(description="Dropped from the upload.")
+    has_labels: bool
+    has_splits: bool
+    content_hash: str
+    num_bytes: int
+
+
+class GraphList(ResponseModel):
+    object: Literal["list"] = "list"
+    data: list[GraphObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class GraphDeleted(ResponseModel):
+    id: str
+    object: Literal["graph"] = "graph"
+    deleted: Literal[True] = True
+
+
+class SelectBudget(StrictRequestModel):
+    """Exactly one."""
+
+    nodes: int | None = Field(default=None, ge=1)
+    fraction: float | None = Field(default=None, gt=0, le=1)
+
+
+class SelectBody(StrictRequestModel):
+    """`order` is for degree (default low) and pagerank (default high), `seed` for random (default 0)."""
+
+    strategy: str = Field(max_length=100, description="random, degree or pagerank")
+    budget: SelectBudget
+    order: Order | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+
+class SelectionObject(ResponseModel):
+    """Node ids, best first; nodes of equal score in the order of the upload."""
+
+    object: Literal["graph.selection"] = "graph.selection"
+    graph_id: str
+    content_hash: str
+    strategy: str
+    order: Order | None
+    seed: int | None
+    node_ids: list[str | int]
+    scores: list[float]
+
+
+class GraphEnrichBody(EnrichOptions):
+    node_ids: list[NodeIdField] = Field(min_length=1, max_length=MAX_NODES_PER_REQUEST)
+
+
+def _schema(model: type[StrictRequestModel]) -> dict[str, Any]:
+    """A schema that stands on its own."""
+    from pydantic.json_schema import GenerateJsonSchema
+
+    schema: dict[str, Any] = model.model_json_schema(schema_generator=GenerateJsonSchema)
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, dict):
+            if "$ref" in part:
+                return resolve(definitions[part["$ref"].rsplit("/", 1)[1]])
+            return {key: resolve(value) for key, value in part.items()}
+        return [resolve(item) for item in part] if isinstance(part, list) else part
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved
+
+
+_CREATE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _schema(GraphBody)},
+            "multipart/form-data": {"schema": _schema(GraphUpload)},
+        },
+    }
+}
+
+
+@router.post("", status_code=201, response_model=GraphObject, openapi_extra=_CREATE_BODY)
+async def create_graph(
+    request: Request,
+    response: Response,
+    state: StateDep,
+    identity: IdentityDep,
+    key: IdempotencyKey = None,
+) -> GraphObject:
+    """Upload a graph: JSON, or multipart with `nodes` and `edges` as Parquet or Arrow IPC files.
+
+    Nodes have `id`, `text` and optionally `label` and `split`; edges name two of them.
+    """
+    graph_id = resource_id("graph", identity, key)
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        info, created = await _create_from_files(request, state, identity, graph_id)
+    else:
+        body = await request.body()
+        info, created = await asyncio.to_thread(_create_from_json, body, state, identity, graph_id)
+    if not created:
+        response.headers["Idempotent-Replayed"] = "true"
+    return _graph_object(info)
+
+
+def _create_from_json(
+    body: bytes, state: AppState, identity: Identity, graph_id: str
+) -> tuple[GraphInfo, bool]:
+    try:
+        graph = GraphBody.model_validate_json(body)
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            raise ApiError("invalid_json", "the body is not valid JSON") from None
+        raise RequestValidationError(
+            [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
+        ) from None
+    try:
+        columns = columns_from_lists(
+            ids=[node.id for node in graph.nodes],
+            texts=[node.text for node in graph.nodes],
+            labels=[node.label for node in graph.nodes],
+            splits=[node.split for node in graph.nodes],
+            edges=graph.edges,
+        )
+    except GraphInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    digest = request_hash(json.loads(body))
+    return _create(state, identity, graph_id, columns, graph.name, graph.directed, digest)
+
+
+async def _create_from_files(
+    request: Request, state: AppState, identity: Identity, graph_id: str
+) -> tuple[GraphInfo, bool]:
+    try:
+        async with request.form(max_files=2, max_fields=2) as form:
+            nodes, edges, name, directed = _form_parts(form)
+            return await asyncio.to_thread(
+                _create_from_tables,
+                nodes.file,
+                edges.file,
+                name,
+                directed,
+                state,
+                identity,
+                graph_id,
+            )
+    except HTTPException as error:
+        raise ApiError(
+            "invalid_value", f"the multipart body is not valid: {error.detail}"
+        ) from error
+
+
+def _form_parts(form: FormData) -> tuple[UploadFile, UploadFile, str, bool]:
+    for part in form:
+        if part not in _PARTS:
+            raise ApiError(
+                "unsupported_parameter",
+                f"unknown part {part[:80]!r}; known: {', '.join(_PARTS)}",
+                part,
+            )
+        if len(form.getlist(part)) > 1:
+            raise ApiError("invalid_value", f"part {part!r} is there twice", part)
+    files: list[UploadFile] = []
+    for part in ("nodes", "edges"):
+        file = form.get(part)
+        if not isinstance(file, UploadFile):
+            raise ApiError("invalid_value", f"part {part!r} must be a file", part)
+        files.append(file)
+    name, directed = form.get("name"), form.get("directed", "false")
+    if not isinstance(name, str):
+        raise ApiError("invalid_value", "part 'name' must be a text", "name")
+    if directed not in ("true", "false"):
+        raise ApiError("invalid_value", "directed must be true or false", "directed")
+    return files[0], files[1], name, directed == "true"
+
+
+def _create_from_tables(
+    nodes: IO[bytes],
+    edges: IO[bytes],
+    name: str,
+    directed: bool,
+    state: AppState,
+    identity: Identity,
+    graph_id: str,
+) -> tuple[GraphInfo, bool]:
+    try:
+        columns = read_columns(nodes, edges)
+    except GraphInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    digest = request_hash(
+        {
+            "name": name,
+            "directed": directed,
+            "nodes": hashlib.file_digest(_rewound(nodes), "sha256").hexdigest(),
+            "edges": hashlib.file_digest(_rewound(edges), "sha256").hexdigest(),
+        }
+    )
+    return _create(state, identity, graph_id, columns, name, directed, digest)
+
+
+def _rewound(file: IO[bytes]) -> Any:
+    file.seek(0)
+    return file
+
+
+def _create(
+    state: AppState,
+    identity: Identity,
+    graph_id: str,
+    columns: GraphColumns,
+    name: str,
+    directed: bool,
+    digest: str,
+) -> tuple[GraphInfo, bool]:
+    try:
+        return state.graphs.create(
+            graph_id,
+            columns,
+            name=name,
+            owner=identity.tenant,
+            request_hash=digest,
+            directed=directed,
+        )
+    except GraphInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    except GraphConflictError as error:
+        raise ApiError(
+            "idempotency_conflict",
+            "this Idempotency-Key made a graph from another request",
+            "Idempotency-Key",
+        ) from error
+
+
+@router.get("")
+async def list_graphs(
+    state: StateDep,
+    identity: IdentityDep,
+    after: Annotated[str | None, Query(max_length=100)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> GraphList:
+    """Your graphs, newest first."""
+    try:
+        found = await asyncio.to_thread(
+            state.graphs.list_graphs, identity.tenant, after=after, limit=limit + 1
+        )
+    except GraphNotFoundError:
+        raise ApiError("invalid_value", f"no graph {after!r} to list after", "after") from None
+    data = [_graph_object(info) for info in found[:limit]]
+    return GraphList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=len(found) > limit,
+    )
+
+
+@router.get("/{graph_id}")
+async def get_graph(graph_id: str, state: StateDep, identity: IdentityDep) -> GraphObject:
+    try:
+        info = await asyncio.to_thread(state.graphs.info, graph_id, identity.tenant)
+    except GraphNotFoundError:
+        raise _not_found(graph_id) from None
+    return _graph_object(info)
+
+
+@router.delete("/{graph_id}")
+async def delete_graph(graph_id: str, state: StateDep, identity: IdentityDep) -> GraphDeleted:
+    """Delete a graph. Requests that work on it finish; cached texts stay."""
+    try:
+        await asyncio.to_thread(state.graphs.delete, graph_id, identity.tenant)
+    except GraphNotFoundError:
+        raise _not_found(graph_id) from None
+    return GraphDeleted(id=graph_id)
+
+
+@router.post("/{graph_id}/select")
+async def select(
+    graph_id: str, body: SelectBody, state: StateDep, identity: IdentityDep
+) -> SelectionObject:
+    """Choose the nodes that are worth an LLM call."""
+    return await asyncio.to_thread(_select, graph_id, body, state, identity)
+
+
+def _select(
+    graph_id: str, body: SelectBody, state: AppState, identity: Identity
+) -> SelectionObject:
+    graph = _open(state, identity, graph_id)
+    try:
+        budget = Budget(nodes=body.budget.nodes, fraction=body.budget.fraction)
+        selection: Selection = select_nodes(
+            graph, body.strategy, budget, order=body.order, seed=body.seed
+        )
+    except SelectError as error:
+        code = "unsupported_parameter" if error.unsupported else "invalid_value"
+        raise ApiError(code, error.message, error.param) from error
+    return SelectionObject(
+        graph_id=graph_id,
+        content_hash=graph.info.content_hash,
+        strategy=selection.strategy,
+        order=selection.order,
+        seed=selection.seed,
+        node_ids=graph.ids(selection.indices),
+        scores=selection.scores.tolist(),
+    )
+
+
+@router.post(
+    "/{graph_id}/enrich",
+    response_model=EnrichResponse,
+    responses={**ENRICH_RESPONSES, **error_responses(406, 408, 409)},
+)
+async def enrich_graph(
+    graph_id: str,
+    body: GraphEnrichBody,
+    request: Request,
+    state: StateDep,
+    identity: IdentityDep,
+) -> Response:
+    """Enrich nodes of a stored graph; as `POST /v1/enrich`, in JSON or as an Arrow stream.
+
+    A prompt that reads neighbours gets the first ones in the order of the upload, direction aside; each row says how
+    many it read.
+    """
+    prompt = find_prompt(body.prompt)
+    nodes = await asyncio.to_thread(_graph_nodes, graph_id, body.node_ids, prompt, state, identity)
+    return await answer_enrich(request, state, identity, body, prompt, nodes)
+
+
+def _graph_nodes(
+    graph_id: str, node_ids: list[NodeId], prompt: Prompt, state: AppState, identity: Identity
+) -> tuple[EnrichNode, ...]:
+    graph = _open(state, identity, graph_id)
+    try:
+        indices = graph.indices_of(node_ids)
+    except UnknownNodeError as error:
+        raise ApiError(
+            "invalid_value",
+            f"the graph has no node {error.node_id!r:.80}",
+            f"node_ids[{error.position}]",
+        ) from None
+    if len(set(indices)) < len(indices):
+        second = next(i for i, index in enumerate(indices) if index in indices[:i])
+        raise ApiError(
+            "invalid_value", f"node {node_ids[second]!r:.80} is named twice", f"node_ids[{second}]"
+        )
+    return tuple(
+        EnrichNode(
+            id=node_id,
+            text=text,
+            neighbors=tuple(graph.texts(graph.neighbors(index)[: prompt.max_neighbors])),
+        )
+        for node_id, index, text in zip(node_ids, indices, graph.texts(indices), strict=True)
+    )
+
+
+def _open(state: AppState, identity: Identity, graph_id: str) -> Graph:
+    try:
+        return state.graphs.get(graph_id, identity.tenant)
+    except GraphNotFoundError:
+        raise _not_found(graph_id) from None
+
+
+def _not_found(graph_id: str) -> ApiError:
+    return ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist")
+
+
+def _graph_object(info: GraphInfo) -> GraphObject:
+    return GraphObject(
+        id=info.id,
+        name=info.name,
+        created_at=int(info.created_at),
+        directed=info.directed,
+        id_type=info.id_type,
+        num_nodes=info.num_nodes,
+        num_edges=info.num_edges,
+        num_self_loops=info.num_self_loops,
+        num_duplicate_edges=info.num_duplicate_edges,
+        has_labels=info.has_labels,
+        has_splits=info.has_splits,
+        content_hash=info.content_hash,
+        num_bytes=info.num_bytes,
+    )

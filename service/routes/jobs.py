@@ -1,0 +1,409 @@
+"""Jobs: submit, follow, cancel, and fetch what they made. A job belongs to the key that created it; admins see all."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import anyio
+from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from compression.registry import ModelExistsError, ModelNotFoundError
+from jobs.spec import SpecError, parse_spec
+from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
+from jobs.store import Event, Job, JobNotFoundError, NewJob, RequestConflictError
+from service.auth import Identity
+from service.deps import AppState, IdempotencyKey, IdentityDep, ResponseModel, StateDep, require
+from service.errors import ApiError, error_responses
+from service.idempotency import request_hash, resource_id
+from service.sse import HEADERS, MEDIA_TYPE, with_keep_alive
+
+router = APIRouter(
+    prefix="/v1/jobs",
+    tags=["jobs"],
+    dependencies=[Depends(require("jobs"))],
+    responses=error_responses(409),
+)
+POLL_SECONDS = 0.5
+MAX_LOG_BYTES = 2**20
+
+
+class JobRequest(BaseModel):
+    """A job; which other fields it has depends on `type` (see docs/jobs.md)."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        allow_inf_nan=False,
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "compress",
+                    "model": "smollm2-135m",
+                    "output": "smollm2-135m-int4",
+                    "recipe": [{"int4": {"group_size": 64, "method": "rtn"}}],
+                }
+            ]
+        },
+    )
+
+    type: str = Field(max_length=64)
+
+
+class JobProgress(ResponseModel):
+    step: int
+    total: int
+
+
+class JobError(ResponseModel):
+    code: str
+    message: str
+
+
+class JobObject(ResponseModel):
+    id: str
+    object: Literal["job"] = "job"
+    type: str
+    status: JobStatus
+    status_reason: str | None
+    attempt: int
+    max_attempts: int
+    spec: dict[str, Any]
+    progress: JobProgress
+    result: dict[str, Any] | None
+    error: JobError | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+
+class JobList(ResponseModel):
+    object: Literal["list"] = "list"
+    data: list[JobObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class JobEvent(ResponseModel):
+    id: str
+    object: Literal["job.event"] = "job.event"
+    seq: int
+    created_at: float
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any]
+
+
+class JobEventList(ResponseModel):
+    object: Literal["list"] = "list"
+    data: list[JobEvent]
+    has_more: bool
+
+
+class Artifact(ResponseModel):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class ArtifactList(ResponseModel):
+    object: Literal["list"] = "list"
+    data: list[Artifact]
+
+
+def _job(job: Job) -> JobObject:
+    return JobObject(
+        id=job.id,
+        type=job.type,
+        status=job.status,
+        status_reason=job.status_reason,
+        attempt=job.attempt,
+        max_attempts=job.max_attempts,
+        spec=job.spec,
+        progress=JobProgress(step=job.progress_step, total=job.progress_total),
+        result=job.result,
+        error=JobError(**job.error) if job.error else None,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+    )
+
+
+def _event(job_id: str, event: Event) -> JobEvent:
+    return JobEvent(
+        id=f"{job_id}-{event.seq}",
+        seq=event.seq,
+        created_at=event.created_at,
+        type=event.kind,
+        level=event.level,
+        message=event.message,
+        data=event.data,
+    )
+
+
+async def _find(job_id: str, state: AppState, identity: Identity) -> Job:
+    """Raises: ApiError: job_not_found, also for another owner's."""
+    try:
+        job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
+    except (JobNotFoundError, ValueError):
+        job = None
+    if job is None or not (identity.is_admin or job.owner == identity.tenant):
+        raise ApiError("job_not_found", f"no job {job_id[:100]!r}", "job_id")
+    return job
+
+
+@router.post("", status_code=201)
+async def create_job(
+    body: JobRequest,
+    response: Response,
+    state: StateDep,
+    identity: IdentityDep,
+    idempotency_key: IdempotencyKey = None,
+) -> JobObject:
+    """Submit a job. It is checked in full before the 201; a worker then runs it."""
+    request = body.model_dump()
+    new = NewJob(
+        id=resource_id("job", identity, idempotency_key),
+        type=body.type,
+        owner=identity.tenant,
+        spec={},
+        request_hash=request_hash(request),
+    )
+    replay = await _replay(new, state) if idempotency_key is not None else None
+    if replay is None:
+        spec = await _check(request, state)
+        new = NewJob(
+            id=new.id, type=new.type, owner=new.owner, spec=spec, request_hash=new.request_hash
+        )
+        try:
+            job, made = await anyio.to_thread.run_sync(state.jobs.create, new)
+        except RequestConflictError:
+            raise _conflict() from None
+        replay = None if made else job
+    if replay is not None:
+        response.headers["Idempotent-Replayed"] = "true"
+        return _job(replay)
+    return _job(job)
+
+
+async def _replay(new: NewJob, state: AppState) -> Job | None:
+    try:
+        job = await anyio.to_thread.run_sync(state.jobs.get, new.id)
+    except JobNotFoundError:
+        return None
+    if job.request_hash != new.request_hash:
+        raise _conflict()
+    return job
+
+
+def _conflict() -> ApiError:
+    return ApiError(
+        "idempotency_conflict",
+        "this Idempotency-Key was used with another body",
+        "Idempotency-Key",
+    )
+
+
+async def _check(request: dict[str, Any], state: AppState) -> dict[str, Any]:
+    try:
+        spec = parse_spec(request)
+    except SpecError as error:
+        raise ApiError(error.code, error.message, error.param) from None
+    state.engines.entry(spec.model)
+    try:
+        state.registry.get(spec.output)
+        raise ModelExistsError(spec.output)
+    except ModelNotFoundError:
+        pass
+    except ModelExistsError:
+        raise ApiError("model_exists", f"model {spec.output!r} exists already", "output") from None
+    return spec.model_dump(mode="json", exclude_none=True)
+
+
+@router.get("")
+async def list_jobs(
+    state: StateDep,
+    identity: IdentityDep,
+    after: Annotated[
+        str | None, Query(max_length=64, description="Last id of the page before.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    type: Annotated[str | None, Query(max_length=64)] = None,
+    status: JobStatus | None = None,
+) -> JobList:
+    """Jobs, newest first."""
+
+    def query() -> list[Job]:
+        return state.jobs.list_jobs(
+            owner=None if identity.is_admin else identity.tenant,
+            type=type,
+            status=status,
+            after=after,
+            limit=limit + 1,
+        )
+
+    try:
+        jobs = await anyio.to_thread.run_sync(query)
+    except JobNotFoundError:
+        raise ApiError("job_not_found", "no such job", "after") from None
+    page = [_job(job) for job in jobs[:limit]]
+    return JobList(
+        data=page,
+        has_more=len(jobs) > limit,
+        first_id=page[0].id if page else None,
+        last_id=page[-1].id if page else None,
+    )
+
+
+@router.get("/{job_id}")
+async def get_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
+    return _job(await _find(job_id, state, identity))
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
+    """Cancel a job. A running one ends within seconds; cancelling twice changes nothing."""
+    await _find(job_id, state, identity)
+    try:
+        return _job(await anyio.to_thread.run_sync(state.jobs.request_cancel, job_id))
+    except InvalidTransitionError as error:
+        raise ApiError("job_not_cancellable", f"the job is {error.current}", "job_id") from None
+
+
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
+    """Pause a queued job. A running compression cannot be paused: cancel it and submit it again."""
+    job = await _find(job_id, state, identity)
+    if job.status != JobStatus.QUEUED:
+        raise ApiError(
+            "job_not_pausable", f"a {job.type} job that is {job.status} cannot be paused"
+        )
+    try:
+        return _job(await anyio.to_thread.run_sync(state.jobs.request_pause, job_id))
+    except InvalidTransitionError as error:
+        raise ApiError("job_not_pausable", f"the job is {error.current}", "job_id") from None
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
+    """Queue a paused job again."""
+    await _find(job_id, state, identity)
+    try:
+        return _job(await anyio.to_thread.run_sync(state.jobs.request_resume, job_id))
+    except InvalidTransitionError as error:
+        raise ApiError("job_not_pausable", f"the job is {error.current}", "job_id") from None
+
+
+@router.get("/{job_id}/events", response_model=JobEventList)
+async def job_events(
+    job_id: str,
+    state: StateDep,
+    identity: IdentityDep,
+    after: Annotated[int, Query(ge=0, lt=2**53, description="Sequence number.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    stream: bool = False,
+    accept: Annotated[str | None, Header(max_length=1000)] = None,
+    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=20)] = None,
+) -> Any:
+    """Events in order. With `stream` or `Accept: text/event-stream`: as they happen, until the job has ended."""
+    await _find(job_id, state, identity)
+    if last_event_id is not None:
+        if not (last_event_id.isascii() and last_event_id.isdigit()):
+            raise ApiError("invalid_value", "Last-Event-ID must be a number", "Last-Event-ID")
+        after = max(after, int(last_event_id[:15]))
+    if stream or (accept is not None and MEDIA_TYPE in accept):
+        events = _keep(_follow(job_id, state, after))
+        return StreamingResponse(events, media_type=MEDIA_TYPE, headers=HEADERS)
+    found = await _events(job_id, state, after, limit + 1)
+    page = [_event(job_id, event) for event in found[:limit]]
+    return JobEventList(data=page, has_more=len(found) > limit)
+
+
+async def _events(job_id: str, state: AppState, after: int, limit: int) -> list[Event]:
+    return await anyio.to_thread.run_sync(
+        lambda: state.jobs.events(job_id, after=after, limit=limit)
+    )
+
+
+async def _keep(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    async for chunk in with_keep_alive(chunks):
+        yield chunk
+
+
+async def _follow(job_id: str, state: AppState, after: int) -> AsyncIterator[str]:
+    while True:
+        job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
+        events = await _events(job_id, state, after, 1000)
+        for event in events:
+            after = event.seq
+            data = json.dumps(_event(job_id, event).model_dump(mode="json"))
+            yield f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n"
+        if job.status in TERMINAL_STATUSES and not events:
+            return
+        if not events:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+@router.get("/{job_id}/logs", response_class=PlainTextResponse)
+async def job_logs(
+    job_id: str,
+    state: StateDep,
+    identity: IdentityDep,
+    tail_bytes: Annotated[int, Query(ge=1, le=MAX_LOG_BYTES)] = 65536,
+) -> PlainTextResponse:
+    """The end of what the newest attempt wrote to its standard output and error."""
+    job = await _find(job_id, state, identity)
+    path = state.settings.jobs_dir / job.id / f"attempt-{job.attempt}.log"
+
+    def read() -> str:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - tail_bytes, 0))
+            return file.read().decode("utf-8", "replace")
+
+    return PlainTextResponse(await anyio.to_thread.run_sync(read))
+
+
+def _artifacts(state: AppState, job: Job) -> dict[str, Path]:
+    """Finished artefacts by name."""
+    folder = state.settings.jobs_dir / job.id / "artifacts"
+    if not folder.is_dir():
+        return {}
+    files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    return {path.name: path for path in sorted(files) if not path.name.startswith(".")}
+
+
+@router.get("/{job_id}/artifacts")
+async def list_artifacts(job_id: str, state: StateDep, identity: IdentityDep) -> ArtifactList:
+    """What the job made, besides a model."""
+    job = await _find(job_id, state, identity)
+
+    def describe() -> list[Artifact]:
+        return [
+            Artifact(
+                name=name,
+                bytes=path.stat().st_size,
+                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
+            for name, path in _artifacts(state, job).items()
+        ]
+
+    return ArtifactList(data=await anyio.to_thread.run_sync(describe))
+
+
+@router.get("/{job_id}/artifacts/{name}", response_class=FileResponse)
+async def get_artifact(
+    job_id: str, name: str, state: StateDep, identity: IdentityDep
+) -> FileResponse:
+    """Download one artefact, by a name that the list gave."""
+    job = await _find(job_id, state, identity)
+    path = _artifacts(state, job).get(name)
+    if path is None:
+        raise ApiError("artifact_not_found", f"the job has no artefact {name[:100]!r}", "name")
+    return FileResponse(path, filename=name)

@@ -1,0 +1,152 @@
+"""Parquet and Arrow uploads: every container gives the same columns; hostile files are refused by their part."""
+
+import contextlib
+import io
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from graph import upload
+from graph.store import GraphInputError
+from graph.upload import read_columns
+
+NODES = pa.table(
+    {"id": ["a", "b"], "text": ["x", None], "label": ["l", None], "split": ["train", "test"]}
+)
+EDGES = pa.table({"source": ["a"], "target": ["b"]})
+
+
+def parquet(table: pa.Table, **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    pq.write_table(table, file, **options)
+    return file
+
+
+def arrow_file(table: pa.Table) -> io.BytesIO:
+    file = io.BytesIO()
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return file
+
+
+def arrow_stream(table: pa.Table) -> io.BytesIO:
+    file = io.BytesIO()
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return file
+
+
+WRITERS = [parquet, arrow_file, arrow_stream]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_container_reads_the_same(write: Callable[[pa.Table], io.BytesIO]) -> None:
+    columns = read_columns(write(NODES), write(EDGES))
+    assert columns.ids.to_pylist() == ["a", "b"]
+    assert columns.texts.to_pylist() == ["x", None]
+    assert columns.labels.to_pylist() == ["l", None]
+    assert columns.splits.to_pylist() == ["train", "test"]
+    assert columns.sources.to_pylist() == ["a"]
+    assert columns.targets.to_pylist() == ["b"]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_no_rows_and_no_optional_columns(write: Callable[[pa.Table], io.BytesIO]) -> None:
+    columns = read_columns(write(NODES.select(["id", "text"])), write(EDGES.slice(0, 0)))
+    assert columns.labels is None
+    assert columns.splits is None
+    assert len(columns.sources) == 0
+
+
+def test_columns_in_another_order_and_dictionary() -> None:
+    nodes = pa.table({"text": ["x"], "id": pa.array(["a"]).dictionary_encode()})
+    assert read_columns(arrow_file(nodes), parquet(EDGES)).ids.to_pylist() == ["a"]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(
+    ("table", "param"),
+    [
+        (NODES.drop_columns(["text"]), "nodes.text"),
+        (NODES.append_column("extra", pa.array([1, 2])), "nodes.extra"),
+        (NODES.set_column(1, "text", pa.array([["x"], ["y"]])), "nodes"),
+    ],
+)
+def test_wrong_columns(
+    write: Callable[[pa.Table], io.BytesIO], table: pa.Table, param: str
+) -> None:
+    with pytest.raises(GraphInputError) as caught:
+        read_columns(write(table), write(EDGES))
+    assert caught.value.param == param
+
+
+def test_two_columns_of_one_name() -> None:
+    nodes = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["id", "text", "text"])
+    with pytest.raises(GraphInputError, match="one name"):
+        read_columns(arrow_file(nodes), parquet(EDGES))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"PAR1", b"PAR1PAR1", b"ARROW1", b"ARROW1\0\0" * 4, b"{}" * 40, b"\xff" * 64]
+)
+def test_what_is_no_table(data: bytes) -> None:
+    with pytest.raises(GraphInputError) as caught:
+        read_columns(io.BytesIO(data), parquet(EDGES))
+    assert caught.value.param == "nodes"
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_truncated_file_is_refused_or_reads(write: Callable[[pa.Table], io.BytesIO]) -> None:
+    data = write(EDGES).getvalue()
+    for length in range(0, len(data), 7):
+        with contextlib.suppress(GraphInputError):
+            columns = read_columns(parquet(NODES), io.BytesIO(data[:length]))
+            # a stream without its end marker reads up to where it ends
+            assert columns.sources.to_pylist() in ([], ["a"])
+
+
+def test_text_that_is_not_utf8() -> None:
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
+    with pytest.raises(GraphInputError, match="UTF"):
+        read_columns(arrow_stream(pa.table({"id": ["a"], "text": bad})), parquet(EDGES))
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_damaged_files_are_refused_or_read(write: Callable[[pa.Table], io.BytesIO]) -> None:
+    rng = random.Random(333)
+    data = write(NODES).getvalue()
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 2, 8])):
+            damaged[rng.randrange(len(data))] = rng.randrange(256)
+        with contextlib.suppress(GraphInputError):
+            columns = read_columns(io.BytesIO(damaged), parquet(EDGES))
+            assert len(columns.ids.to_pylist()) == len(columns.texts.to_pylist())
+
+
+def test_a_small_file_that_expands_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = pa.table({"id": [str(i) for i in range(200_000)], "text": ["x" * 1000] * 200_000})
+    file = parquet(nodes, compression="zstd")
+    assert len(file.getvalue()) < 2**21
+    monkeypatch.setattr(upload, "MAX_TABLE_BYTES", 50 * 2**20)
+    with pytest.raises(GraphInputError, match="bytes decoded"):
+        read_columns(file, parquet(EDGES))
+
+
+def test_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "MAX_NODES", 1)
+    for write in WRITERS:
+        with pytest.raises(GraphInputError, match="at most 1 rows"):
+            read_columns(write(NODES), write(EDGES))
+
+
+def test_a_row_group_that_declares_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "MAX_PIECE_BYTES", 10)
+    with pytest.raises(GraphInputError, match="row group"):
+        read_columns(parquet(NODES), parquet(EDGES))

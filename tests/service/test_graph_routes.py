@@ -1,0 +1,714 @@
+"""Graph and enrichment routes over a scripted model: bodies, refusals, tenants, negotiation, disconnects."""
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.testclient import TestClient
+
+from compression.registry import ModelRegistry
+from engines.protocol import AsyncEngine
+from graph.arrow_stream import MEDIA_TYPE
+from graph.cache import EnrichmentCache
+from graph.enrich import Enricher, TextModel
+from graph.store import GraphStore
+from service.auth import KeyStore
+from service.deps import AppState
+from service.engine_pool import EnginePool
+from service.enrichment import EnrichResponse
+from service.errors import ApiError
+from service.metrics import Metrics
+from service.middleware import RequestMiddleware
+from service.routes import enrich, graphs, prompts
+from service.settings import Settings
+from service.supervisor_client import SupervisorClient
+from service.tokenizers import TokenizerCache
+from tests.graph.fakes import CodePointText, ScriptedEngine
+
+GRAPH: dict[str, Any] = {
+    "name": "letters",
+    "nodes": [
+        {"id": "a", "text": "first", "label": "x", "split": "train"},
+        {"id": "b", "text": "second", "label": "y"},
+        {"id": "c", "text": "third"},
+        {"id": "d", "text": ""},
+    ],
+    "edges": [["a", "b"], ["a", "c"], ["c", "c"], ["b", "a"]],
+}
+ENRICH: dict[str, Any] = {
+    "prompt": "summary",
+    "nodes": [{"id": "n1", "text": "one"}, {"id": "n2", "text": "two"}],
+    "model": "writer",
+    "embedding_model": "encoder",
+}
+
+
+def build_test_app(state: AppState) -> FastAPI:
+    """The routers of this file behind the service's middleware, and nothing else of the application."""
+    app = FastAPI()
+    app.state.lathe = state
+    for module in (graphs, enrich, prompts):
+        app.include_router(module.router)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        detail = error.errors()[0]
+        if detail["type"] == "json_invalid":
+            refused = ApiError("invalid_json", "the body is not valid JSON")
+        else:
+            unknown = detail["type"] == "extra_forbidden"
+            code = "unsupported_parameter" if unknown else "invalid_value"
+            place = "".join(
+                f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"][1:]
+            )
+            refused = ApiError(code, detail["msg"], place.lstrip(".") or None)
+        return JSONResponse(refused.body(), refused.status)
+
+    app.add_middleware(RequestMiddleware, settings=state.settings)
+    return app
+
+
+class Service:
+    """The service, its scripted models, and a client."""
+
+    def __init__(self, home: Path) -> None:
+        self.writer = ScriptedEngine()
+        self.encoder = ScriptedEngine(model="encoder", kind="encoder", checkpoint_hash="e", dim=4)
+        settings = Settings(home=home)
+        registry = ModelRegistry(settings.models_dir)
+        supervisor = SupervisorClient(settings.supervisor_socket)
+        metrics = Metrics()
+        self.state = AppState(
+            settings=settings,
+            registry=registry,
+            engines=EnginePool(settings, registry, supervisor),
+            jobs=cast(Any, None),
+            keys=KeyStore(settings.keys_file),
+            metrics=metrics,
+            tokenizers=TokenizerCache(),
+            graphs=GraphStore(settings.graphs_dir),
+            enricher=Enricher(
+                engine_for=self._engine_for,
+                text_for=self._text_for,
+                cache=EnrichmentCache(settings.cache_database),
+                observer=metrics,
+            ),
+        )
+        self.app = build_test_app(self.state)
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    async def _engine_for(self, model: str, param: str) -> AsyncEngine:
+        engines = {"writer": self.writer, "encoder": self.encoder}
+        if model not in engines:
+            raise ApiError("model_not_found", f"the model {model!r} does not exist", param)
+        return engines[model]
+
+    async def _text_for(self, model: str, param: str) -> TextModel:
+        return CodePointText(marks=model == "encoder")
+
+    def create(self, body: Any = None, **options: Any) -> Any:
+        return self.client.post("/v1/graphs", json=GRAPH if body is None else body, **options)
+
+    def graph_id(self) -> str:
+        identifier: str = self.create().json()["id"]
+        return identifier
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    service = Service(tmp_path)
+    with service.client:
+        yield service
+
+
+def error_of(response: Any, status: int = 400) -> tuple[str, str | None]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["code"], error["param"]
+
+
+def parquet(columns: dict[str, list[Any]]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+def arrow(columns: dict[str, list[Any]]) -> bytes:
+    file = io.BytesIO()
+    table = pa.table(columns)
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    return file.getvalue()
+
+
+NODE_COLUMNS: dict[str, list[Any]] = {
+    "id": ["a", "b", "c"],
+    "text": ["first", "second", "third"],
+    "label": ["x", "y", None],
+}
+EDGE_COLUMNS: dict[str, list[Any]] = {"source": ["a", "a"], "target": ["b", "c"]}
+
+
+# Graphs
+
+
+def test_create_get_list_delete(service: Service) -> None:
+    created = service.create()
+    assert created.status_code == 201
+    graph = created.json()
+    assert graph["id"].startswith("graph-")
+    assert (graph["object"], graph["name"]) == ("graph", "letters")
+    assert (graph["num_nodes"], graph["num_edges"]) == (4, 2)
+    assert (graph["num_self_loops"], graph["num_duplicate_edges"]) == (1, 1)
+    assert (graph["has_labels"], graph["has_splits"], graph["directed"]) == (True, True, False)
+    assert service.client.get(f"/v1/graphs/{graph['id']}").json() == graph
+    listed = service.client.get("/v1/graphs").json()
+    assert (listed["data"], listed["has_more"]) == ([graph], False)
+    deleted = service.client.delete(f"/v1/graphs/{graph['id']}")
+    assert deleted.json() == {"id": graph["id"], "object": "graph", "deleted": True}
+    assert error_of(service.client.get(f"/v1/graphs/{graph['id']}"), 404)[0] == "graph_not_found"
+    assert error_of(service.client.delete(f"/v1/graphs/{graph['id']}"), 404)[0] == "graph_not_found"
+
+
+def test_list_pages(service: Service) -> None:
+    ids = [service.graph_id() for _ in range(3)]
+    first = service.client.get("/v1/graphs", params={"limit": 2}).json()
+    assert first["has_more"] is True
+    rest = service.client.get("/v1/graphs", params={"after": first["last_id"]}).json()
+    assert sorted(g["id"] for g in first["data"] + rest["data"]) == sorted(ids)
+    assert error_of(service.client.get("/v1/graphs", params={"after": "x"})) == (
+        "invalid_value",
+        "after",
+    )
+
+
+@pytest.mark.parametrize("write", [parquet, arrow])
+def test_create_from_files(
+    service: Service, write: Callable[[dict[str, list[Any]]], bytes]
+) -> None:
+    files = {"nodes": write(NODE_COLUMNS), "edges": write(EDGE_COLUMNS)}
+    created = service.client.post("/v1/graphs", data={"name": "files"}, files=files)
+    assert created.status_code == 201, created.text
+    assert (created.json()["num_nodes"], created.json()["num_edges"]) == (3, 2)
+
+
+def test_json_and_files_give_the_same_graph(service: Service) -> None:
+    body = {
+        "name": "j",
+        "nodes": [
+            {"id": i, "text": t, "label": x} for i, t, x in zip(*NODE_COLUMNS.values(), strict=True)
+        ],
+        "edges": [["a", "b"], ["a", "c"]],
+    }
+    files = {"nodes": parquet(NODE_COLUMNS), "edges": parquet(EDGE_COLUMNS)}
+    one = service.create(body).json()
+    two = service.client.post("/v1/graphs", data={"name": "f"}, files=files).json()
+    assert one["content_hash"] == two["content_hash"]
+
+
+def test_directed_and_integer_ids(service: Service) -> None:
+    body = {
+        "name": "numbers",
+        "directed": True,
+        "nodes": [{"id": 2**40, "text": "x", "label": 1}, {"id": -1, "text": "y"}],
+        "edges": [[-1, 2**40], [2**40, -1]],
+    }
+    graph = service.create(body).json()
+    assert (graph["id_type"], graph["num_edges"], graph["directed"]) == ("int64", 2, True)
+    selected = service.client.post(
+        f"/v1/graphs/{graph['id']}/select", json={"strategy": "degree", "budget": {"nodes": 1}}
+    )
+    assert selected.json()["node_ids"] == [2**40]
+
+
+def change(**fields: Any) -> dict[str, Any]:
+    return {**GRAPH, **fields}
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        (change(edges=[["a", "b"], ["a", "q"]]), "invalid_value", "edges[1]"),
+        (change(edges=[["a", 1]]), "invalid_value", "edges[0]"),
+        (change(nodes=[]), "invalid_value", "nodes"),
+        (change(nodes=[{"id": "a", "text": "x"}] * 2, edges=[]), "invalid_value", "nodes[1].id"),
+        (change(nodes=[{"id": "a", "text": "x"}, {"id": 1, "text": "x"}]), "invalid_value", "nodes[1].id"),
+        (change(nodes=[{"id": "a", "text": "x" * (2**20 + 1)}], edges=[]), "invalid_value", "nodes[0].text"),
+        (change(extra=1), "unsupported_parameter", "extra"),
+        (change(nodes=[{"id": "a", "text": "x", "weight": 1}]), "unsupported_parameter", "nodes[0].weight"),
+        (change(nodes=[{"id": True, "text": "x"}]), "invalid_value", "nodes[0].id"),
+        (change(nodes=[{"id": 1.5, "text": "x"}]), "invalid_value", "nodes[0].id"),
+        (change(nodes=[{"id": 2**63, "text": "x"}]), "invalid_value", "nodes[0].id"),
+        (change(nodes=[{"id": "a"}]), "invalid_value", "nodes[0].text"),
+        (change(nodes=[{"id": "a", "text": None}]), "invalid_value", "nodes[0].text"),
+        (change(nodes=[{"id": "a", "text": "x", "split": "validation"}]), "invalid_value", "nodes[0].split"),
+        (change(directed=0), "invalid_value", "directed"),
+        (change(name=""), "invalid_value", "name"),
+        (change(name="a\u0000b"), "invalid_value", "name"),
+        (change(edges=[["a"]]), "invalid_value", None),
+        ([], "invalid_value", None),
+        ({"name": "x"}, "invalid_value", "nodes"),
+    ],
+)  # fmt: skip
+def test_bad_graphs(service: Service, body: Any, code: str, param: str | None) -> None:
+    found_code, found_param = error_of(service.create(body))
+    assert found_code == code
+    if param is not None:
+        assert found_param == param
+    assert service.client.get("/v1/graphs").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'{"name": "\xff"}', b"null", b'{"name": "\\ud800", "nodes": []}']
+)
+def test_bodies_that_are_no_json(service: Service, body: bytes) -> None:
+    response = service.client.post(
+        "/v1/graphs", content=body, headers={"content-type": "application/json"}
+    )
+    assert error_of(response)[0] in ("invalid_json", "invalid_value")
+
+
+def test_deep_json(service: Service) -> None:
+    body = b'{"name": ' + b"[" * 100_000
+    response = service.client.post(
+        "/v1/graphs", content=body, headers={"content-type": "application/json"}
+    )
+    assert error_of(response)[0] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "code", "param"),
+    [
+        ({}, {"nodes": b"PAR1", "edges": b""}, "invalid_value", "name"),
+        ({"name": "x"}, {"nodes": b"PAR1", "edges": b""}, "invalid_value", "nodes"),
+        ({"name": "x"}, {"nodes": parquet(NODE_COLUMNS)}, "invalid_value", "edges"),
+        ({"name": "x", "edges": "text"}, {"nodes": parquet(NODE_COLUMNS)}, "invalid_value", "edges"),
+        ({"name": "x"}, {"nodes": parquet(NODE_COLUMNS), "other": b"x"}, "unsupported_parameter", "other"),
+        ({"name": "x", "directed": "maybe"}, {"nodes": parquet(NODE_COLUMNS), "edges": parquet(EDGE_COLUMNS)},
+         "invalid_value", "directed"),
+        ({"name": "x"}, {"nodes": parquet(EDGE_COLUMNS), "edges": parquet(EDGE_COLUMNS)}, "invalid_value", "nodes.id"),
+        ({"name": "x"}, {"nodes": parquet(NODE_COLUMNS), "edges": parquet({"source": ["a"], "target": ["z"]})},
+         "invalid_value", "edges[0]"),
+    ],
+)  # fmt: skip
+def test_bad_files(
+    service: Service, data: dict[str, str], files: dict[str, bytes], code: str, param: str
+) -> None:
+    response = service.client.post("/v1/graphs", data=data, files=files)
+    assert error_of(response) == (code, param)
+
+
+def test_multipart_that_is_none(service: Service) -> None:
+    for boundary, body in [
+        ("; boundary=x", b"no parts"),
+        ("", b"--x\r\n"),
+        ("; boundary=x", b"--x\r\n\r\n"),
+    ]:
+        response = service.client.post(
+            "/v1/graphs", content=body, headers={"content-type": f"multipart/form-data{boundary}"}
+        )
+        assert error_of(response)[0] == "invalid_value"
+
+
+def test_too_many_parts(service: Service) -> None:
+    files = [("nodes", parquet(NODE_COLUMNS))] * 3
+    assert error_of(service.client.post("/v1/graphs", files=files))[0] == "invalid_value"
+
+
+@pytest.mark.parametrize("upload", ["json", "files"])
+def test_idempotency(service: Service, upload: str) -> None:
+    def create(name: str) -> Any:
+        headers = {"Idempotency-Key": "key-1"}
+        if upload == "json":
+            return service.create(change(name=name), headers=headers)
+        files = {"nodes": parquet(NODE_COLUMNS), "edges": parquet(EDGE_COLUMNS)}
+        return service.client.post("/v1/graphs", data={"name": name}, files=files, headers=headers)
+
+    first, again, other = create("one"), create("one"), create("two")
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json() == first.json()
+    assert "Idempotent-Replayed" not in first.headers
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert error_of(other, 409) == ("idempotency_conflict", "Idempotency-Key")
+    assert len(service.client.get("/v1/graphs").json()["data"]) == 1
+
+
+def test_graphs_belong_to_their_tenant(service: Service) -> None:
+    keys = service.state.keys
+    _, mine = keys.create("mine", ("inference",))
+    _, theirs = keys.create("theirs", ("inference", "admin"))
+    _, jobs = keys.create("jobs", ("jobs",))
+
+    def bearer(secret: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {secret}"}
+
+    graph_id = service.create(headers=bearer(mine)).json()["id"]
+    path = f"/v1/graphs/{graph_id}"
+    select = {"strategy": "random", "budget": {"nodes": 1}}
+    enrich_body = {"prompt": "summary", "node_ids": ["a"], "model": "writer"}
+    client = service.client
+    assert client.get(path, headers=bearer(mine)).status_code == 200
+    for response in (
+        client.get(path, headers=bearer(theirs)),
+        client.delete(path, headers=bearer(theirs)),
+        client.post(f"{path}/select", json=select, headers=bearer(theirs)),
+        client.post(f"{path}/enrich", json=enrich_body, headers=bearer(theirs)),
+    ):
+        assert error_of(response, 404)[0] == "graph_not_found"
+    assert client.get("/v1/graphs", headers=bearer(theirs)).json()["data"] == []
+    for method, route in [
+        ("GET", "/v1/graphs"),
+        ("POST", "/v1/enrich"),
+        ("GET", "/v1/prompts"),
+        ("GET", path),
+    ]:
+        assert error_of(client.request(method, route), 401)[0] == "invalid_api_key"
+        forbidden = client.request(method, route, headers=bearer(jobs))
+        assert error_of(forbidden, 403)[0] == "insufficient_scope"
+
+
+@pytest.mark.parametrize("graph_id", ["graph-0", "..%2F..%2Fetc", "x", "graph-%00", "GRAPH-1"])
+def test_unknown_graph_ids(service: Service, graph_id: str) -> None:
+    for method, path, body in [
+        ("GET", f"/v1/graphs/{graph_id}", None),
+        ("DELETE", f"/v1/graphs/{graph_id}", None),
+        ("POST", f"/v1/graphs/{graph_id}/select", {"strategy": "random", "budget": {"nodes": 1}}),
+        ("POST", f"/v1/graphs/{graph_id}/enrich", {"prompt": "summary", "node_ids": ["a"]}),
+    ]:
+        assert service.client.request(method, path, json=body).status_code == 404
+
+
+# Selection
+
+
+def test_select(service: Service) -> None:
+    graph_id = service.graph_id()
+    response = service.client.post(
+        f"/v1/graphs/{graph_id}/select", json={"strategy": "pagerank", "budget": {"fraction": 0.5}}
+    )
+    selection = response.json()
+    assert selection["node_ids"] == ["a", "b"]
+    assert (selection["strategy"], selection["order"], selection["seed"]) == (
+        "pagerank",
+        "high",
+        None,
+    )
+    assert selection["scores"][0] > selection["scores"][1]
+    assert selection["graph_id"] == graph_id
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({"strategy": "entropy", "budget": {"nodes": 1}}, "unsupported_parameter", "strategy"),
+        ({"strategy": "best", "budget": {"nodes": 1}}, "invalid_value", "strategy"),
+        ({"strategy": "random", "budget": {}}, "invalid_value", "budget"),
+        ({"strategy": "random", "budget": {"nodes": 1, "fraction": 0.1}}, "invalid_value", "budget"),
+        ({"strategy": "random", "budget": {"nodes": 0}}, "invalid_value", "budget.nodes"),
+        ({"strategy": "random", "budget": {"fraction": 1.5}}, "invalid_value", "budget.fraction"),
+        ({"strategy": "random", "budget": {"tokens": 10}}, "unsupported_parameter", "budget.tokens"),
+        ({"strategy": "random", "budget": {"seconds": 1}}, "unsupported_parameter", "budget.seconds"),
+        ({"strategy": "random", "budget": {"cost": 1}}, "unsupported_parameter", "budget.cost"),
+        ({"strategy": "degree", "budget": {"nodes": 1}, "seed": 1}, "unsupported_parameter", "seed"),
+        ({"strategy": "random", "budget": {"nodes": 1}, "order": "low"}, "unsupported_parameter", "order"),
+        ({"strategy": "degree", "budget": {"nodes": 1}, "order": "up"}, "invalid_value", "order"),
+        ({"strategy": "random", "budget": {"nodes": 1}, "seed": -1}, "invalid_value", "seed"),
+    ],
+)  # fmt: skip
+def test_bad_selections(service: Service, body: Any, code: str, param: str) -> None:
+    response = service.client.post(f"/v1/graphs/{service.graph_id()}/select", json=body)
+    assert error_of(response) == (code, param)
+
+
+# Enrichment
+
+
+def test_enrich_json(service: Service) -> None:
+    response = service.client.post("/v1/enrich", json={**ENRICH, "return": ["text", "embedding"]})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert body["object"] == "list"
+    first, second = body["data"]
+    assert (first["node_id"], first["status"], first["text"]) == ("n1", "ok", "ONE")
+    assert second["text"] == "TWO"
+    assert first["embedding"][2:] == [0.5, 0.5]
+    assert (first["model"], first["embedding_model"]) == ("writer", "encoder")
+    assert (first["prompt_id"], first["prompt_version"]) == ("summary", 1)
+    assert first["error"] is None
+    usage = body["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 6
+    assert usage["num_by_status"] == {
+        "ok": 2, "cached": 0, "skipped_budget": 0, "invalid_output": 0, "failed": 0,
+    }  # fmt: skip
+    EnrichResponse.model_validate(body)
+
+
+def test_enrich_counts_its_items(service: Service) -> None:
+    for _ in range(2):
+        service.client.post("/v1/enrich", json=ENRICH)
+    text = service.state.metrics.render().decode()
+    assert 'lathe_enrich_items_total{outcome="ok"} 2.0' in text
+    assert 'lathe_enrich_items_total{outcome="cached"} 2.0' in text
+    assert 'lathe_enrich_cache_hits_total{layer="text"} 2.0' in text
+
+
+def test_embeddings_as_base64_and_half(service: Service) -> None:
+    def embedding(**options: str) -> Any:
+        body = {**ENRICH, "return": ["embedding"], **options}
+        return service.client.post("/v1/enrich", json=body).json()["data"][0]["embedding"]
+
+    plain = embedding()
+    packed = base64.b64decode(embedding(encoding_format="base64"))
+    assert np.frombuffer(packed, "<f4").tolist() == plain
+    half = base64.b64decode(embedding(encoding_format="base64", embedding_dtype="float16"))
+    assert np.frombuffer(half, "<f2").tolist() == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_enrich_arrow(service: Service, dtype: str) -> None:
+    service.encoder.embed_error = None
+    nodes = [{"id": "n1", "text": "one"}, {"id": "n2", "text": ""}]
+    body = {**ENRICH, "nodes": nodes, "return": ["text", "embedding"], "embedding_dtype": dtype}
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.headers["content-type"] == MEDIA_TYPE
+    table = pa.ipc.open_stream(response.content).read_all()
+    table.validate(full=True)
+    rows = table.to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "failed"]
+    assert [row["text"] for row in rows] == ["ONE", None]
+    assert rows[1]["embedding"] is None
+    assert rows[1]["error_code"] == "empty_text"
+    assert rows[0]["embedding"][2:] == [0.5, 0.5]
+    value_type = pa.float16() if dtype == "float16" else pa.float32()
+    assert table.schema.field("embedding").type == pa.list_(value_type, 4)
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    assert (metadata["lathe.model"], metadata["lathe.embedding_model"]) == ("writer", "encoder")
+    assert json.loads(metadata["lathe.prompt"])["id"] == "summary"
+    plain = service.client.post("/v1/enrich", json=body).json()
+    assert json.loads(metadata["lathe.usage"]).keys() == plain["usage"].keys()
+    assert [row["content_hash"].hex() for row in rows] == [r["content_hash"] for r in plain["data"]]
+    assert rows[0]["embedding"] == plain["data"][0]["embedding"]
+
+
+def test_arrow_without_what_was_not_asked_for(service: Service) -> None:
+    nodes = [{"id": 7, "text": "one"}]
+    response = service.client.post(
+        "/v1/enrich", json={**ENRICH, "nodes": nodes}, headers={"Accept": MEDIA_TYPE}
+    )
+    table = pa.ipc.open_stream(response.content).read_all()
+    assert "embedding" not in table.column_names
+    assert table.schema.field("node_id").type == pa.int64()
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("*/*", "application/json"),
+        ("", "application/json"),
+        ("application/*", "application/json"),
+        ("text/html, */*;q=0.1", "application/json"),
+        (f"{MEDIA_TYPE}, application/json;q=0.9", MEDIA_TYPE),
+        (f"{MEDIA_TYPE};q=0.5, application/json", "application/json"),
+        (f"application/json;q=0, {MEDIA_TYPE}", MEDIA_TYPE),
+        (f"*/*, {MEDIA_TYPE};q=0", "application/json"),
+        ("APPLICATION/JSON", "application/json"),
+    ],
+)
+def test_negotiation(service: Service, accept: str, expected: str) -> None:
+    response = service.client.post("/v1/enrich", json=ENRICH, headers={"Accept": accept})
+    assert response.headers["content-type"] == expected
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/html", "application/json;q=0", "application/json;q=x", "image/*"]
+)
+def test_not_acceptable(service: Service, accept: str) -> None:
+    response = service.client.post("/v1/enrich", json=ENRICH, headers={"Accept": accept})
+    assert error_of(response, 406)[0] == "not_acceptable"
+    assert service.writer.prompts == []
+
+
+NODES = ENRICH["nodes"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"prompt": "nothing"}, 404, "prompt_not_found", "prompt"),
+        ({"prompt": "summary@9"}, 404, "prompt_not_found", "prompt"),
+        ({"model": "other"}, 404, "model_not_found", "model"),
+        ({"embedding_model": "other", "return": ["embedding"]}, 404, "model_not_found", "embedding_model"),
+        ({"model": "encoder"}, 400, "invalid_value", "model"),
+        ({"return": []}, 400, "invalid_value", "return"),
+        ({"return": ["text", "text"]}, 400, "invalid_value", "return"),
+        ({"return": ["image"]}, 400, "invalid_value", "return[0]"),
+        ({"temperature": 1}, 400, "unsupported_parameter", "temperature"),
+        ({"seed": 1}, 400, "unsupported_parameter", "seed"),
+        ({"long_text": "chunk"}, 400, "invalid_value", "long_text"),
+        ({"max_tokens": "5"}, 400, "invalid_value", "max_tokens"),
+        ({"budget": {"max_nodes": True}}, 400, "invalid_value", "budget.max_nodes"),
+        ({"budget": None}, 400, "invalid_value", "budget"),
+        ({"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+        ({"max_tokens": 4096}, 400, "invalid_value", "max_tokens"),
+        ({"budget": {"max_nodes": 0}}, 400, "invalid_value", "budget.max_nodes"),
+        ({"budget": {"max_cost": 1}}, 400, "unsupported_parameter", "budget.max_cost"),
+        ({"nodes": []}, 400, "invalid_value", "nodes"),
+        ({"nodes": [*NODES, {"id": "n1", "text": "x"}]}, 400, "invalid_value", "nodes[2].id"),
+        ({"nodes": [*NODES, {"id": 1, "text": "x"}]}, 400, "invalid_value", "nodes[2].id"),
+        ({"nodes": [{"id": "", "text": "x"}]}, 400, "invalid_value", "nodes[0].id"),
+        ({"nodes": [{"id": "a", "text": "x" * (2**20 + 1)}]}, 400, "invalid_value", "nodes[0].text"),
+        ({"nodes": [{"id": "a", "text": "x", "neighbors": [1]}]}, 400, "invalid_value", "nodes[0].neighbors[0]"),
+        ({"nodes": [{"id": "a", "text": "x", "label": 1}]}, 400, "unsupported_parameter", "nodes[0].label"),
+        ({"nodes": [{"id": str(i), "text": "x"} for i in range(1025)]}, 400, "invalid_value", "nodes"),
+    ],
+)  # fmt: skip
+def test_bad_enrichments(
+    service: Service, fields: dict[str, Any], status: int, code: str, param: str
+) -> None:
+    response = service.client.post("/v1/enrich", json={**ENRICH, **fields})
+    assert error_of(response, status) == (code, param)
+
+
+def test_lone_surrogates_are_refused(service: Service) -> None:
+    for node in (r'{"id": "\ud800", "text": "x"}', r'{"id": "a", "text": "\ud800"}'):
+        body = '{"prompt": "summary", "model": "writer", "nodes": [' + node + "]}"
+        response = service.client.post(
+            "/v1/enrich", content=body, headers={"content-type": "application/json"}
+        )
+        assert error_of(response)[0] in ("invalid_value", "invalid_json")
+
+
+def test_enrich_budget(service: Service) -> None:
+    body = {**ENRICH, "budget": {"max_nodes": 1}}
+    answer = service.client.post("/v1/enrich", json=body).json()
+    assert [row["status"] for row in answer["data"]] == ["ok", "skipped_budget"]
+    assert answer["usage"]["stopped_by"] == "max_nodes"
+    assert answer["data"][1]["error"]["code"] == "budget_exhausted"
+
+
+def test_the_servers_time_out_is_a_budget(service: Service) -> None:
+    service.state.settings.request_timeout_seconds = 0.05
+    service.writer.hold()
+    answer = service.client.post("/v1/enrich", json=ENRICH).json()
+    assert [row["status"] for row in answer["data"]] == ["skipped_budget"] * 2
+    assert answer["usage"]["stopped_by"] == "max_seconds"
+
+
+def test_tenants_share_no_texts(service: Service) -> None:
+    secrets = [service.state.keys.create(name, ("inference",))[1] for name in ("a", "b")]
+    for secret, expected in zip([*secrets, secrets[0]], ["ok", "ok", "cached"], strict=True):
+        headers = {"Authorization": f"Bearer {secret}"}
+        answer = service.client.post("/v1/enrich", json=ENRICH, headers=headers).json()
+        assert answer["data"][0]["status"] == expected
+
+
+def test_enrich_graph(service: Service) -> None:
+    graph_id = service.graph_id()
+    body = {
+        "node_ids": ["c", "a", "d"],
+        "prompt": "summary",
+        "model": "writer",
+        "embedding_model": "encoder",
+        "return": ["embedding"],
+    }
+    answer = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=body).json()
+    assert [row["node_id"] for row in answer["data"]] == ["c", "a", "d"]
+    assert [row["status"] for row in answer["data"]] == ["ok", "ok", "failed"]
+    assert answer["data"][0]["text"] is None
+    assert len(answer["data"][0]["embedding"]) == 4
+
+
+def test_enrich_graph_reads_neighbours(service: Service) -> None:
+    graph_id = service.graph_id()
+    body = {"node_ids": ["a", "b"], "prompt": "digest", "model": "writer"}
+    answer = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=body).json()
+    assert [row["neighbors_used"] for row in answer["data"]] == [2, 1]
+    assert "1. second\n2. third" in service.writer.prompts[0]
+    assert "1. first\n</neighbors>" in service.writer.prompts[1]
+
+
+def test_enrich_graph_unknown_and_repeated_nodes(service: Service) -> None:
+    path = f"/v1/graphs/{service.graph_id()}/enrich"
+    for node_ids, param in [
+        (["a", "zz"], "node_ids[1]"),
+        (["a", "b", "a"], "node_ids[2]"),
+        ([1], "node_ids[0]"),
+        ([], "node_ids"),
+        ([None], "node_ids[0]"),
+    ]:
+        body = {"node_ids": node_ids, "prompt": "summary", "model": "writer"}
+        assert error_of(service.client.post(path, json=body)) == ("invalid_value", param)
+
+
+# Prompts
+
+
+def test_prompts(service: Service) -> None:
+    listed = service.client.get("/v1/prompts").json()
+    assert listed["object"] == "list"
+    assert [prompt["id"] for prompt in listed["data"]] == ["digest", "repair", "summary", "terms"]
+    one = service.client.get("/v1/prompts/summary").json()
+    assert one in listed["data"]
+    assert service.client.get("/v1/prompts/summary@1").json() == one
+    assert one["versions"] == [1]
+    for unknown in ("nothing", "summary@2", "..%2Fsummary"):
+        assert service.client.get(f"/v1/prompts/{unknown}").status_code == 404
+    assert error_of(service.client.get("/v1/prompts/nothing"), 404)[0] == "prompt_not_found"
+
+
+# Disconnects
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_aborts_the_engine(tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    service.writer.hold()
+    body = json.dumps(ENRICH).encode()
+    left = asyncio.Event()
+    incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        message = next(incoming, None)
+        if message is None:
+            await left.wait()
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(_: Any) -> None:
+        return
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/enrich",
+        "raw_path": b"/v1/enrich",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "state": {},
+    }
+    call = asyncio.create_task(service.app(scope, receive, send))
+    async with asyncio.timeout(10):
+        await service.writer.arrived.wait()
+        left.set()
+        await call
+        while service.writer.num_running:  # noqa: ASYNC110 - polls what has no event
+            await asyncio.sleep(0.001)
+    assert len(service.writer.aborted) >= 1

@@ -53,8 +53,9 @@ BuildMessage = Callable[[int], ClientMessage]
 class ClientTokenStream(TokenStream):
     """Outputs of one request, in order; the one with a `finish_reason` is the last.
 
-    Outputs that arrived since the last read come merged into one: a slow reader holds at most its own request's
-    `max_tokens` tokens, and never holds up another stream.
+    A request that fails raises its `EngineError` here, after the tokens that came before; no output with
+    finish_reason "error" gets through. Outputs that arrived since the last read come merged into one: a slow reader
+    holds at most its own request's `max_tokens` tokens, and never holds up another stream.
     """
 
     def __init__(self, client: "EngineClient", request_id: str) -> None:
@@ -66,6 +67,10 @@ class ClientTokenStream(TokenStream):
         self._ended = False
 
     def put(self, output: TokenOutput) -> None:
+        if output.finish_reason == "error":
+            code = output.error_code or "internal_error"
+            self.fail(EngineError(code, output.error or "the engine failed this request"))
+            return
         self._unread.append(output)
         self._arrived.set()
 
@@ -98,7 +103,8 @@ class ClientTokenStream(TokenStream):
         """Abort the request unless it has ended; a reader that waits meanwhile sees the end."""
         if self._ended:
             return
-        running = not any(output.finish_reason for output in self._unread)
+        has_ended = any(output.finish_reason for output in self._unread)
+        running = not has_ended and self._failure is None
         self._unread = []
         self._end()
         self._arrived.set()

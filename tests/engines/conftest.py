@@ -1,6 +1,7 @@
 """Fixtures of the engine tests: host processes, and a way to wait for a condition."""
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from typing import Any
 
 import pytest
 
+from engines.process import set_openmp_environment
+
 DEADLINE_SECONDS = 30.0
+
+set_openmp_environment()  # before any test imports torch
 
 
 @pytest.fixture
@@ -29,6 +34,26 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def real_models_dir() -> Path:
+    """The packaged models, imported once and kept between runs."""
+    from compression.import_model import PACKAGED_MODELS, import_packaged
+    from compression.registry import ModelExistsError, ModelRegistry
+
+    folder = Path(__file__).parents[2] / ".cache" / "test-home" / "models"
+    registry = ModelRegistry(folder)
+    for model_id in PACKAGED_MODELS:
+        with contextlib.suppress(ModelExistsError):
+            if not (folder / model_id).exists():
+                import_packaged(registry, model_id)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model_dir(real_models_dir: Path) -> Path:
+    return real_models_dir / "smollm2-135m"
 
 
 @dataclass

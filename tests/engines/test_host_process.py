@@ -5,8 +5,10 @@ import itertools
 import signal
 import socket
 import stat
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from engines.protocol import (
     SamplingParams,
     ScoreRequest,
     TokenOutput,
+    TokenStream,
 )
 from tests.engines.conftest import HostProcess, StartHost, eventually
 from tests.fakes.echo_engine import ECHO_INFO, EOS, echo_embed, echo_score
@@ -47,6 +50,11 @@ async def _connect(host: HostProcess) -> AsyncIterator[EngineClient]:
 
 async def _collect(client: EngineClient, request: GenerateRequest) -> list[TokenOutput]:
     return [output async for output in await client.generate(request)]
+
+
+async def _extend(outputs: list[TokenOutput], stream: TokenStream) -> None:
+    async for output in stream:
+        outputs.append(output)
 
 
 def _token_ids(outputs: list[TokenOutput]) -> list[int]:
@@ -202,18 +210,32 @@ async def test_a_request_id_runs_once_on_a_host(start_host: StartHost) -> None:
 
 async def test_a_failed_step_ends_its_requests_and_the_host_goes_on(start_host: StartHost) -> None:
     async with _connect(start_host("--raise-on-token", "13")) as client:
-        outputs = await _collect(client, _request("bad", 13))
-        assert outputs[-1].finish_reason == "error"
-        assert outputs[-1].error_code == "internal_error"
+        with pytest.raises(EngineError) as caught:
+            await _collect(client, _request("bad", 13))
+        assert caught.value.code == "internal_error"
         assert _token_ids(await _collect(client, _request("good"))) == [5, 6, 7, EOS]
+
+
+async def test_a_failed_request_shows_its_tokens_first(start_host: StartHost) -> None:
+    async with _connect(start_host("--raise-on-token", "13", *LONG)) as client:
+        stream = await client.generate(_request("running", params=ENDLESS))
+        outputs = [await stream.__anext__()]
+        await client.generate(_request("bad", 13))
+        with pytest.raises(EngineError, match="the engine failed"):
+            await _extend(outputs, stream)
+        token_ids = _token_ids(outputs)
+        assert token_ids == [5 + index % 3 for index in range(len(token_ids))]
+        with pytest.raises(StopAsyncIteration):
+            await stream.__anext__()
+        await stream.aclose()
 
 
 async def test_steps_that_keep_failing_end_the_process(start_host: StartHost) -> None:
     host = start_host("--raise-on-token", "13")
     async with _connect(host) as client:
         for index in range(2):
-            outputs = await _collect(client, _request(f"bad{index}", 13))
-            assert outputs[-1].finish_reason == "error"
+            with pytest.raises(EngineError, match="the engine failed"):
+                await _collect(client, _request(f"bad{index}", 13))
         with pytest.raises(EngineError, match="ended"):
             await _collect(client, _request("last", 13))
     assert host.wait_for_status("failed")["error"] == "RuntimeError: told to raise"
@@ -248,9 +270,10 @@ async def test_draining_has_a_limit(start_host: StartHost) -> None:
     async with _connect(host) as client:
         stream = await client.generate(_request("r", params=ENDLESS))
         host.process.send_signal(signal.SIGTERM)
-        outputs = [output async for output in stream]
-    assert outputs[-1].finish_reason == "error"
-    assert outputs[-1].error_code == "engine_dead"
+        with pytest.raises(EngineError, match="shutting down") as caught:
+            async for _ in stream:
+                pass
+    assert caught.value.code == "engine_dead"
     assert host.wait() == 0
 
 
@@ -273,6 +296,22 @@ def test_a_file_is_never_taken_for_a_stale_socket(start_host: StartHost) -> None
     path.write_text("keep me")
     assert start_host(socket=path, ready=False).wait() == 1
     assert path.read_text() == "keep me"
+
+
+async def test_a_host_dies_with_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    program = (
+        "import subprocess, sys;"
+        f"h = subprocess.Popen([sys.executable, '-m', 'tests.fakes.echo_host', '--socket', {str(path)!r}]);"
+        "h.wait()"
+    )
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+    await eventually(path.exists)
+    client = await EngineClient.connect(path)
+    parent.kill()
+    await parent.wait()
+    await asyncio.wait_for(client.closed.wait(), 10)
+    await client.aclose()
 
 
 def test_a_failed_load_says_so(start_host: StartHost) -> None:

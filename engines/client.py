@@ -1,12 +1,15 @@
-"""The other end of an engine host's socket: one connection that carries all requests of a process."""
+"""The API process's end of an engine host's socket: one connection carries all requests, many at a time.
+
+Reconnecting is the caller's matter: a client whose host ended stays dead.
+"""
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from engines.protocol import (
     AsyncEngine,
@@ -22,33 +25,59 @@ from engines.protocol import (
     TokenStream,
 )
 from engines.wire import (
-    METHODS,
+    PROTOCOL_VERSION,
     Abort,
-    Call,
+    Answer,
+    ClientMessage,
+    Control,
+    Done,
+    Embed,
+    Embedded,
+    Generate,
+    Hello,
     Outputs,
-    Reply,
+    Refused,
+    Score,
+    Scored,
+    Statistics,
     WireError,
-    decode_payload,
+    decode_host,
     encode_frame,
-    encode_payload,
     read_frame,
 )
 
-MAX_TEXTS_PER_CALL = 32
-"""Texts of one embed call; more are sent as several, so that steps of running requests come between."""
+BuildMessage = Callable[[int], ClientMessage]
+"""Makes the message of a call from its id."""
 
 
-class ClientStream(TokenStream):
-    """Outputs of one request, in order. Ends after the output that has a finish_reason."""
+class ClientTokenStream(TokenStream):
+    """Outputs of one request, in order; the one with a `finish_reason` is the last.
+
+    A request that fails raises its `EngineError` here, after the tokens that came before; no output with
+    finish_reason "error" gets through. Outputs that arrived since the last read come merged into one: a slow reader
+    holds at most its own request's `max_tokens` tokens, and never holds up another stream.
+    """
 
     def __init__(self, client: "EngineClient", request_id: str) -> None:
         self._client = client
         self._request_id = request_id
-        self._queue: asyncio.Queue[TokenOutput | EngineError] = asyncio.Queue()
+        self._unread: list[TokenOutput] = []
+        self._failure: EngineError | None = None
+        self._arrived = asyncio.Event()
         self._ended = False
 
-    def put(self, item: TokenOutput | EngineError) -> None:
-        self._queue.put_nowait(item)
+    def put(self, output: TokenOutput) -> None:
+        if output.finish_reason == "error":
+            code = output.error_code or "internal_error"
+            self.fail(EngineError(code, output.error or "the engine failed this request"))
+            return
+        self._unread.append(output)
+        self._arrived.set()
+
+    def fail(self, error: EngineError) -> None:
+        """What has arrived can still be read; then comes the error."""
+        self._failure = error
+        self._arrived.set()
 
     def __aiter__(self) -> AsyncIterator[TokenOutput]:
         return self
@@ -56,21 +85,30 @@ class ClientStream(TokenStream):
     async def __anext__(self) -> TokenOutput:
         if self._ended:
             raise StopAsyncIteration
-        item = await self._queue.get()
-        if isinstance(item, EngineError):
+        await self._arrived.wait()
+        if not self._unread:
+            if self._failure is None:  # closed by another task
+                raise StopAsyncIteration
             self._end()
-            raise item
-        if item.finish_reason is not None:
+            raise self._failure
+        output = _merge(self._unread)
+        self._unread = []
+        if self._failure is None:
+            self._arrived.clear()
+        if output.finish_reason is not None:
             self._end()
-        if item.finish_reason == "error":
-            code = item.error_code or "internal_error"
-            raise EngineError(code, item.error or "the engine failed this request")
-        return item
+        return output
 
     async def aclose(self) -> None:
-        """Abort the request if it still runs."""
-        if not self._ended:
-            self._end()
+        """Abort the request unless it has ended; a reader that waits meanwhile sees the end."""
+        if self._ended:
+            return
+        has_ended = any(output.finish_reason for output in self._unread)
+        running = not has_ended and self._failure is None
+        self._unread = []
+        self._end()
+        self._arrived.set()
+        if running:
             self._client.abort(self._request_id)
 
     def _end(self) -> None:
@@ -79,35 +117,44 @@ class ClientStream(TokenStream):
 
 
 class EngineClient(AsyncEngine):
-    """An `AsyncEngine` behind a Unix socket. Belongs to one event loop."""
+    """An `AsyncEngine` behind a Unix socket. Belongs to the event loop that connected it.
+
+    Attributes:
+        closed: set once the connection has ended; every call raises "engine_dead" from then on.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.closed = asyncio.Event()
         self._reader = reader
         self._writer = writer
-        self._ids = itertools.count(1)
-        self._calls: dict[int, asyncio.Future[Reply]] = {}
-        self._streams: dict[str, ClientStream] = {}
+        self._call_ids = itertools.count(1)
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self._streams: dict[str, ClientTokenStream] = {}
         self._info: EngineInfo | None = None
-        self._dead: EngineError | None = None
-        self._task = asyncio.create_task(self._read(), name="engine-client")
+        self._failure: EngineError | None = None
+        self._task: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, socket_path: Path, timeout_seconds: float = 5.0) -> "EngineClient":
-        """Connect and learn what the engine is.
+        """Connect, and learn what the engine is.
 
         Raises:
-            EngineError: engine_dead, nobody answers.
+            EngineError: "engine_dead": nobody answers, or not in this protocol.
         """
+        client: EngineClient | None = None
         try:
             async with asyncio.timeout(timeout_seconds):
-                reader, writer = await asyncio.open_unix_connection(str(socket_path))
-                client = cls(reader, writer)
-                client._info = await client._call("info", None)
-                return client
-        except (OSError, TimeoutError) as error:
-            raise EngineError(
-                "engine_dead", f"no engine answers: {type(error).__name__}"
-            ) from error
+                client = cls(*await asyncio.open_unix_connection(str(socket_path)))
+                client._info = await client._read_hello()
+        except (OSError, TimeoutError, WireError) as error:
+            if client is not None:
+                client._writer.transport.abort()
+            message = "the engine does not answer"
+            if isinstance(error, WireError):
+                message = f"the engine speaks another protocol: {error}"
+            raise EngineError("engine_dead", message) from error
+        client._task = asyncio.create_task(client._read_messages(), name="engine-client")
+        return client
 
     @property
     def info(self) -> EngineInfo:
@@ -116,18 +163,18 @@ class EngineClient(AsyncEngine):
 
     @property
     def is_dead(self) -> bool:
-        """The connection ended; every call raises engine_dead from now on."""
-        return self._dead is not None
+        return self._failure is not None
 
-    async def generate(self, request: GenerateRequest) -> ClientStream:
-        stream = ClientStream(self, request.request_id)
-        if request.request_id in self._streams:
-            raise EngineError("invalid_value", "request_id is in use", "request_id")
-        self._streams[request.request_id] = stream
+    async def generate(self, request: GenerateRequest) -> ClientTokenStream:
+        request_id = request.request_id
+        if request_id in self._streams:
+            raise EngineError("invalid_value", f"request id {request_id} is in use", "request_id")
+        stream = ClientTokenStream(self, request_id)
+        self._streams[request_id] = stream
         try:
-            await self._call("generate", request)
+            await self._call(lambda call_id: Generate(call_id, request))
         except EngineError:
-            self.forget(request.request_id)
+            self.forget(request_id)
             raise
         except asyncio.CancelledError:
             await stream.aclose()
@@ -135,85 +182,135 @@ class EngineClient(AsyncEngine):
         return stream
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
-        parts: list[EmbedResult] = []
-        for start in range(0, max(len(request.token_ids), 1), MAX_TEXTS_PER_CALL):
-            texts = request.token_ids[start : start + MAX_TEXTS_PER_CALL]
-            parts.append(await self._call("embed", replace(request, token_ids=texts)))
-        return EmbedResult(
-            dim=parts[0].dim,
-            vectors=b"".join(part.vectors for part in parts),
-            num_tokens=sum(part.num_tokens for part in parts),
-        )
+        answer = await self._bulk_call(request.request_id, lambda id_: Embed(id_, request))
+        assert isinstance(answer, Embedded)
+        return answer.result
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
-        result: ScoreResult = await self._call("score", request)
-        return result
+        answer = await self._bulk_call(request.request_id, lambda id_: Score(id_, request))
+        assert isinstance(answer, Scored)
+        return answer.result
 
     async def sleep(self) -> None:
-        await self._call("sleep", None)
+        await self._control("sleep")
 
     async def wake(self) -> None:
-        await self._call("wake", None)
+        await self._control("wake")
 
     async def stats(self) -> EngineStats:
-        result: EngineStats = await self._call("stats", None)
-        return result
+        answer = await self._control("stats")
+        assert isinstance(answer, Statistics)
+        return answer.result
 
     def abort(self, request_id: str) -> None:
-        if self._dead is None:
+        """End a request of this client; one that is unknown or has ended is ignored."""
+        if not self.is_dead:
             self._writer.write(encode_frame(Abort(request_id)))
 
     def forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
 
     async def aclose(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        self._writer.close()
+        """Leave: the host aborts what still runs for this client."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._fail("the client was closed")
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
-    async def _call(self, method: str, payload: object) -> Any:
-        if self._dead is not None:
-            raise self._dead
-        call_id = next(self._ids)
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+    async def _control(self, operation: Literal["stats", "sleep", "wake"]) -> Answer:
+        return await self._call(lambda call_id: Control(call_id, operation))
+
+    async def _bulk_call(self, request_id: str, build: BuildMessage) -> Answer:
+        try:
+            return await self._call(build)
+        except asyncio.CancelledError:
+            self.abort(request_id)
+            raise
+
+    async def _call(self, build: BuildMessage) -> Answer:
+        if self._failure is not None:
+            raise _copy(self._failure)
+        call_id = next(self._call_ids)
+        try:
+            frame = encode_frame(build(call_id))
+        except WireError as error:
+            raise EngineError("invalid_value", f"the request is too large: {error}") from None
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
-            self._writer.write(encode_frame(Call(call_id, method, encode_payload(payload))))
-            with contextlib.suppress(ConnectionError):  # the reader task reports the end
+            self._writer.write(frame)
+            with contextlib.suppress(ConnectionError):  # the reading task fails the future
                 await self._writer.drain()
-            reply = await future
+            answer = await future
         finally:
-            self._calls.pop(call_id, None)
-        if reply.error is not None:
-            raise EngineError(reply.error.code, reply.error.message, reply.error.param)
-        return decode_payload(reply.payload, METHODS[method][1])
+            del self._calls[call_id]
+        if isinstance(answer, Refused):
+            raise EngineError(answer.code, answer.message, answer.param)
+        return answer
 
-    async def _read(self) -> None:
-        reason = "the engine host ended"
+    async def _read_hello(self) -> EngineInfo:
+        body = await read_frame(self._reader)
+        if body is None:
+            raise WireError("the host closed the connection")
+        message = decode_host(body)
+        if not isinstance(message, Hello) or message.version != PROTOCOL_VERSION:
+            raise WireError(f"expected a greeting of version {PROTOCOL_VERSION}")
+        return message.info
+
+    async def _read_messages(self) -> None:
+        reason = "the engine process ended"
         try:
-            while (message := await read_frame(self._reader)) is not None:
-                if isinstance(message, Outputs):
-                    for output in message.outputs:
-                        stream = self._streams.get(output.request_id)
-                        if stream is not None:  # else aborted meanwhile
-                            stream.put(output)
-                elif isinstance(message, Reply):
-                    future = self._calls.get(message.id)
-                    if future is not None and not future.done():
-                        future.set_result(message)
-        except (WireError, OSError) as error:
-            reason = f"the connection to the engine host broke: {type(error).__name__}"
+            while (body := await read_frame(self._reader)) is not None:
+                self._take(decode_host(body))
+        except WireError as error:
+            reason = f"the connection to the engine broke: {error}"
+        except OSError as error:
+            reason = f"the connection to the engine broke: {type(error).__name__}"
         finally:
-            self._fail(EngineError("engine_dead", reason))
+            self._fail(reason)
 
-    def _fail(self, error: EngineError) -> None:
-        self._dead = error
+    def _take(self, message: object) -> None:
+        if isinstance(message, Outputs):
+            for output in message.outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is not None:  # else it was aborted while this was under way
+                    stream.put(output)
+        elif isinstance(message, Done | Refused | Embedded | Scored | Statistics):
+            future = self._calls.get(message.call_id)
+            if future is not None and not future.done():
+                future.set_result(message)
+        else:
+            raise WireError(f"unexpected {type(message).__name__}")
+
+    def _fail(self, reason: str) -> None:
+        if self._failure is not None:
+            return
+        self._failure = EngineError("engine_dead", reason)
         self._writer.close()
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(error)
-        for stream in list(self._streams.values()):
-            stream.put(error)
+                future.set_exception(_copy(self._failure))
+        for stream in self._streams.values():
+            stream.fail(_copy(self._failure))
+        self.closed.set()
+
+
+def _copy(error: EngineError) -> EngineError:
+    """Each raise gets its own instance, so that tracebacks do not pile up on a shared one."""
+    return EngineError(error.code, error.message, error.param)
+
+
+def _merge(outputs: list[TokenOutput]) -> TokenOutput:
+    """One output that says what all of them say; the counters and the end are the last one's."""
+    if len(outputs) == 1:
+        return outputs[0]
+    logprobs = [o.logprobs for o in outputs if o.logprobs is not None]
+    return replace(
+        outputs[-1],
+        token_ids=tuple(token_id for o in outputs for token_id in o.token_ids),
+        logprobs=tuple(entry for part in logprobs for entry in part) if logprobs else None,
+        prompt_logprobs=outputs[0].prompt_logprobs,
+    )

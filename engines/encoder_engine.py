@@ -1,16 +1,17 @@
-"""Sentence encoders (BERT and its kin) as an engine that only embeds: attention-masked mean pooling, then L2 norm.
+"""Sentence encoders (BERT and its kin) as an engine that only embeds: masked mean over tokens, then L2 norm.
 
-This is the recipe published with all-MiniLM-L6-v2. Weights stay in float32: lower precision moves the
-vectors, and vectors of
-two precisions must not meet in one store. A text longer than the model was trained for is refused, not cut in silence.
+That is the recipe published with all-MiniLM-L6-v2 (sentence-transformers' Pooling and Normalize modules). Weights
+stay in float32: lower precision moves the vectors, and vectors of two precisions must not meet in one store. A text
+longer than the encoder was trained for is refused: whoever wants it cut cuts it.
 
 Shapes: B texts, S tokens, H hidden.
 """
 
-import os
+import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,43 +27,73 @@ from engines.protocol import (
     ScoreResult,
     TokenOutput,
 )
+from engines.vectors import MAX_BATCH_TEXTS, check_texts, embed_result, length_batches, rss_bytes
 
-_NO_GENERATION = "this model is an encoder: it embeds and cannot generate or score"
+_NO_GENERATION = "is an encoder: it embeds, and can not generate or score"
 
 
 class EncoderEngine:
-    """An `Engine` without decoding."""
+    """An `Engine` without decoding.
 
-    def __init__(self, model: Any, info: EngineInfo) -> None:
-        self._model = model
-        self._info = info
-        self._num_tokens = 0
+    Args:
+        load: makes the model, in float32 and eval mode; called now, and again by `wake`.
+        max_length: tokens of the longest text it takes, special tokens included.
+    """
 
-    @classmethod
-    def load(cls, model_id: str, folder: Path) -> "EncoderEngine":
-        from compression.checkpoint import checkpoint_hash, read_manifest
-        from compression.hf import kernels, load_model, resident_bytes
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        *,
+        model_id: str,
+        max_length: int,
+        checkpoint_hash: str = "",
+    ) -> None:
+        from compression.hf import kernels, resident_bytes
 
         start = time.monotonic()
-        manifest = read_manifest(folder)
-        model = load_model(folder, dtype=torch.float32)
-        info = EngineInfo(
+        self._load = load
+        self._model: Any = load()
+        self._num_tokens = 0
+        self._last_output_at: float | None = None
+        config = self._model.config
+        self._info = EngineInfo(
             model=model_id,
             kind="encoder",
             engine="encoder",
-            checkpoint_hash=checkpoint_hash(manifest),
-            vocab_size=model.config.vocab_size,
-            hidden_size=model.config.hidden_size,
-            max_model_len=int(manifest.text["max_length"]),
+            checkpoint_hash=checkpoint_hash,
+            vocab_size=int(config.vocab_size),
+            hidden_size=int(config.hidden_size),
+            max_model_len=min(max_length, int(config.max_position_embeddings)),
             eos_token_ids=(),
-            max_num_seqs=32,
-            device="cpu",
-            dtype="float32",
-            resident_bytes=resident_bytes(model),
+            max_num_seqs=MAX_BATCH_TEXTS,
+            device=str(self._model.device),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            resident_bytes=resident_bytes(self._model),
             load_seconds=time.monotonic() - start,
-            kernels=kernels(model),
+            kernels=kernels(self._model),
         )
-        return cls(model, info)
+
+    @classmethod
+    def load(
+        cls, model_id: str, folder: Path, *, device: Literal["auto", "cpu", "cuda"] = "auto"
+    ) -> "EncoderEngine":
+        """Load a Lathe checkpoint.
+
+        Raises:
+            CheckpointError
+        """
+        from compression.checkpoint import checkpoint_hash, read_manifest
+        from compression.hf import load_model
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        manifest = read_manifest(folder)
+        return cls(
+            lambda: load_model(folder, dtype=torch.float32, device=device),
+            model_id=model_id,
+            max_length=int(manifest.text["max_length"]),
+            checkpoint_hash=checkpoint_hash(manifest),
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -70,32 +101,46 @@ class EncoderEngine:
 
     @torch.inference_mode()
     def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Vectors in request order; texts of like length share a forward pass.
+        """Vectors in request order.
 
         Raises:
-            EngineError: another pooling than the model's own, an empty text, or one that is too long.
+            EngineError: another pooling than the mean, an empty text, one that is too long, or asleep.
         """
+        if self._model is None:
+            raise EngineError("sleeping", f"{self._info.model} is asleep")
         if request.pooling not in ("default", "mean"):
-            raise EngineError("invalid_value", "an encoder pools by mean only", "pooling")
-        for index, ids in enumerate(request.token_ids):
-            check_text(ids, self._info, f"input[{index}]")
-        vectors_BH = torch.empty(len(request.token_ids), self._info.hidden_size)
-        for same_length in _by_length(request.token_ids):
-            ids_BS = torch.tensor([request.token_ids[index] for index in same_length])
-            hidden_BSH = self._model(ids_BS, attention_mask=torch.ones_like(ids_BS))
-            vectors_BH[same_length] = hidden_BSH.last_hidden_state.mean(dim=1)
+            raise EngineError(
+                "invalid_value",
+                f"pooling is {request.pooling!r}; {self._info.model} was trained for 'mean'",
+                "pooling",
+            )
+        check_texts(self._info, request.token_ids)
+        vectors_BH = torch.zeros(len(request.token_ids), self._info.hidden_size)
+        for indices in length_batches([len(ids) for ids in request.token_ids]):
+            vectors_BH[indices] = self._mean([request.token_ids[index] for index in indices])
         num_tokens = sum(len(ids) for ids in request.token_ids)
         self._num_tokens += num_tokens
+        self._last_output_at = time.time()
         return embed_result(vectors_BH, num_tokens, normalize=request.normalize)
 
+    def _mean(self, texts: list[tuple[int, ...]]) -> Tensor:
+        """(B, H)"""
+        texts_S = [torch.tensor(ids) for ids in texts]
+        ids_BS = torch.nn.utils.rnn.pad_sequence(texts_S, batch_first=True)
+        lengths_B = torch.tensor([len(ids) for ids in texts])
+        mask_BS = (torch.arange(ids_BS.shape[1])[None] < lengths_B[:, None]).to(self._model.device)
+        output = self._model(input_ids=ids_BS.to(self._model.device), attention_mask=mask_BS.long())
+        hidden_BSH: Tensor = output.last_hidden_state
+        return ((hidden_BSH * mask_BS[..., None]).sum(1) / mask_BS.sum(1, keepdim=True)).cpu()
+
     def submit(self, request: GenerateRequest) -> None:
-        raise EngineError("invalid_value", _NO_GENERATION, "model")
+        raise EngineError("invalid_value", f"{self._info.model} {_NO_GENERATION}", "model")
 
     def score(self, request: ScoreRequest) -> ScoreResult:
-        raise EngineError("invalid_value", _NO_GENERATION, "model")
+        raise EngineError("invalid_value", f"{self._info.model} {_NO_GENERATION}", "model")
 
     def abort(self, request_id: str) -> None:
-        return
+        """Nothing runs between two calls."""
 
     def has_work(self) -> bool:
         return False
@@ -104,13 +149,15 @@ class EncoderEngine:
         return []
 
     def sleep(self) -> None:
-        raise EngineError("invalid_value", "an encoder does not sleep: unload it", "model")
+        self._model = None
+        gc.collect()
 
     def wake(self) -> None:
-        return
+        if self._model is None:
+            self._model = self._load()
 
     def close(self) -> None:
-        return
+        """Nothing runs in the background."""
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -124,46 +171,7 @@ class EncoderEngine:
             prefix_cache_hits_total=0,
             ffn_rows_skipped_total=0,
             ffn_rows_total=0,
-            last_output_at=None,
-            sleeping=False,
+            last_output_at=self._last_output_at,
+            sleeping=self._model is None,
             rss_bytes=rss_bytes(),
         )
-
-
-def check_text(ids: tuple[int, ...], info: EngineInfo, param: str) -> None:
-    """Raises: EngineError: the text is empty, too long, or has ids out of range."""
-    if not ids:
-        raise EngineError("invalid_value", "a text must have at least one token", param)
-    if len(ids) > info.max_model_len:
-        raise EngineError(
-            "context_length_exceeded",
-            f"a text has {len(ids)} tokens, {info.model} holds at most {info.max_model_len}",
-            param,
-        )
-    if not all(0 <= token_id < info.vocab_size for token_id in ids):
-        raise EngineError("invalid_value", f"token ids must be in [0, {info.vocab_size})", param)
-
-
-def _by_length(token_ids: tuple[tuple[int, ...], ...]) -> list[list[int]]:
-    """Indices grouped by exact length: no padding, so a vector does not depend on its company's length."""
-    groups: dict[int, list[int]] = {}
-    for index, ids in enumerate(token_ids):
-        groups.setdefault(len(ids), []).append(index)
-    return list(groups.values())
-
-
-def embed_result(vectors_BH: Tensor, num_tokens: int, *, normalize: bool) -> EmbedResult:
-    vectors_BH = vectors_BH.float()
-    if normalize:
-        vectors_BH = torch.nn.functional.normalize(vectors_BH, dim=1)
-    data = vectors_BH.contiguous().numpy().astype("<f4").tobytes()
-    return EmbedResult(dim=vectors_BH.shape[1], vectors=data, num_tokens=num_tokens)
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

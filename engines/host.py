@@ -1,437 +1,665 @@
-"""The engine host: the process that owns one loaded model and steps it. One thread owns the engine, one loop
-the sockets.
+"""The engine host: the process that owns one loaded model and steps it.
 
     python -m engines.host --model-id ID --checkpoint DIR --socket PATH
 
-Tokens of a step leave in one frame per connection. A connection that ends takes its requests with it; one that does not
-read is cut off, so it can never hold up the engine. Status goes to stdout as JSON lines: "loading", "ready", "failed".
+One thread owns the engine; one event loop owns the sockets. The thread takes commands from an inbox, steps, and hands
+what came out to the loop. Nothing that a client does or fails to do makes the thread wait. Embed and score calls
+are cut into chunks that run between steps, so that they share the engine with generation.
+
+Status goes to stdout as JSON lines with a "status": "loading" (with "fraction"), "ready", "draining", "failed".
 """
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import queue
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from engines.process import die_with_parent, set_openmp_environment
 from engines.protocol import (
+    ContinuationScore,
+    EmbedRequest,
+    EmbedResult,
     Engine,
     EngineError,
     ErrorCode,
     GenerateRequest,
+    ScoreRequest,
+    ScoreResult,
     TokenOutput,
 )
 from engines.wire import (
-    METHODS,
+    PROTOCOL_VERSION,
     Abort,
-    Call,
-    ErrorInfo,
+    ClientMessage,
+    Control,
+    Done,
+    Embed,
+    Embedded,
+    Generate,
+    Hello,
+    HostMessage,
     Outputs,
-    Reply,
+    Refused,
+    Score,
+    Scored,
+    Statistics,
     WireError,
-    decode_payload,
+    decode_client,
     encode_frame,
-    encode_payload,
     read_frame,
 )
 
-MAX_UNREAD_BYTES = 32 * 2**20
+MAX_UNREAD_BYTES = 8 * 2**20
+"""Bytes that wait for a client before it is cut off."""
+MAX_BULK_CALLS = 256
+"""Embed and score calls that wait at once; further ones are refused with "queue_full"."""
+MAX_CHUNK_ITEMS = 32
+MAX_CHUNK_TOKENS = 2048
 MAX_FAILED_STEPS = 3
 DRAIN_SECONDS = 30.0
-_IDLE_SECONDS = 0.5
+FLUSH_SECONDS = 2.0
+
+Progress = Callable[[float], None]
+"""Called with the fraction of the work done, in [0, 1]."""
 
 logger = logging.getLogger("lathe.host")
 
 
-class BrokenEngineError(Exception):
-    """Steps keep failing; the process must end so that the supervisor starts a fresh one."""
+class SocketInUseError(Exception):
+    """Another process answers on the socket, or its path is something else."""
+
+
+def error_code(error: Exception) -> ErrorCode:
+    """What to call an exception that is no `EngineError`. Looks at names: torch may not be imported."""
+    text = str(error)
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    ):
+        return "out_of_memory"
+    return "internal_error"
+
+
+class _EmbedTask:
+    """An embed call in chunks of texts of like length."""
+
+    def __init__(self, call_id: int, request: EmbedRequest) -> None:
+        self._call_id = call_id
+        lengths = [len(ids) for ids in request.token_ids]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        self._request = request
+        self._chunks = deque(_chunks(order, lengths)) or deque([[]])
+        self._rows: list[bytes] = [b""] * len(lengths)
+        self._dim = 0
+        self._num_tokens = 0
+
+    def advance(self, engine: Engine) -> Embedded | None:
+        """Run one chunk; the answer after the last."""
+        indices = self._chunks.popleft()
+        texts = tuple(self._request.token_ids[index] for index in indices)
+        part = engine.embed(replace(self._request, token_ids=texts))
+        row_bytes = part.dim * 4
+        for place, index in enumerate(indices):
+            self._rows[index] = part.vectors[place * row_bytes : (place + 1) * row_bytes]
+        self._dim = part.dim
+        self._num_tokens += part.num_tokens
+        if self._chunks:
+            return None
+        vectors = b"".join(self._rows)
+        result = EmbedResult(dim=self._dim, vectors=vectors, num_tokens=self._num_tokens)
+        return Embedded(self._call_id, result)
+
+
+class _ScoreTask:
+    """A score call in chunks of continuations; each chunk computes the context anew."""
+
+    def __init__(self, call_id: int, request: ScoreRequest) -> None:
+        lengths = [len(ids) for ids in request.continuation_ids]
+        self._call_id = call_id
+        self._request = request
+        self._chunks = deque(_chunks(range(len(lengths)), lengths)) or deque([[]])
+        self._scores: list[ContinuationScore] = []
+        self._num_tokens = len(request.context_ids) + sum(lengths)
+
+    def advance(self, engine: Engine) -> Scored | None:
+        indices = self._chunks.popleft()
+        continuations = tuple(self._request.continuation_ids[index] for index in indices)
+        part = engine.score(replace(self._request, continuation_ids=continuations))
+        self._scores.extend(part.scores)
+        if self._chunks:
+            return None
+        result = ScoreResult(scores=tuple(self._scores), num_tokens=self._num_tokens)
+        return Scored(self._call_id, result)
+
+
+def _task(message: Embed | Score) -> _EmbedTask | _ScoreTask:
+    if isinstance(message, Embed):
+        return _EmbedTask(message.call_id, message.request)
+    return _ScoreTask(message.call_id, message.request)
+
+
+def _chunks(order: Iterable[int], lengths: list[int]) -> list[list[int]]:
+    """Cut `order` where a chunk would pass `MAX_CHUNK_ITEMS` or, padded, `MAX_CHUNK_TOKENS`."""
+    chunks: list[list[int]] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        full = chunks and (
+            len(chunks[-1]) >= MAX_CHUNK_ITEMS or (len(chunks[-1]) + 1) * longest > MAX_CHUNK_TOKENS
+        )
+        if not chunks or full:
+            chunks.append([])
+            longest = lengths[index]
+        chunks[-1].append(index)
+    return chunks
+
+
+@dataclass(slots=True)
+class _BulkCall:
+    connection: int
+    call_id: int
+    request_id: str
+    task: _EmbedTask | _ScoreTask
+
+
+@dataclass(slots=True)
+class _Stop:
+    """Inbox message: refuse what comes, go on until nothing runs or `deadline` (monotonic) is over."""
+
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Gone:
+    """Inbox message: a connection ended."""
+
+    connection: int
+
+
+@dataclass(slots=True)
+class _Command:
+    connection: int
+    message: ClientMessage
 
 
 class _EngineThread(threading.Thread):
-    """Runs commands and steps, in that order, for as long as the host lives."""
+    """Owns the engine. Its only way in is `post`; its only ways out are the three callbacks.
+
+    Attributes:
+        failure: what broke the engine; None after an orderly end.
+    """
 
     def __init__(
         self,
         engine: Engine,
-        on_outputs: Callable[[list[TokenOutput]], None],
-        on_broken: Callable[[], None],
+        *,
+        on_answer: Callable[[int, HostMessage], None],
+        on_outputs: Callable[[dict[int, list[TokenOutput]]], None],
+        on_end: Callable[[], None],
     ) -> None:
         super().__init__(name="engine", daemon=True)
+        self.failure: BaseException | None = None
         self._engine = engine
+        self._on_answer = on_answer
         self._on_outputs = on_outputs
-        self._on_broken = on_broken
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: set[str] = set()
-        self._failed_steps = 0
-        self.last_output_at: float | None = None
+        self._on_end = on_end
+        self._inbox: queue.SimpleQueue[_Command | _Gone | _Stop] = queue.SimpleQueue()
+        self._connection_of: dict[str, int] = {}
+        self._bulk: deque[_BulkCall] = deque()
+        self._stop_at: float | None = None
+        self._num_failed_steps = 0
 
-    def call(self, command: Callable[[], None]) -> None:
-        self._inbox.put(command)
-
-    def stop(self) -> None:
-        self._inbox.put(None)
-
-    def submit(self, request: GenerateRequest) -> None:
-        """On the engine thread."""
-        self._engine.submit(request)
-        self._running.add(request.request_id)
-
-    def abort(self, request_id: str) -> None:
-        """On the engine thread."""
-        self._engine.abort(request_id)
-        self._running.discard(request_id)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
+    def post(self, message: "_Command | _Gone | _Stop") -> None:
+        self._inbox.put(message)
 
     def run(self) -> None:
         try:
-            while self._run_commands():
+            while not self._is_over():
+                self._drain_inbox()
                 if self._engine.has_work():
                     self._step()
-        except BrokenEngineError:
-            logger.exception("the engine is broken")
+                if self._bulk:
+                    self._advance_bulk()
+            self._fail_running("engine_dead", "the engine process is shutting down")
             self._engine.close()
-            self._on_broken()
+        except BaseException as error:
+            logger.exception("the engine is broken")
+            self.failure = error
+        finally:
+            self._on_end()
 
-    def _run_commands(self) -> bool:
-        """Run what waits in the inbox; wait for something when there is no work. False to stop."""
-        block = not self._engine.has_work()
-        while True:
-            try:
-                command = self._inbox.get(block=block, timeout=_IDLE_SECONDS if block else None)
-            except queue.Empty:
-                return True
-            if command is None:
-                self._engine.close()
-                return False
-            command()
-            block = False
+    def _is_over(self) -> bool:
+        if self._stop_at is None:
+            return False
+        idle = not self._connection_of and not self._bulk
+        return idle or time.monotonic() >= self._stop_at
+
+    def _drain_inbox(self) -> None:
+        """Take everything that waits; with nothing to run, wait for something."""
+        try:
+            if not self._engine.has_work() and not self._bulk:
+                timeout = None
+                if self._stop_at is not None:
+                    timeout = max(self._stop_at - time.monotonic(), 0)
+                self._take(self._inbox.get(timeout=timeout))
+            while True:
+                self._take(self._inbox.get_nowait())
+        except queue.Empty:
+            return
+
+    def _take(self, posted: "_Command | _Gone | _Stop") -> None:
+        if isinstance(posted, _Stop):
+            self._stop_at = posted.deadline
+        elif isinstance(posted, _Gone):
+            owned = [r for r, c in self._connection_of.items() if c == posted.connection]
+            for request_id in owned:
+                self._abort(request_id)
+            self._bulk = deque(b for b in self._bulk if b.connection != posted.connection)
+        elif isinstance(posted.message, Abort):
+            request_id = posted.message.request_id
+            if self._connection_of.get(request_id) == posted.connection:
+                self._abort(request_id)
+            aborted = (posted.connection, request_id)
+            self._bulk = deque(b for b in self._bulk if (b.connection, b.request_id) != aborted)
+        else:
+            self._perform(posted.connection, posted.message)
+
+    def _perform(self, connection: int, message: "Generate | Embed | Score | Control") -> None:
+        call_id = message.call_id
+        try:
+            if self._stop_at is not None and not isinstance(message, Control):
+                raise EngineError("engine_dead", "the engine process is shutting down")
+            answer = self._answer(connection, message)
+        except EngineError as error:
+            answer = Refused(call_id, error.code, error.message, error.param)
+        except Exception as error:
+            logger.exception("a call failed")
+            answer = Refused(call_id, error_code(error), "the engine failed this call", None)
+        if answer is not None:
+            self._on_answer(connection, answer)
+
+    def _answer(
+        self, connection: int, message: "Generate | Embed | Score | Control"
+    ) -> HostMessage | None:
+        """The answer; None where it comes when the last chunk is done."""
+        if isinstance(message, Generate):
+            self._submit(connection, message.request)
+            return Done(message.call_id)
+        if isinstance(message, Control):
+            if message.operation == "stats":
+                return Statistics(message.call_id, self._engine.stats())
+            if message.operation == "sleep":
+                self._engine.sleep()
+            else:
+                self._engine.wake()
+            return Done(message.call_id)
+        if len(self._bulk) >= MAX_BULK_CALLS:
+            raise EngineError("queue_full", f"{MAX_BULK_CALLS} embed and score calls wait already")
+        request_id = message.request.request_id
+        self._bulk.append(_BulkCall(connection, message.call_id, request_id, _task(message)))
+        return None
+
+    def _submit(self, connection: int, request: GenerateRequest) -> None:
+        if request.request_id in self._connection_of:
+            raise EngineError("invalid_value", "the request id is in use", "request_id")
+        self._engine.submit(request)
+        self._connection_of[request.request_id] = connection
+
+    def _abort(self, request_id: str) -> None:
+        del self._connection_of[request_id]
+        self._engine.abort(request_id)
 
     def _step(self) -> None:
         try:
             outputs = self._engine.step()
         except Exception as error:
-            outputs = self._fail_all(error)
+            logger.exception("a step failed")
+            self._num_failed_steps += 1
+            if self._num_failed_steps >= MAX_FAILED_STEPS:
+                raise
+            self._fail_running(error_code(error), "the engine failed while it ran this request")
         else:
-            self._failed_steps = 0
-        if outputs:
-            self.last_output_at = time.time()
-            for output in outputs:
-                if output.finish_reason is not None:
-                    self._running.discard(output.request_id)
-            self._on_outputs(outputs)
+            self._num_failed_steps = 0
+            self._send(outputs)
 
-    def _fail_all(self, error: Exception) -> list[TokenOutput]:
-        """A step that raises has lost the state of every running request; they get an error each."""
-        logger.error("step failed", exc_info=error)
-        self._failed_steps += 1
-        code: ErrorCode = "internal_error"
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-            code = "out_of_memory"
-        outputs = []
-        for request_id in sorted(self._running):
+    def _fail_running(self, code: ErrorCode, message: str) -> None:
+        """End every request with an error output, and every embed and score call with a refusal."""
+        request_ids = list(self._connection_of)
+        for request_id in request_ids:
             self._engine.abort(request_id)
-            outputs.append(
-                TokenOutput(
-                    request_id=request_id,
-                    finish_reason="error",
-                    error="the engine failed while it ran this request",
-                    error_code=code,
-                )
+        self._send(
+            TokenOutput(
+                request_id=request_id, finish_reason="error", error=message, error_code=code
             )
-        if self._failed_steps >= MAX_FAILED_STEPS:
-            self._on_outputs(outputs)
-            raise BrokenEngineError(f"{self._failed_steps} steps failed in a row") from error
-        return outputs
+            for request_id in request_ids
+        )
+        for call in self._bulk:
+            self._on_answer(call.connection, Refused(call.call_id, code, message, None))
+        self._bulk.clear()
+
+    def _send(self, outputs: Iterable[TokenOutput]) -> None:
+        by_connection: dict[int, list[TokenOutput]] = {}
+        for output in outputs:
+            connection = self._connection_of.get(output.request_id)
+            if connection is None:
+                logger.error("an output for a request that does not run: %s", output.request_id)
+                continue
+            by_connection.setdefault(connection, []).append(output)
+            if output.finish_reason is not None:
+                del self._connection_of[output.request_id]
+        if by_connection:
+            self._on_outputs(by_connection)
+
+    def _advance_bulk(self) -> None:
+        """One chunk of one call, in turn."""
+        call = self._bulk.popleft()
+        answer: HostMessage | None
+        try:
+            answer = call.task.advance(self._engine)
+        except EngineError as error:
+            answer = Refused(call.call_id, error.code, error.message, error.param)
+        except Exception as error:
+            logger.exception("an embed or score call failed")
+            answer = Refused(call.call_id, error_code(error), "the engine failed this call", None)
+        if answer is None:
+            self._bulk.append(call)
+        else:
+            self._on_answer(call.connection, answer)
+
+
+@dataclass(slots=True)
+class _Connection:
+    """One client's end, on the loop."""
+
+    number: int
+    writer: asyncio.StreamWriter
+    max_unread_bytes: int
+    is_open: bool = field(default=True)
+
+    def send(self, message: HostMessage) -> None:
+        """Write without waiting; a client that leaves too much unread is cut off."""
+        if not self.is_open:
+            return
+        if self.writer.transport.get_write_buffer_size() > self.max_unread_bytes:
+            logger.warning("connection %d closed: the client does not read", self.number)
+            self.cut()
+            return
+        try:
+            frame = encode_frame(message)
+        except WireError as error:
+            logger.warning("connection %d: %s", self.number, error)
+            if isinstance(message, Hello | Outputs):
+                self.cut()
+                return
+            text = f"the answer is too large: {error}"
+            frame = encode_frame(Refused(message.call_id, "invalid_value", text, None))
+        self.writer.write(frame)
+
+    def cut(self) -> None:
+        """End at once; what is unread is lost. The connection's reader notices and cleans up."""
+        self.is_open = False
+        self.writer.transport.abort()
 
 
 class EngineHost:
-    """Serves one engine on one Unix socket. `serve` runs until `stop` is called or the engine breaks."""
+    """Serves one engine on one Unix socket, from the calling event loop."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._connections: dict[int, _Connection] = {}
-        self._next_connection = 0
-        self._readers: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopped: asyncio.Event | None = None
-        self._draining = False
-        self.broken = False
-        self.thread = _EngineThread(engine, self._post_outputs, self._post_broken)
-
-    async def serve(
-        self, socket_path: Path, *, on_ready: Callable[[], None] = lambda: None
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
+        drain_seconds: float = DRAIN_SECONDS,
     ) -> None:
-        """Listen until stopped. The socket is for this user only; a stale one is replaced."""
+        self._info = engine.info
+        self._max_unread_bytes = max_unread_bytes
+        self._drain_seconds = drain_seconds
+        self._connections: dict[int, _Connection] = {}
+        self._num_connections = 0
+        self._handlers: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = asyncio.Event()
+        self._is_stopping = False
+        self._thread = _EngineThread(
+            engine,
+            on_answer=lambda number, message: self._on_loop(self._answer, number, message),
+            on_outputs=lambda outputs: self._on_loop(self._deliver, outputs),
+            on_end=lambda: self._on_loop(self._ended.set),
+        )
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What broke the engine, once `serve` has returned."""
+        return self._thread.failure
+
+    async def serve(self, path: Path, *, on_ready: Callable[[], None] | None = None) -> None:
+        """Listen until `stop` has let running requests end, or the engine breaks. Once only.
+
+        Raises:
+            SocketInUseError
+        """
         self._loop = asyncio.get_running_loop()
-        self._stopped = asyncio.Event()
-        _clear(socket_path)
-        previous = os.umask(0o177)
+        server = await asyncio.start_unix_server(self._accept, sock=bind_socket(path))
+        self._thread.start()
+        if on_ready is not None:
+            on_ready()
         try:
-            server = await asyncio.start_unix_server(self._accept, path=str(socket_path))
-        finally:
-            os.umask(previous)
-        self.thread.start()
-        on_ready()
-        try:
-            await self._stopped.wait()
-            await self._drain()
+            await self._ended.wait()
         finally:
             server.close()
-            for connection in list(self._connections.values()):
-                connection.close()
-            await asyncio.gather(*self._readers)
-            self.thread.stop()
-            await asyncio.to_thread(self.thread.join)
-            _clear(socket_path)
+            path.unlink(missing_ok=True)  # noqa: ASYNC240
+            await self._close_connections()
 
     def stop(self) -> None:
-        """Refuse new requests, let running ones end for a while, then return from `serve`."""
-        self._draining = True
-        if self._stopped is not None:
-            self._stopped.set()
+        """Refuse new requests; running ones have `drain_seconds`. From the loop; again: at once."""
+        seconds = 0.0 if self._is_stopping else self._drain_seconds
+        self._is_stopping = True
+        self._thread.post(_Stop(time.monotonic() + seconds))
 
-    async def _drain(self) -> None:
-        deadline = time.monotonic() + (0 if self.broken else DRAIN_SECONDS)
-        # the engine thread sets no event
-        while self.thread.num_running and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+    async def _close_connections(self) -> None:
+        """Give what was written a moment to leave."""
+        for connection in self._connections.values():
+            connection.writer.close()
+        if self._handlers:
+            await asyncio.wait(self._handlers, timeout=FLUSH_SECONDS)
+        for connection in self._connections.values():
+            connection.cut()
+        if self._handlers:
+            await asyncio.wait(self._handlers)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._readers.add(task)
-        task.add_done_callback(self._readers.discard)
-        connection = _Connection(self, self._next_connection, writer)
-        self._connections[self._next_connection] = connection
-        self._next_connection += 1
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+        self._num_connections += 1
+        connection = _Connection(self._num_connections, writer, self._max_unread_bytes)
+        self._connections[connection.number] = connection
+        connection.send(Hello(PROTOCOL_VERSION, self._info))
         try:
-            while (message := await read_frame(reader)) is not None:
-                connection.handle(message)
-        except (WireError, OSError) as error:
-            logger.warning("connection closed: %s", error)
+            while (body := await read_frame(reader)) is not None:
+                self._thread.post(_Command(connection.number, decode_client(body)))
+        except WireError as error:
+            logger.warning("connection %d closed: %s", connection.number, error)
+        except OSError as error:
+            logger.info("connection %d broke: %s", connection.number, type(error).__name__)
         finally:
-            self._connections.pop(connection.number, None)
-            connection.close()
+            connection.is_open = False
+            del self._connections[connection.number]
+            self._thread.post(_Gone(connection.number))
+            writer.close()
 
-    def engine_call(
-        self, work: Callable[[], Any], done: Callable[[Reply], None], call_id: int
-    ) -> None:
-        """Run `work` on the engine thread and hand its reply to `done` on the loop."""
-        loop = self._loop
-        assert loop is not None
-
-        def command() -> None:
-            loop.call_soon_threadsafe(done, _reply(call_id, work))
-
-        self.thread.call(command)
-
-    def methods(self, connection: "_Connection") -> dict[str, Callable[[Any], Any]]:
-        """What each call does; run on the engine thread."""
-
-        def generate(request: GenerateRequest) -> None:
-            if self._draining:
-                raise EngineError("engine_dead", "the engine host is shutting down")
-            self.thread.submit(replace(request, request_id=connection.scoped(request.request_id)))
-
-        return {
-            "info": lambda _: self._engine.info,
-            "stats": lambda _: replace(
-                self._engine.stats(), last_output_at=self.thread.last_output_at
-            ),
-            "generate": generate,
-            "embed": self._embed,
-            "score": self._score,
-            "sleep": lambda _: self._engine.sleep(),
-            "wake": lambda _: self._engine.wake(),
-        }
-
-    def _embed(self, request: Any) -> Any:
-        result = self._engine.embed(request)
-        self.thread.last_output_at = time.time()
-        return result
-
-    def _score(self, request: Any) -> Any:
-        result = self._engine.score(request)
-        self.thread.last_output_at = time.time()
-        return result
-
-    def _post_outputs(self, outputs: list[TokenOutput]) -> None:
-        """From the engine thread: one hop to the loop for a whole step."""
+    def _on_loop(self, callback: Callable[..., None], *arguments: object) -> None:
+        """From the engine thread."""
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the host is ending
-            self._loop.call_soon_threadsafe(self._send_outputs, outputs)
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the loop has closed: nobody is left to tell
+            logger.info("the event loop has ended before the engine")
 
-    def _send_outputs(self, outputs: list[TokenOutput]) -> None:
-        by_connection: dict[int, list[TokenOutput]] = {}
-        for output in outputs:
-            number, _, request_id = output.request_id.partition(":")
-            by_connection.setdefault(int(number), []).append(replace(output, request_id=request_id))
-        for key, group in by_connection.items():
-            connection = self._connections.get(key)
-            if connection is not None:
-                connection.send_outputs(group)
+    def _answer(self, number: int, message: HostMessage) -> None:
+        connection = self._connections.get(number)
+        if connection is not None:
+            connection.send(message)
 
-    def _post_broken(self) -> None:
-        assert self._loop is not None
-        self.broken = True
-        self._loop.call_soon_threadsafe(self.stop)
+    def _deliver(self, outputs: dict[int, list[TokenOutput]]) -> None:
+        for number, group in outputs.items():
+            self._answer(number, Outputs(tuple(group)))
 
 
-def _clear(socket_path: Path) -> None:
-    socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    socket_path.unlink(missing_ok=True)
+def bind_socket(path: Path) -> socket.socket:
+    """A listening socket that only this user can open; a stale file in its place is removed.
 
-
-class _Connection:
-    """One client: its requests, and its end of the socket."""
-
-    def __init__(self, host: EngineHost, number: int, writer: asyncio.StreamWriter) -> None:
-        self.number = number
-        self._host = host
-        self._writer = writer
-        self._methods = host.methods(self)
-        self._request_ids: set[str] = set()
-        self._closed = False
-
-    def scoped(self, request_id: str) -> str:
-        """Ids of different clients never meet."""
-        return f"{self.number}:{request_id}"
-
-    def handle(self, message: object) -> None:
-        """Raises: WireError: a message that only a host may send, or a malformed payload."""
-        if isinstance(message, Abort):
-            self._request_ids.discard(message.request_id)
-            self._host.thread.call(lambda: self._host.thread.abort(self.scoped(message.request_id)))
-            return
-        if not isinstance(message, Call):
-            raise WireError(f"unexpected {type(message).__name__}")
-        if message.method not in METHODS:
-            self._reply(_error(message.id, EngineError("invalid_value", "unknown method")))
-            return
-        payload_type = METHODS[message.method][0]
-        payload = decode_payload(message.payload, payload_type)
-        if isinstance(payload, GenerateRequest):
-            self._request_ids.add(payload.request_id)
-        method = self._methods[message.method]
-        self._host.engine_call(lambda: method(payload), self._reply, message.id)
-
-    def send_outputs(self, outputs: list[TokenOutput]) -> None:
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._request_ids.discard(output.request_id)
-        self._write(encode_frame(Outputs(outputs)))
-
-    def close(self) -> None:
-        """Close the socket and abort what still runs for it."""
-        if self._closed:
-            return
-        self._closed = True
-        self._writer.close()
-        for request_id in self._request_ids:
-            scoped = self.scoped(request_id)
-            self._host.thread.call(lambda scoped=scoped: self._host.thread.abort(scoped))  # type: ignore[misc]
-
-    def _reply(self, reply: Reply) -> None:
-        self._write(encode_frame(reply))
-
-    def _write(self, frame: bytes) -> None:
-        if self._closed:
-            return
-        self._writer.write(frame)
-        if self._writer.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
-            logger.warning("connection closed: the client does not read")
-            self._writer.transport.abort()
-
-
-def _reply(call_id: int, work: Callable[[], Any]) -> Reply:
+    Raises:
+        SocketInUseError
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.exists():
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise SocketInUseError("the socket's path is a file of another kind")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                path.unlink(missing_ok=True)
+            else:
+                raise SocketInUseError("another process serves this model on the same socket")
+    listener = socket.socket(socket.AF_UNIX)
+    previous = os.umask(0o177)
     try:
-        return Reply(call_id, encode_payload(work()))
-    except EngineError as error:
-        return _error(call_id, error)
+        listener.bind(str(path))
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(previous)
+    return listener
+
+
+def say(status: str, **fields: object) -> None:
+    """One status line; the supervisor reads them."""
+    print(json.dumps({"status": status, **fields}), flush=True)
+
+
+def run_host(
+    load: Callable[[Progress], Engine],
+    *,
+    model_id: str,
+    socket_path: Path,
+    drain_seconds: float = DRAIN_SECONDS,
+) -> int:
+    """Load an engine and serve it until SIGTERM or SIGINT. Returns the process's exit code."""
+    start = time.monotonic()
+
+    def report(fraction: float) -> None:
+        say("loading", model=model_id, fraction=round(fraction, 3))
+
+    report(0.0)
+    try:
+        engine = load(report)
     except Exception as error:
-        logger.exception("call failed")
-        code: ErrorCode = "internal_error"
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-            code = "out_of_memory"
-        return _error(call_id, EngineError(code, "the engine failed this call"))
+        logger.exception("loading failed")
+        say("failed", model=model_id, error=f"{type(error).__name__}: {error}")
+        return 1
+    seconds = round(time.monotonic() - start, 3)
 
+    async def serve() -> EngineHost:
+        host = EngineHost(engine, drain_seconds=drain_seconds)
 
-def _error(call_id: int, error: EngineError) -> Reply:
-    return Reply(call_id, error=ErrorInfo(error.code, error.message, error.param))
+        def stop() -> None:
+            say("draining", model=model_id)
+            host.stop()
 
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        ready = lambda: say("ready", model=model_id, load_seconds=seconds)  # noqa: E731
+        await host.serve(socket_path, on_ready=ready)
+        return host
 
-def _status(**fields: object) -> None:
-    print(json.dumps(fields), flush=True)
-
-
-def _build_engine(arguments: argparse.Namespace) -> Engine:
-    from compression.checkpoint import read_manifest
-
-    if read_manifest(arguments.checkpoint).kind == "encoder":
-        from engines.encoder_engine import EncoderEngine
-
-        return EncoderEngine.load(arguments.model_id, arguments.checkpoint)
-    from engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine.load(
-        arguments.model_id, arguments.checkpoint, max_num_seqs=arguments.max_num_seqs
-    )
-
-
-async def _serve(host: EngineHost, socket_path: Path, ready: Callable[[], None]) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, host.stop)
-    await host.serve(socket_path, on_ready=ready)
+    try:
+        failure = asyncio.run(serve()).failure
+    except (OSError, SocketInUseError) as error:
+        failure = error
+    if failure is not None:
+        say("failed", model=model_id, error=f"{type(failure).__name__}: {failure}")
+        return 1
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m engines.host")
+    parser = argparse.ArgumentParser(prog="python -m engines.host", description=__doc__)
     parser.add_argument("--model-id", required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--max-num-seqs", type=int, default=16)
-    parser.add_argument("--num-threads", type=int, default=0, help="0: as many as torch chooses")
+    parser.add_argument("--max-num-waiting", type=int, default=256)
+    parser.add_argument("--kv-cache-bytes", type=int, help="default: see transformers_engine.py")
+    parser.add_argument("--engine", choices=("auto", "transformers"), default="auto")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--num-threads", type=int, help="default: all cores")
+    parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
     arguments = parser.parse_args(argv)
     die_with_parent()
     set_openmp_environment()
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    start = time.monotonic()
-    _status(status="loading", model=arguments.model_id)
-    try:
-        if arguments.num_threads:
-            import torch
-
-            torch.set_num_threads(arguments.num_threads)
-        engine = _build_engine(arguments)
-    except Exception as error:
-        logger.exception("loading failed")
-        _status(status="failed", model=arguments.model_id, error=f"{type(error).__name__}: {error}")
-        return 1
-    host = EngineHost(engine)
-    seconds = round(time.monotonic() - start, 2)
-    asyncio.run(
-        _serve(
-            host,
-            arguments.socket,
-            lambda: _status(status="ready", model=arguments.model_id, load_seconds=seconds),
-        )
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s"
     )
-    return 1 if host.broken else 0
+    return run_host(
+        lambda report: _load_engine(arguments, report),
+        model_id=arguments.model_id,
+        socket_path=arguments.socket,
+        drain_seconds=arguments.drain_seconds,
+    )
+
+
+def _load_engine(arguments: argparse.Namespace, report: Progress) -> Engine:
+    """Imports torch and transformers: not before the environment is set."""
+    from compression.checkpoint import read_manifest
+
+    kind = read_manifest(arguments.checkpoint).kind
+    report(0.05)
+    import torch
+
+    torch.set_num_threads(arguments.num_threads or os.cpu_count() or 1)
+    report(0.2)
+    if kind == "encoder":
+        from engines.encoder_engine import EncoderEngine
+
+        return EncoderEngine.load(arguments.model_id, arguments.checkpoint, device=arguments.device)
+    from engines.transformers_engine import EngineLimits, TransformersEngine
+
+    return TransformersEngine.load(
+        arguments.model_id,
+        arguments.checkpoint,
+        dtype=getattr(torch, arguments.dtype),
+        device=arguments.device,
+        limits=EngineLimits(
+            max_num_seqs=arguments.max_num_seqs,
+            max_num_waiting=arguments.max_num_waiting,
+            kv_cache_bytes=arguments.kv_cache_bytes,
+        ),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An engine thread inside a long kernel would crash in the interpreter's teardown.
+    os._exit(code)

@@ -7,9 +7,8 @@ from collections.abc import MutableMapping
 
 _PR_SET_PDEATHSIG = 1
 
-# One idle OpenMP thread that spins makes every other process on a small machine several times slower, so
-# threads that wait
-# must sleep. Read by the OpenMP runtime when torch loads it: set before, or for a child.
+# One idle OpenMP thread that spins makes every other process on a small machine several times slower, so threads
+# that wait must sleep. Read by the OpenMP runtime when torch loads it: set before, or for a child.
 OPENMP_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
 
 

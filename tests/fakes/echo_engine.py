@@ -6,7 +6,8 @@ make it start over. `echo_logprob` gives every log-probability, `echo_vector` ev
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from engines.protocol import (
@@ -142,7 +143,7 @@ def echo_outputs(
 @dataclass
 class _Running:
     request: GenerateRequest
-    outputs: list[TokenOutput]
+    outputs: Iterator[TokenOutput]
 
 
 @dataclass
@@ -154,6 +155,7 @@ class EchoEngine:
         max_num_waiting: requests beyond the running ones before "queue_full".
         fail_on_token: a prompt with this id ends its request with an error output at its first step.
         raise_on_token: a prompt with this id makes `step` raise RuntimeError.
+        step_seconds: what a step takes; a model is never as fast as nothing.
         submitted, aborted: request ids in order of arrival.
     """
 
@@ -161,8 +163,10 @@ class EchoEngine:
     max_num_waiting: int = 256
     fail_on_token: int | None = None
     raise_on_token: int | None = None
+    step_seconds: float = 0.0
     submitted: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    closed: bool = False
     num_steps: int = 0
     _requests: dict[str, _Running] = field(default_factory=dict)
     _sleeping: bool = False
@@ -177,7 +181,7 @@ class EchoEngine:
             echo_token(request.token_ids, request.params, index, self.info.eos_token_ids[0])
             for index in range(request.params.max_tokens)
         )
-        outputs = list(echo_outputs(request, reply, self.info.eos_token_ids))
+        outputs = iter(echo_outputs(request, reply, self.info.eos_token_ids))
         self._requests[request.request_id] = _Running(request, outputs)
 
     def _check(self, request: GenerateRequest) -> None:
@@ -208,6 +212,7 @@ class EchoEngine:
 
     def step(self) -> list[TokenOutput]:
         self.num_steps += 1
+        time.sleep(self.step_seconds)
         outputs: list[TokenOutput] = []
         for request_id, running in list(self._requests.items())[: self.info.max_num_seqs]:
             if self.raise_on_token in running.request.token_ids:
@@ -220,7 +225,7 @@ class EchoEngine:
                     error_code="internal_error",
                 )
             else:
-                output = running.outputs.pop(0)
+                output = next(running.outputs)
             self._generation_tokens += len(output.token_ids)
             outputs.append(output)
             if output.finish_reason is not None:
@@ -239,9 +244,6 @@ class EchoEngine:
     def wake(self) -> None:
         self._sleeping = False
 
-    def close(self) -> None:
-        return
-
     def stats(self) -> EngineStats:
         num_running = min(len(self._requests), self.info.max_num_seqs)
         return replace(
@@ -252,6 +254,9 @@ class EchoEngine:
             generation_tokens_total=self._generation_tokens,
             sleeping=self._sleeping,
         )
+
+    def close(self) -> None:
+        self.closed = True
 
 
 EMPTY_STATS = EngineStats(

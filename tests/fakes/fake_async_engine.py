@@ -33,7 +33,7 @@ class FakeAsyncEngine:
         reply: generated token ids, for every request or computed from it. EOS, stop tokens, `min_tokens` and
             `max_tokens` cut them as an engine would; a reply that ends before gives finish_reason "length".
         refuse: raised by `generate`, `embed` and `score`.
-        fail_after: after so many outputs a stream yields an error output ("internal_error").
+        fail_after: after so many outputs a stream raises EngineError("internal_error").
         die_after: after so many outputs a stream raises EngineError("engine_dead").
         gate: a stream waits for this event before its second output and after (see `hold`).
         requests, embed_requests, score_requests: what was asked, in order.
@@ -133,14 +133,9 @@ class FakeTokenStream:
             self._end()
             raise EngineError("engine_dead", "the engine died")
         if self._num_yielded == engine.fail_after:
-            output = TokenOutput(
-                request_id=self._request.request_id,
-                finish_reason="error",
-                error="told to fail",
-                error_code="internal_error",
-            )
-        else:
-            output = next(self._outputs)
+            self._end()
+            raise EngineError("internal_error", "told to fail")
+        output = next(self._outputs)
         self._num_yielded += 1
         if output.finish_reason is not None:
             self._end()

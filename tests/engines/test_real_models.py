@@ -1,0 +1,141 @@
+"""The engines on the real default models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from compression.hf import load_model
+from engines.client import EngineClient
+from engines.protocol import EmbedRequest, GenerateRequest, SamplingParams, ScoreRequest
+from engines.transformers_engine import TransformersEngine
+from tests.engines.conftest import StartHost
+
+pytestmark = pytest.mark.real_model
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a princess who",
+    "In 1969 the first",
+    "Water boils at",
+    "The largest planet of the solar system",
+    "A list of colors: red, green,",
+    "Python is a",
+    "The meaning of life, according to many philosophers over the centuries,",
+]
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+
+
+def _encode(folder: Path, texts: list[str]) -> list[tuple[int, ...]]:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    return [tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
+
+
+def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=GREEDY.max_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=2,
+    )
+    result: list[int] = output[0, len(prompt) :].tolist()
+    return result
+
+
+def _run(engine: TransformersEngine, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    for index, prompt in enumerate(prompts):
+        engine.submit(GenerateRequest(request_id=str(index), token_ids=prompt, params=GREEDY))
+    generated: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work():
+        for output in engine.step():
+            generated[int(output.request_id)] += output.token_ids
+    return generated
+
+
+def test_greedy_equals_generate_in_float32(real_model_dir: Path) -> None:
+    engine = TransformersEngine.load("smollm2-135m", real_model_dir, dtype=torch.float32)
+    assert engine.info.kernels["decode"].startswith("one pass for all")
+    model = load_model(real_model_dir, dtype=torch.float32)
+    prompts = _encode(real_model_dir, PROMPTS)
+    expected = [_generate(model, prompt) for prompt in prompts]
+    assert _run(engine, prompts) == expected
+    assert _run(engine, prompts[:1]) == expected[:1]
+
+
+def test_alone_in_bfloat16_greedy_equals_generate(real_model_dir: Path) -> None:
+    engine = TransformersEngine.load("smollm2-135m", real_model_dir)
+    model = load_model(real_model_dir)
+    for prompt in _encode(real_model_dir, PROMPTS)[:3]:
+        assert _run(engine, [prompt]) == [_generate(model, prompt)]
+
+
+@pytest.mark.anyio
+@pytest.mark.processes
+async def test_a_host_serves_the_real_model(real_model_dir: Path, start_host: StartHost) -> None:
+    arguments = ("--model-id", "smollm2-135m", "--checkpoint", str(real_model_dir))
+    host = start_host(*arguments, module="engines.host")
+    fractions = [line["fraction"] for line in host.statuses if line["status"] == "loading"]
+    assert fractions == sorted(fractions)
+    client = await EngineClient.connect(host.socket)
+    assert client.info.dtype == "bfloat16"
+    assert client.info.max_model_len == 8192
+    (context, *cities) = _encode(real_model_dir, ["The capital of France is", " Paris", " Berlin"])
+    params = dataclasses.replace(GREEDY, max_tokens=8)
+    stream = await client.generate(
+        GenerateRequest(request_id="r", token_ids=context, params=params)
+    )
+    token_ids = [token_id async for output in stream for token_id in output.token_ids]
+    tokenizer = Tokenizer.from_file(str(real_model_dir / "tokenizer.json"))
+    assert "Paris" in tokenizer.decode(token_ids)
+    result = await client.score(
+        ScoreRequest(request_id="s", context_ids=context, continuation_ids=tuple(cities))
+    )
+    assert result.scores[0].logprob > result.scores[1].logprob
+    embedding = await client.embed(EmbedRequest(request_id="e", token_ids=(context,)))
+    assert len(embedding.vectors) == 4 * client.info.hidden_size
+    before = (await client.stats()).rss_bytes
+    await client.sleep()
+    assert before - (await client.stats()).rss_bytes > client.info.resident_bytes / 2
+    await client.wake()
+    stream = await client.generate(
+        GenerateRequest(request_id="r", token_ids=context, params=params)
+    )
+    assert [t async for output in stream for t in output.token_ids] == token_ids
+    await client.aclose()
+    host.process.terminate()
+    assert host.wait() == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.processes
+async def test_a_host_serves_the_real_encoder(real_models_dir: Path, start_host: StartHost) -> None:
+    folder = real_models_dir / "all-minilm-l6-v2"
+    arguments = ("--model-id", "all-minilm-l6-v2", "--checkpoint", str(folder))
+    host = start_host(*arguments, module="engines.host")
+    client = await EngineClient.connect(host.socket)
+    assert client.info.kind == "encoder"
+    assert client.info.dtype == "float32"
+    texts = [
+        "A cat sits on the mat.",
+        "There is a kitten on the rug.",
+        "Stock prices fell sharply.",
+    ]
+    ids = _encode(folder, texts)
+    result = await client.embed(EmbedRequest(request_id="e", token_ids=tuple(ids)))
+    vectors_BH = torch.frombuffer(bytearray(result.vectors), dtype=torch.float32).view(3, -1)
+    model = load_model(folder, dtype=torch.float32)
+    for row, text_ids in zip(vectors_BH, ids, strict=True):
+        with torch.inference_mode():
+            hidden_BSH = model(torch.tensor([text_ids])).last_hidden_state
+        expected = torch.nn.functional.normalize(hidden_BSH.mean(1), dim=1)[0]
+        assert torch.allclose(row, expected, atol=1e-5)
+    assert float(vectors_BH[0] @ vectors_BH[1]) > 0.5
+    assert float(vectors_BH[0] @ vectors_BH[2]) < 0.2
+    await client.aclose()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 JsonObject = dict[str, Any]
-GROUP_SIZES = (32, 64, 128)
+GroupSize = Literal[32, 64, 128]
+GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
 Int4Method = Literal["rtn"]
 
 # Stages of the design that this version cannot run; named, so that the refusal says so.
@@ -44,7 +45,7 @@ class Int4:
     """
 
     name: ClassVar[str] = "int4"
-    group_size: int = 64
+    group_size: GroupSize = 64
     method: Int4Method = "rtn"
     symmetric: bool = True
 

@@ -1,15 +1,16 @@
 """Typed job specifications: what a POST /v1/jobs may say. Checked in full before a job is accepted."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
-from compression.recipe import RecipeError, parse_recipe
+from compression.recipe import STAGES, RecipeError, parse_recipe
 from compression.registry import MODEL_ID_PATTERN
 
 PLANNED_TYPES = ("finetune", "evaluate", "calibrate_skip", "train_projector", "enrich", "export")
 JOB_TYPES = ("compress",)
+MAX_STAGES = 16
 
 
 class SpecError(Exception):
@@ -27,6 +28,15 @@ class SpecError(Exception):
         self.code = code
 
 
+def _recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for the API's documentation; `parse_recipe` is what checks one."""
+    closed = {"additionalProperties": False}
+    stages = {name: TypeAdapter(stage).json_schema() | closed for name, stage in STAGES.items()}
+    one = {"minProperties": 1, "maxProperties": 1}
+    stage_schema = {"type": "object", "properties": stages} | one | closed
+    return {"type": "array", "items": stage_schema, "minItems": 1, "maxItems": MAX_STAGES}
+
+
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -40,10 +50,27 @@ class Gate(_Spec):
 class CompressSpec(_Spec):
     """Compress `model` by `recipe` and register the result as `output`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "compress",
+                    "model": "smollm2-135m",
+                    "output": "smollm2-135m-int4",
+                    "recipe": [{"int4": {"group_size": 64, "method": "rtn"}}],
+                }
+            ]
+        }
+    )
+
     type: Literal["compress"]
     model: str = Field(max_length=96)
     output: str = Field(pattern=MODEL_ID_PATTERN)
-    recipe: list[dict[str, Any]] = Field(min_length=1, max_length=16)
+    recipe: Annotated[
+        list[dict[str, Any]],
+        Field(min_length=1, max_length=MAX_STAGES),
+        WithJsonSchema(_recipe_schema()),
+    ]
     gate: Gate | None = None
 
 

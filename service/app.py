@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from compression.registry import ModelRegistry
 from compression.safetensors_header import CheckpointError
@@ -62,6 +63,7 @@ ROUTERS = (
     enrich.router,
     prompts.router,
 )
+_ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
@@ -157,7 +159,10 @@ def _handle_errors(app: FastAPI) -> None:
         return _respond(from_validation_error(error))
 
     def http_error(request: Request, error: Any) -> JSONResponse:
-        return _respond(_from_http(request, error), dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(_allowed(app, request)))
+        return _respond(_from_http(request, error), headers)
 
     def store_error(_: Request, error: Any) -> JSONResponse:
         logger.error("a store does not answer", exc_info=error)
@@ -209,6 +214,13 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     return ApiError("internal_error", "internal error")
 
 
+def _allowed(app: FastAPI, request: Request) -> set[str]:
+    """Methods of this path; Starlette names only those of the first route that has the path."""
+    routes = (route for route in app.routes if isinstance(route, Route))
+    matching = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
+    return {method for route in matching for method in route.methods or ()}
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema, without the 422 that we never send, with the bearer key that most routes need."""
     if app.openapi_schema is None:
@@ -221,7 +233,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         }
         for path, item in schema["paths"].items():
             for operation in item.values():
-                operation["responses"].pop("422", None)
+                responses = operation["responses"]
+                responses.pop("422", None)
+                for status, response in responses.items():
+                    if status >= "400":  # FastAPI gives them the media type of the route's answer
+                        response["content"] = {"application/json": {"schema": _ERROR_SCHEMA}}
                 if path not in OPEN_ROUTES:
                     operation["security"] = [{"bearer": []}, {}]
         for name in ("HTTPValidationError", "ValidationError"):

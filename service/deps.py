@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Header, Request
 from pydantic import BaseModel, ConfigDict
@@ -38,9 +38,11 @@ class AppState:
 
 
 class RequestModel(BaseModel):
-    """Base of every request body: an unknown field is refused by name, and NaN is no number."""
+    """Base of every request body: no unknown field, no coercion ("5" and true are no numbers), no NaN."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ResponseModel(BaseModel):
@@ -89,6 +91,22 @@ IdempotencyKey = Annotated[
     Header(
         alias="Idempotency-Key",
         description="Creating twice with one key and body creates once.",
-        max_length=255,
+        pattern=r"^[ -~]{1,255}$",
     ),
 ]
+
+
+def standalone_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's JSON Schema with its definitions in place, for `openapi_extra`."""
+    schema: dict[str, Any] = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, dict):
+            if "$ref" in part:
+                return resolve(definitions[part["$ref"].rsplit("/", 1)[1]])
+            return {key: resolve(value) for key, value in part.items()}
+        return [resolve(item) for item in part] if isinstance(part, list) else part
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from engines.protocol import AsyncEngine
 from graph import arrow_stream
@@ -78,13 +78,7 @@ LabelField = Annotated[str | int, PlainValidator(_label), _either(0)]
 Outputs = list[Literal["text", "embedding"]]
 
 
-class StrictRequestModel(RequestModel):
-    """A body whose values must be of their JSON type: "5" and true are no numbers."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class BudgetBody(StrictRequestModel):
+class BudgetBody(RequestModel):
     """The first limit that is reached stops the run; what was not done is `skipped_budget`."""
 
     max_nodes: int | None = Field(default=None, ge=1, description="The first so many nodes.")
@@ -96,7 +90,7 @@ class BudgetBody(StrictRequestModel):
     )
 
 
-class EnrichOptions(StrictRequestModel):
+class EnrichOptions(RequestModel):
     """What the two enrich routes have in common."""
 
     prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")

@@ -1,9 +1,9 @@
 """Request fields that completions and chat have in common, checked so that a refusal names the field."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from engines.protocol import EngineInfo, SamplingParams, Skip
@@ -23,14 +23,17 @@ _TOKEN_ID = re.compile(r"[0-9]{1,10}\Z")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class GenerationModel(RequestModel):
-    """A request body without coercion: "1" is no integer and 1 is no boolean."""
-
-    model_config = ConfigDict(strict=True)
-
-
 def invalid(message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid_value", "{message}", {"message": message})
+
+
+def present(name: str) -> dict[str, Any]:
+    """JSON Schema for a body in which `name` is given; for choices between fields."""
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+def absent(name: str) -> dict[str, Any]:
+    return {"not": present(name)}
 
 
 def check_text(value: str, name: str = "text") -> str:
@@ -152,13 +155,13 @@ ModelField = Annotated[
 ]
 
 
-class StreamOptions(GenerationModel):
+class StreamOptions(RequestModel):
     include_usage: bool | None = Field(
         default=None, description="Send a last chunk with the usage and no choices."
     )
 
 
-class GenerationBody(GenerationModel):
+class GenerationBody(RequestModel):
     """Sampling and streaming. `null` is the default everywhere."""
 
     model: ModelField

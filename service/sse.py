@@ -20,6 +20,16 @@ DONE = b"data: [DONE]\n\n"
 MEDIA_TYPE = "text/event-stream"
 # nginx is told to pass events on at once.
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_TEXT = {"type": "string"}
+_EVENT_SCHEMA = {
+    "type": "object",
+    "properties": {"id": _TEXT, "event": _TEXT, "data": _TEXT},
+    "required": ["data"],
+}
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {MEDIA_TYPE: {"schema": _EVENT_SCHEMA}}}
+}
+"""OpenAPI's `responses` of a route that can stream: the schema is of one event, `data` is JSON."""
 Event = TypeVar("Event", str, bytes)
 
 logger = logging.getLogger("lathe.sse")

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_va
 from engines.protocol import Constraint, EngineInfo, TokenLogprob
 from engines.text import TextTokenizer
 from service.auth import Identity
-from service.deps import AppState, IdentityDep, ResponseModel, StateDep, require
+from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
 from service.errors import ApiError, error_responses
 from service.generation import (
     ChoiceDelta,
@@ -30,14 +30,13 @@ from service.generation_body import (
     MAX_COUNT,
     MAX_LOGPROBS,
     GenerationBody,
-    GenerationModel,
     check_fits,
     check_text,
     invalid,
 )
 from service.middleware import cancel_on_disconnect
 from service.settings import DEFAULT_MODEL, Settings
-from service.sse import EventStreamResponse, openai_events
+from service.sse import EVENT_STREAM, EventStreamResponse, openai_events
 
 router = APIRouter(
     prefix="/v1",
@@ -77,21 +76,21 @@ _CONTENT_SCHEMA = {
 }
 
 
-class Message(GenerationModel):
+class Message(RequestModel):
     """Parts of a content are joined by newlines. `developer` is `system`."""
 
     role: Annotated[str, Field(json_schema_extra={"enum": list(ROLES)})]
     content: Annotated[Any, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
 
 
-class JsonSchemaFormat(GenerationModel):
+class JsonSchemaFormat(RequestModel):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: Annotated[str, Field(max_length=1024)] | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(GenerationModel):
+class ResponseFormat(RequestModel):
     """Anything but `text` needs an engine that can constrain its output."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -207,7 +206,7 @@ class ChatResponse(ResponseModel):
 @router.post(
     "/chat/completions",
     response_model=ChatResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=EVENT_STREAM,
 )
 async def create_chat_completion(
     body: ChatBody, request: Request, state: StateDep, identity: IdentityDep

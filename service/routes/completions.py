@@ -39,7 +39,7 @@ from service.generation_body import (
 )
 from service.middleware import cancel_on_disconnect
 from service.settings import DEFAULT_MODEL
-from service.sse import EventStreamResponse, openai_events
+from service.sse import EVENT_STREAM, EventStreamResponse, openai_events
 from service.tokenizers import ModelText
 
 router = APIRouter(
@@ -177,7 +177,7 @@ class _Prompt:
 @router.post(
     "/completions",
     response_model=CompletionResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=EVENT_STREAM,
 )
 async def create_completion(
     body: CompletionBody, request: Request, state: StateDep, identity: IdentityDep

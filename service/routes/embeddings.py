@@ -14,9 +14,9 @@ from pydantic import ConfigDict, Field, PlainValidator
 
 from engines.protocol import AsyncEngine, EmbedRequest, EmbedResult, EngineError, EngineInfo
 from service.auth import Identity
-from service.deps import AppState, IdentityDep, ResponseModel, StateDep, require
+from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
 from service.errors import ApiError, error_responses, from_engine_error
-from service.generation_body import GenerationModel, ModelField, check_token_id
+from service.generation_body import ModelField, check_token_id
 from service.middleware import cancel_on_disconnect
 from service.routes.completions import Prompts, parse_prompts, prompts_schema
 from service.settings import DEFAULT_EMBEDDING_MODEL
@@ -35,7 +35,7 @@ def _inputs(value: object) -> Prompts:
     return parse_prompts(value, name="input", most=MAX_INPUTS)
 
 
-class EmbeddingsBody(GenerationModel):
+class EmbeddingsBody(RequestModel):
     """OpenAI's body, and how to pool and cut.
 
     A text gets the special tokens that the model expects around one; token ids are taken as they are. An input that is

@@ -5,14 +5,13 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from graph.enrich import EnrichNode
-from service.deps import IdentityDep, StateDep, require
+from service.deps import IdentityDep, RequestModel, StateDep, require
 from service.enrichment import (
     ENRICH_RESPONSES,
     MAX_NODES_PER_REQUEST,
     EnrichOptions,
     EnrichResponse,
     NodeIdField,
-    StrictRequestModel,
     answer_enrich,
     find_prompt,
 )
@@ -28,7 +27,7 @@ MAX_TEXT_CHARS = 2**20
 MAX_NEIGHBORS = 1000
 
 
-class NodeBody(StrictRequestModel):
+class NodeBody(RequestModel):
     """Neighbours are texts, best first; a prompt that reads none does not look at them."""
 
     id: NodeIdField

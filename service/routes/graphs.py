@@ -8,13 +8,13 @@ from typing import IO, Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import FailFast, Field, ValidationError
+from pydantic import ConfigDict, FailFast, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from graph.catalog import Prompt
 from graph.enrich import EnrichNode
-from graph.select import Budget, Order, SelectError, Selection, select_nodes
+from graph.select import STRATEGIES, Budget, Order, SelectError, Selection, select_nodes
 from graph.store import (
     MAX_NAME_CHARS,
     Graph,
@@ -32,9 +32,11 @@ from service.deps import (
     AppState,
     IdempotencyKey,
     IdentityDep,
+    RequestModel,
     ResponseModel,
     StateDep,
     require,
+    standalone_schema,
 )
 from service.enrichment import (
     ENRICH_RESPONSES,
@@ -43,11 +45,11 @@ from service.enrichment import (
     EnrichResponse,
     LabelField,
     NodeIdField,
-    StrictRequestModel,
     answer_enrich,
     find_prompt,
 )
 from service.errors import ApiError, error_responses
+from service.generation_body import present
 from service.idempotency import request_hash, resource_id
 
 router = APIRouter(
@@ -59,7 +61,7 @@ router = APIRouter(
 _PARTS = ("nodes", "edges", "name", "directed")
 
 
-class GraphNodeBody(StrictRequestModel):
+class GraphNodeBody(RequestModel):
     """An empty text is allowed: a node need not have one."""
 
     id: NodeIdField
@@ -68,7 +70,7 @@ class GraphNodeBody(StrictRequestModel):
     split: Literal["train", "val", "test"] | None = None
 
 
-class GraphBody(StrictRequestModel):
+class GraphBody(RequestModel):
     """Ids and labels are all strings or all integers. Self-loops and repeated edges are dropped, and counted."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
@@ -77,7 +79,7 @@ class GraphBody(StrictRequestModel):
     edges: Annotated[list[tuple[NodeIdField, NodeIdField]], FailFast()] = Field(default=[])
 
 
-class GraphUpload(StrictRequestModel):
+class GraphUpload(RequestModel):
     """Parquet or Arrow IPC files: nodes (id, text, label?, split?) and edges (source, target)."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
@@ -119,17 +121,19 @@ class GraphDeleted(ResponseModel):
     deleted: Literal[True] = True
 
 
-class SelectBudget(StrictRequestModel):
+class SelectBudget(RequestModel):
     """Exactly one."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [present("nodes"), present("fraction")]})
 
     nodes: int | None = Field(default=None, ge=1)
     fraction: float | None = Field(default=None, gt=0, le=1)
 
 
-class SelectBody(StrictRequestModel):
+class SelectBody(RequestModel):
     """`order` is for degree (default low) and pagerank (default high), `seed` for random (default 0)."""
 
-    strategy: str = Field(max_length=100, description="random, degree or pagerank")
+    strategy: str = Field(max_length=100, json_schema_extra={"enum": list(STRATEGIES)})
     budget: SelectBudget
     order: Order | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -152,30 +156,12 @@ class GraphEnrichBody(EnrichOptions):
     node_ids: list[NodeIdField] = Field(min_length=1, max_length=MAX_NODES_PER_REQUEST)
 
 
-def _schema(model: type[StrictRequestModel]) -> dict[str, Any]:
-    """A schema that stands on its own."""
-    from pydantic.json_schema import GenerateJsonSchema
-
-    schema: dict[str, Any] = model.model_json_schema(schema_generator=GenerateJsonSchema)
-    definitions = schema.pop("$defs", {})
-
-    def resolve(part: Any) -> Any:
-        if isinstance(part, dict):
-            if "$ref" in part:
-                return resolve(definitions[part["$ref"].rsplit("/", 1)[1]])
-            return {key: resolve(value) for key, value in part.items()}
-        return [resolve(item) for item in part] if isinstance(part, list) else part
-
-    resolved: dict[str, Any] = resolve(schema)
-    return resolved
-
-
 _CREATE_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": _schema(GraphBody)},
-            "multipart/form-data": {"schema": _schema(GraphUpload)},
+            "application/json": {"schema": standalone_schema(GraphBody)},
+            "multipart/form-data": {"schema": standalone_schema(GraphUpload)},
         },
     }
 }
@@ -346,7 +332,7 @@ async def list_graphs(
             state.graphs.list_graphs, identity.tenant, after=after, limit=limit + 1
         )
     except GraphNotFoundError:
-        raise ApiError("invalid_value", f"no graph {after!r} to list after", "after") from None
+        raise ApiError("graph_not_found", "no such graph", "after") from None
     data = [_graph_object(info) for info in found[:limit]]
     return GraphList(
         data=data,

@@ -13,14 +13,22 @@ from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from compression.registry import ModelExistsError, ModelNotFoundError
-from jobs.spec import SpecError, parse_spec
+from jobs.spec import CompressSpec, SpecError, parse_spec
 from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
 from jobs.store import Event, Job, JobNotFoundError, NewJob, RequestConflictError
 from service.auth import Identity
-from service.deps import AppState, IdempotencyKey, IdentityDep, ResponseModel, StateDep, require
+from service.deps import (
+    AppState,
+    IdempotencyKey,
+    IdentityDep,
+    ResponseModel,
+    StateDep,
+    require,
+    standalone_schema,
+)
 from service.errors import ApiError, error_responses
 from service.idempotency import request_hash, resource_id
-from service.sse import HEADERS, MEDIA_TYPE, with_keep_alive
+from service.sse import EVENT_STREAM, HEADERS, MEDIA_TYPE, with_keep_alive
 
 router = APIRouter(
     prefix="/v1/jobs",
@@ -33,24 +41,19 @@ MAX_LOG_BYTES = 2**20
 
 
 class JobRequest(BaseModel):
-    """A job; which other fields it has depends on `type`."""
+    """A job; which other fields it has depends on `type`. `parse_spec` checks them."""
 
-    model_config = ConfigDict(
-        extra="allow",
-        allow_inf_nan=False,
-        json_schema_extra={
-            "examples": [
-                {
-                    "type": "compress",
-                    "model": "smollm2-135m",
-                    "output": "smollm2-135m-int4",
-                    "recipe": [{"int4": {"group_size": 64, "method": "rtn"}}],
-                }
-            ]
-        },
-    )
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     type: str = Field(max_length=64)
+
+
+_CREATE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": standalone_schema(CompressSpec)}},
+    }
+}
 
 
 class JobProgress(ResponseModel):
@@ -157,7 +160,7 @@ async def _find(job_id: str, state: AppState, identity: Identity) -> Job:
     return job
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, openapi_extra=_CREATE_BODY)
 async def create_job(
     body: JobRequest,
     response: Response,
@@ -299,7 +302,11 @@ async def resume_job(job_id: str, state: StateDep, identity: IdentityDep) -> Job
         raise ApiError("job_not_pausable", f"the job is {error.current}", "job_id") from None
 
 
-@router.get("/{job_id}/events", response_model=JobEventList)
+@router.get(
+    "/{job_id}/events",
+    response_model=JobEventList,
+    responses=EVENT_STREAM,
+)
 async def job_events(
     job_id: str,
     state: StateDep,
@@ -308,14 +315,14 @@ async def job_events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     stream: bool = False,
     accept: Annotated[str | None, Header(max_length=1000)] = None,
-    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=20)] = None,
+    last_event_id: Annotated[
+        str | None, Header(alias="Last-Event-ID", pattern="^[0-9]{1,15}$")
+    ] = None,
 ) -> Any:
     """Events in order. With `stream` or `Accept: text/event-stream`: as they happen, until the job has ended."""
     await _find(job_id, state, identity)
     if last_event_id is not None:
-        if not (last_event_id.isascii() and last_event_id.isdigit()):
-            raise ApiError("invalid_value", "Last-Event-ID must be a number", "Last-Event-ID")
-        after = max(after, int(last_event_id[:15]))
+        after = max(after, int(last_event_id))
     if stream or (accept is not None and MEDIA_TYPE in accept):
         events = _keep(_follow(job_id, state, after))
         return StreamingResponse(events, media_type=MEDIA_TYPE, headers=HEADERS)

@@ -17,17 +17,18 @@ from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_va
 
 from engines.protocol import AsyncEngine, EngineError, EngineInfo, ScoreRequest, ScoreResult
 from service.auth import Identity
-from service.deps import AppState, IdentityDep, ResponseModel, StateDep, require
+from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import finite, json_response
 from service.generation_body import (
     MAX_TOKEN_ID,
-    GenerationModel,
     ModelField,
+    absent,
     check_text,
     check_token_id,
     invalid,
     is_token_id,
+    present,
 )
 from service.middleware import cancel_on_disconnect
 from service.settings import DEFAULT_MODEL
@@ -71,12 +72,12 @@ TextOrIdsField = Annotated[
 Continuations = Annotated[list[TextOrIdsField], Field(min_length=1, max_length=MAX_CONTINUATIONS)]
 
 
-class ScoreItem(GenerationModel):
+class ScoreItem(RequestModel):
     context: TextOrIdsField
     continuations: Continuations
 
 
-class ScoreBody(GenerationModel):
+class ScoreBody(RequestModel):
     """One context with its continuations, or several as `items`. Context and continuations are of one kind."""
 
     model_config = ConfigDict(
@@ -87,7 +88,11 @@ class ScoreBody(GenerationModel):
                     "context": "Question: Is the sky blue?\nAnswer:",
                     "continuations": [" yes", " no"],
                 }
-            ]
+            ],
+            "oneOf": [
+                {"allOf": [present("context"), present("continuations"), absent("items")]},
+                {"allOf": [present("items"), absent("context"), absent("continuations")]},
+            ],
         }
     )
 

@@ -5,14 +5,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from service.deps import ResponseModel, StateDep, require
+from service.deps import RequestModel, ResponseModel, StateDep, require
 from service.errors import ApiError, error_responses
 from service.generation_body import (
-    GenerationModel,
     ModelField,
     TokenId,
     check_text,
     check_token_id,
+    present,
 )
 from service.routes.chat import MAX_MESSAGES, Message, plain_messages
 from service.settings import DEFAULT_MODEL
@@ -27,11 +27,14 @@ MAX_TOKENS = 2**20
 MAX_CHARS = 2**20
 
 
-class TokenizeBody(GenerationModel):
+class TokenizeBody(RequestModel):
     """A text or messages. A control token spelled in either stays text; only the chat template makes some."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": DEFAULT_MODEL, "prompt": "Hello, world!"}]}
+        json_schema_extra={
+            "examples": [{"model": DEFAULT_MODEL, "prompt": "Hello, world!"}],
+            "oneOf": [present("prompt"), present("messages")],
+        }
     )
 
     model: ModelField
@@ -59,7 +62,7 @@ class TokenizeResponse(ResponseModel):
     token_strs: list[str] | None = Field(description="The vocabulary's spellings, if asked for.")
 
 
-class DetokenizeBody(GenerationModel):
+class DetokenizeBody(RequestModel):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"model": DEFAULT_MODEL, "tokens": [19556, 28]}]}
     )

@@ -188,10 +188,8 @@ def test_list_pages(service: Service) -> None:
     assert first["has_more"] is True
     rest = service.client.get("/v1/graphs", params={"after": first["last_id"]}).json()
     assert sorted(g["id"] for g in first["data"] + rest["data"]) == sorted(ids)
-    assert error_of(service.client.get("/v1/graphs", params={"after": "x"})) == (
-        "invalid_value",
-        "after",
-    )
+    unknown = service.client.get("/v1/graphs", params={"after": "x"})
+    assert error_of(unknown, 404) == ("graph_not_found", "after")
 
 
 @pytest.mark.parametrize("write", [parquet, arrow])

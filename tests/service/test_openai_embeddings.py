@@ -88,7 +88,7 @@ def test_refusals(service: Service, extra: dict[str, Any], code: str, param: str
 
 def test_what_the_engine_refuses(service: Service) -> None:
     service.encoder.refuse = EngineError("sleeping", "the model sleeps")
-    assert error_of(embed(service, "a"), 503) == ("model_sleeping", None)
+    assert error_of(embed(service, "a"), 409) == ("model_sleeping", None)
     service.encoder.info = replace(service.encoder.info, unsupported=("pooling",))
     assert error_of(embed(service, "a", pooling="last")) == ("unsupported_parameter", "pooling")
     assert error_of(embed(service, "a", model="none"), 404) == ("model_not_found", "model")

@@ -11,13 +11,16 @@ from jobs.sqlite import SqliteJobStore
 from jobs.states import JobStatus
 from jobs.store import Job, NewJob
 from jobs.worker import Worker, WorkerConfig
+from tests.jobs.conftest import REPOSITORY
 
 pytestmark = pytest.mark.processes
 RUNNERS = {name: f"tests.jobs.runners:{name}" for name in ("crash_once", "stubborn", "broken")}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteJobStore]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteJobStore]:
+    # A child imports nothing from the folder that it is started in, and the runners are among the tests.
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     opened = SqliteJobStore(tmp_path / "lathe.db")
     config = WorkerConfig(
         home=tmp_path, heartbeat_seconds=0.2, cancel_grace_seconds=0.5, runners=RUNNERS

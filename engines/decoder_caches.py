@@ -30,6 +30,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from compression.hf import cache_argument
+
 CAPACITY_STEP = 128
 """Rows grow by at least so many positions."""
 BATCHABLE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
@@ -350,6 +352,7 @@ class Forward:
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known
         self._takes_logits_to_keep = "logits_to_keep" in known
+        self._cache_argument = cache_argument(model)
         self._is_eager = getattr(model.config, "_attn_implementation", None) != "sdpa"
 
     def __call__(
@@ -363,14 +366,14 @@ class Forward:
         """Logits (B, num_logits, V) of the last positions; `inputs` are ids (B, S) or embeddings (B, S, H)."""
         device = self._model.device
         name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        arguments: dict[str, Any] = {name: inputs.to(device)}
+        arguments: dict[str, Any] = {name: inputs.to(device), self._cache_argument: cache}
         if self._takes_positions:
             arguments["position_ids"] = positions_BS.to(device)
         if self._takes_logits_to_keep:
             arguments["logits_to_keep"] = num_logits
         if mask_B1SL is not None:
             arguments["attention_mask"] = self._additive(mask_B1SL.to(device))
-        output = self._model(past_key_values=cache, use_cache=True, **arguments)
+        output = self._model(use_cache=True, **arguments)
         logits_BSV: Tensor = output.logits[:, -num_logits:]
         return logits_BSV
 
@@ -447,9 +450,8 @@ def _dynamic_bytes_per_token(model: Any, ids: list[int]) -> int:
     sizes = []
     for length in (4, 12):
         cache = DynamicCache(config=model.config)
-        model(
-            torch.tensor([ids[:length]], device=model.device), past_key_values=cache, use_cache=True
-        )
+        ids_1S = torch.tensor([ids[:length]], device=model.device)
+        model(ids_1S, use_cache=True, **{cache_argument(model): cache})
         sizes.append(cache_bytes(cache))
     return max((sizes[1] - sizes[0]) // 8, 1)
 

@@ -8,12 +8,7 @@ requests are kept together at the front, so a pass reads views and copies nothin
 (sliding windows, recurrent states, position biases that do not read `position_ids`), and is what `SlotDecoder` is
 compared with: `build_decoder` runs both on the loaded model, and takes slots only where the logits agree.
 
-transformers' own continuous batching (5.23) was measured on CPU and is not used. SmolLM2-135M, 2 cores, 48 tokens per
-request, tokens/s alone and with 8 requests: bfloat16 14 and 69, where `generate` gives 16 and 101 (left-padded batch);
-float32 14 and 46, against 16 and 71. It draws from one process-wide generator, so that no request can have a seed;
-`do_sample` is fixed per manager, so that greedy must be put as top-k 1, which draws among ties. It has no top
-alternatives, prompt log-probabilities, embedding rows, penalties, bias, min-p or minimum length. Its greedy tokens
-equal `generate`'s in float32; in bfloat16 they change with the company, as those of every batched product do.
+Why neither `generate` nor transformers' continuous batching: docs/decisions/0005.
 
 Shapes: B rows, S positions of a pass, L cached positions, N KV heads, D head dim, H hidden, V vocabulary.
 """

@@ -642,7 +642,8 @@ def _load_engine(arguments: argparse.Namespace, report: Progress) -> Engine:
         from engines.encoder_engine import EncoderEngine
 
         return EncoderEngine.load(arguments.model_id, arguments.checkpoint, device=arguments.device)
-    from engines.transformers_engine import EngineLimits, TransformersEngine
+    from engines.requests import EngineLimits
+    from engines.transformers_engine import TransformersEngine
 
     return TransformersEngine.load(
         arguments.model_id,

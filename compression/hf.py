@@ -4,6 +4,7 @@ transformers' modules are the truth for compression, evaluation and training, an
 Remote code is never run: `trust_remote_code` is False wherever transformers asks.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ def _int4(checkpoint: Checkpoint) -> set[str]:
 def _tied(model: nn.Module) -> set[str]:
     keys = getattr(model, "all_tied_weights_keys", None) or {}
     return set(keys)
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What the model's forward calls its key/value cache; transformers 5.24 renamed it."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def kernels(model: nn.Module) -> dict[str, str]:

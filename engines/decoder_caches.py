@@ -30,6 +30,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from compression.hf import cache_keyword
+
 CAPACITY_STEP = 128
 """Rows grow by at least so many positions."""
 BATCHABLE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
@@ -348,6 +350,7 @@ class Forward:
     def __init__(self, model: Any) -> None:
         self._model = model
         known = inspect.signature(model.forward).parameters
+        self._cache_keyword = cache_keyword(model)
         self._takes_positions = "position_ids" in known
         self._takes_logits_to_keep = "logits_to_keep" in known
         self._is_eager = getattr(model.config, "_attn_implementation", None) != "sdpa"
@@ -370,7 +373,8 @@ class Forward:
             arguments["logits_to_keep"] = num_logits
         if mask_B1SL is not None:
             arguments["attention_mask"] = self._additive(mask_B1SL.to(device))
-        output = self._model(past_key_values=cache, use_cache=True, **arguments)
+        arguments[self._cache_keyword] = cache
+        output = self._model(use_cache=True, **arguments)
         logits_BSV: Tensor = output.logits[:, -num_logits:]
         return logits_BSV
 
@@ -447,9 +451,8 @@ def _dynamic_bytes_per_token(model: Any, ids: list[int]) -> int:
     sizes = []
     for length in (4, 12):
         cache = DynamicCache(config=model.config)
-        model(
-            torch.tensor([ids[:length]], device=model.device), past_key_values=cache, use_cache=True
-        )
+        ids_1S = torch.tensor([ids[:length]], device=model.device)
+        model(ids_1S, use_cache=True, **{cache_keyword(model): cache})
         sizes.append(cache_bytes(cache))
     return max((sizes[1] - sizes[0]) // 8, 1)
 

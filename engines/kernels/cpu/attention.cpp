@@ -17,6 +17,14 @@ constexpr int kBlock = 16;      // tokens of a cache block: one lane each
 constexpr int kMaxVectors = 16;  // head_dim / 16
 constexpr float kMasked = -1e30f;
 
+float to_float(float value) {
+    return value;
+}
+
+float to_float(uint16_t bf16) {
+    return from_bf16(bf16);
+}
+
 }  // namespace
 
 void Attention::plan(const LatheModel& model, const LatheBatch& batch) {
@@ -38,7 +46,7 @@ void Attention::plan(const LatheModel& model, const LatheBatch& batch) {
 template <class Cache>
 void Attention::piece(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
                       const Piece& piece, int index, int kv_head, const float* queries) {
-    const int head_dim = model.head_dim, vectors = head_dim / kLanes;
+    const int head_dim = model.head_dim, vectors = head_dim / kLanes, tail = head_dim % kLanes;
     const int group = layer.num_heads / layer.num_kv_heads;
     const float scale = 1 / std::sqrt(float(head_dim));
     const int position = int(batch.positions_T[piece.row]);
@@ -68,6 +76,9 @@ void Attention::piece(const LatheModel& model, const LatheLayer& layer, const La
                 for (int v = 0; v < vectors; v++)
                     dots[token] = fma(load_lanes(query + v * kLanes), load_lanes(key + v * kLanes),
                                       dots[token]);
+                if (tail)
+                    dots[token] = fma(load_lanes(query + vectors * kLanes, tail),
+                                      load_lanes(key + vectors * kLanes, tail), dots[token]);
             }
             f32x16 scores = sum_each(dots) * scale;
             for (int token = 0; token < low; token++) scores[token] = kMasked;
@@ -79,11 +90,14 @@ void Attention::piece(const LatheModel& model, const LatheLayer& layer, const La
             mine[1] = mine[1] * keep + sum(weights);
             f32x16 totals[kMaxVectors];
             for (int v = 0; v < vectors; v++) totals[v] = load_lanes(mine + 2 + v * kLanes) * keep;
+            for (int i = vectors * kLanes; i < head_dim; i++) mine[2 + i] *= keep;
             for (int token = low; token < high; token++) {
                 const Cache* value = values + start + token * token_stride;
                 const f32x16 weight = splat(weights[token]);
                 for (int v = 0; v < vectors; v++)
                     totals[v] = fma(weight, load_lanes(value + v * kLanes), totals[v]);
+                for (int i = vectors * kLanes; i < head_dim; i++)
+                    mine[2 + i] = std::fma(weights[token], to_float(value[i]), mine[2 + i]);
             }
             for (int v = 0; v < vectors; v++) store_lanes(mine + 2 + v * kLanes, totals[v]);
         }
@@ -126,11 +140,9 @@ void Attention::gather_row(const LatheModel& model, const LatheLayer& layer, int
             const float* part = partial + p * piece_stride;
             const float keep = std::exp(part[0] - peak);
             total += part[1] * keep;
-            for (int i = 0; i < head_dim; i += kLanes)
-                store_lanes(output + i, fma(splat(keep), load_lanes(part + 2 + i), load_lanes(output + i)));
+            for (int i = 0; i < head_dim; i++) output[i] += keep * part[2 + i];
         }
-        for (int i = 0; i < head_dim; i += kLanes)
-            store_lanes(output + i, load_lanes(output + i) / total);
+        for (int i = 0; i < head_dim; i++) output[i] /= total;
     }
 }
 

@@ -64,7 +64,7 @@ struct LatheModel {
     const float* sin_PR;
     int32_t num_layers;
     int32_t hidden_size;
-    int32_t head_dim;           // a multiple of 16
+    int32_t head_dim;           // even, at most 256
     int32_t block_size;         // 16
     int32_t is_bf16;            // caches and hidden states: bfloat16, or float32
     float rms_norm_epsilon;

@@ -20,9 +20,8 @@
 namespace lathe {
 namespace {
 
-constexpr int kUnit = kLanes;     // outputs that one piece of work computes
-constexpr int kMaxRows = 8;       // rows that share one reading of a quantized weight
-constexpr int kMaxDenseRows = 4;  // the same for dense ones: 4 rows x 4 outputs of accumulators
+constexpr int kUnit = kLanes;  // outputs that one piece of work computes
+constexpr int kMaxRows = 8;    // rows that share one reading of a weight
 constexpr int kPadding = 32;
 
 int ceil_div(int a, int b) {
@@ -139,7 +138,8 @@ struct Fp32Dot {
     static const Element* of(const Rows& rows) { return rows.floats; }
 };
 
-// kOutputs outputs of kNumRows rows; each has one accumulator, whose lanes are inputs modulo 16.
+// kOutputs outputs of kNumRows rows; each has one accumulator, whose lanes are inputs modulo 16. At least eight of
+// them are in flight, or the additions' latency would show.
 template <class Dot, int kNumRows, int kOutputs>
 LATHE_INLINE void dense_tile(const typename Dot::Element* weight, int in_features, const Rows& rows,
                              f32x16 (&sums)[kNumRows][kOutputs]) {
@@ -199,7 +199,11 @@ void dense_rows(const LatheSegment& segment, int unit, const Rows& rows, int num
         case 1: return dense_unit<Dot, 1, 8>(segment, unit, rows, total);
         case 2: return dense_unit<Dot, 2, 8>(segment, unit, rows, total);
         case 3: return dense_unit<Dot, 3, 4>(segment, unit, rows, total);
-        default: return dense_unit<Dot, 4, 4>(segment, unit, rows, total);
+        case 4: return dense_unit<Dot, 4, 4>(segment, unit, rows, total);
+        case 5: return dense_unit<Dot, 5, 4>(segment, unit, rows, total);
+        case 6: return dense_unit<Dot, 6, 4>(segment, unit, rows, total);
+        case 7: return dense_unit<Dot, 7, 2>(segment, unit, rows, total);
+        default: return dense_unit<Dot, 8, 2>(segment, unit, rows, total);
     }
 }
 
@@ -354,12 +358,11 @@ void multiply_stage(Pool& pool, const LatheLinear& linear, int stage, const Inpu
                 continue;
             }
             const Inputs::Form& form = inputs.form_of(segment);
-            const int most = is_quantized(segment.kind) ? kMaxRows : kMaxDenseRows;
             float* to = segment.into_middle ? middle : output;
             const int stride = segment.into_middle ? linear.middle_features : output_stride;
             for (; first < units && left; first++, left--) {
-                for (int row = 0; row < inputs.num_rows(); row += most) {
-                    const int count = std::min(most, inputs.num_rows() - row);
+                for (int row = 0; row < inputs.num_rows(); row += kMaxRows) {
+                    const int count = std::min(kMaxRows, inputs.num_rows() - row);
                     f32x16 total[kMaxRows];
                     unit_rows(segment, first, rows_from(form, row), count, total);
                     for (int r = 0; r < count; r++)

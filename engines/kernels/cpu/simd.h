@@ -134,6 +134,14 @@ LATHE_INLINE f32x16 load_lanes(const uint16_t* from) {
     return from_bf16(load<u16x16>(from));
 }
 
+// The first `count` < 16 lanes; the others are zero.
+template <class Element>
+LATHE_INLINE f32x16 load_lanes(const Element* from, int count) {
+    Element values[kLanes] = {};
+    std::memcpy(values, from, count * sizeof(Element));
+    return load_lanes(values);
+}
+
 LATHE_INLINE void store_lanes(float* to, f32x16 a) {
     store(to, a);
 }

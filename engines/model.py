@@ -24,7 +24,7 @@ from torch import Tensor
 from compression.checkpoint import Checkpoint, Matrix, open_checkpoint
 from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
-from engines.kernels.linear import DenseLinear, Linear, LinearWeight, build_linear
+from engines.kernels.linear import Linear, build_linear, share_weight
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.paged_attention import (
     LayerCache,
@@ -35,6 +35,7 @@ from engines.kernels.paged_attention import (
 from engines.kernels.rms_norm import add_rms_norm, rms_norm
 from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables, rotate
 from engines.kernels.swiglu import swiglu
+from engines.kernels.weights import LinearWeight
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """transformers' model types; SmolLM and SmolLM2 are of type llama."""
@@ -191,7 +192,7 @@ class DecoderModel:
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """float32 (R, V) of rows that `forward` returned."""
-        return self.lm_head(hidden_RH).float()
+        return self.lm_head(hidden_RH, torch.float32)
 
     def linears(self) -> list[Linear]:
         blocks = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in self.layers]
@@ -322,7 +323,7 @@ def load_decoder(
     if weights.has_linear("lm_head"):
         lm_head = weights.linear("lm_head")
     elif config.ties_embeddings:
-        lm_head = DenseLinear(embedding_VH, None)
+        lm_head = share_weight(embedding_VH)
     else:
         raise CheckpointError(f"{folder.name}: no lm_head, and embeddings are not tied")
     final_norm_H = weights.other("model.norm.weight")

@@ -6,7 +6,6 @@ Shapes: T rows, O output channels, I input channels, R rank.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,34 +14,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.linear import build_int4_linear
 from compression.quantization.int4 import QuantizedWeight
-
-MatrixWeight = Tensor | QuantizedWeight
-"""A dense (O, I) weight, or its INT4 codes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LowRankWeight:
-    """W ~ weight_u @ weight_v: (O, R) and (R, I), each dense or INT4."""
-
-    weight_u: MatrixWeight
-    weight_v: MatrixWeight
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearWeight:
-    """One linear layer as a checkpoint stores it, on the CPU.
-
-    Attributes:
-        bias_O: None where the layer has none.
-    """
-
-    weight: MatrixWeight | LowRankWeight
-    bias_O: Tensor | None = None
-
-    @property
-    def out_features(self) -> int:
-        weight = self.weight
-        return _num_rows(weight.weight_u if isinstance(weight, LowRankWeight) else weight)
+from engines.kernels.cpu_linear import DTYPES, applies, build_cpu_linear, share_on_cpu
+from engines.kernels.native import NativeLibrary, native_library
+from engines.kernels.weights import LinearWeight, LowRankWeight, is_joinable, join, join_biases
 
 
 class Linear(Protocol):
@@ -50,7 +24,8 @@ class Linear(Protocol):
 
     kernel: str
 
-    def __call__(self, x_TI: Tensor) -> Tensor: ...
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Args: dtype: of the result; the input's by default."""
 
     def tensors(self) -> list[Tensor]:
         """Everything it holds."""
@@ -62,8 +37,8 @@ class DenseLinear:
         self.bias_O = bias_O
         self.kernel = f"torch {str(weight_OI.dtype).removeprefix('torch.')}"
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight_OI, self.bias_O)
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.linear(x_TI, self.weight_OI, self.bias_O).to(dtype or x_TI.dtype)
 
     def tensors(self) -> list[Tensor]:
         return [self.weight_OI] if self.bias_O is None else [self.weight_OI, self.bias_O]
@@ -81,9 +56,9 @@ class Int4Linear:
         self._module = build_int4_linear(quantized, bias_O, dtype=dtype, device=device)
         self.kernel = str(self._module.kernel)
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         y_TO: Tensor = self._module.forward(x_TI)
-        return y_TO
+        return y_TO.to(dtype or x_TI.dtype)
 
     def tensors(self) -> list[Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
@@ -97,8 +72,8 @@ class LowRankLinear:
         self._linear_v = linear_v
         self.kernel = f"low rank, u: {linear_u.kernel}, v: {linear_v.kernel}"
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        return self._linear_u(self._linear_v(x_TI))
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._linear_u(self._linear_v(x_TI), dtype)
 
     def tensors(self) -> list[Tensor]:
         return [*self._linear_u.tensors(), *self._linear_v.tensors()]
@@ -111,8 +86,8 @@ class ConcatenatedLinear:
         self._parts = parts
         self.kernel = " + ".join(dict.fromkeys(part.kernel for part in parts))
 
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        return torch.cat([part(x_TI) for part in self._parts], dim=-1)
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.cat([part(x_TI, dtype) for part in self._parts], dim=-1)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self._parts for tensor in part.tensors()]
@@ -123,16 +98,21 @@ def build_linear(
 ) -> Linear:
     """One product for weights that share their input; its outputs stand in the order of the weights.
 
-    Dense weights become one weight, and so do INT4 weights of one group size. The result shares no memory with
-    the weights.
+    The native library's where it takes them. Otherwise dense weights become one weight, and so do INT4 weights of one
+    group size. The result shares no memory with the weights.
     """
-    bias_O = _join_biases(weights, dtype, device)
-    dense = [w.weight for w in weights if isinstance(w.weight, Tensor)]
-    if len(dense) == len(weights):
-        return DenseLinear(torch.cat([w.to(dtype) for w in dense]).to(device), bias_O)
-    quantized = [w.weight for w in weights if isinstance(w.weight, QuantizedWeight)]
-    if len(quantized) == len(weights) and len({_group_size(w) for w in quantized}) == 1:
-        return Int4Linear(_join_quantized(quantized), bias_O, dtype=dtype, device=device)
+    if device.type == "cpu":
+        library = native_library()
+        if isinstance(library, NativeLibrary) and applies(weights, dtype):
+            return build_cpu_linear(weights, dtype=dtype, library=library)
+    matrices = [w.weight for w in weights if not isinstance(w.weight, LowRankWeight)]
+    if len(matrices) == len(weights) and is_joinable(matrices):
+        bias_O = join_biases(weights, dtype)
+        bias_O = None if bias_O is None else bias_O.to(device)
+        joined = join(matrices)
+        if isinstance(joined, Tensor):
+            return DenseLinear(joined.to(device, dtype), bias_O)
+        return Int4Linear(joined, bias_O, dtype=dtype, device=device)
     if len(weights) > 1:
         return ConcatenatedLinear(
             [build_linear([weight], dtype=dtype, device=device) for weight in weights]
@@ -146,39 +126,10 @@ def build_linear(
     )
 
 
-def _num_rows(weight: MatrixWeight) -> int:
-    return len(weight.codes_OI if isinstance(weight, QuantizedWeight) else weight)
-
-
-def _group_size(weight: QuantizedWeight) -> int:
-    return weight.codes_OI.shape[1] // weight.scale_OG.shape[1]
-
-
-def _join_quantized(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    zero_point_OG: Tensor | None = None
-    if any(weight.zero_point_OG is not None for weight in weights):
-        zero_point_OG = torch.cat(
-            [
-                torch.zeros_like(w.scale_OG, dtype=torch.int8)
-                if w.zero_point_OG is None
-                else w.zero_point_OG
-                for w in weights
-            ]
-        )
-    return QuantizedWeight(
-        codes_OI=torch.cat([weight.codes_OI for weight in weights]),
-        scale_OG=torch.cat([weight.scale_OG for weight in weights]),
-        zero_point_OG=zero_point_OG,
-    )
-
-
-def _join_biases(
-    weights: Sequence[LinearWeight], dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    if all(weight.bias_O is None for weight in weights):
-        return None
-    biases = [
-        torch.zeros(w.out_features, dtype=dtype) if w.bias_O is None else w.bias_O.to(dtype)
-        for w in weights
-    ]
-    return torch.cat(biases).to(device)
+def share_weight(weight_OI: Tensor) -> Linear:
+    """The product with a matrix that has another owner: a head tied to the embedding."""
+    if weight_OI.device.type == "cpu" and weight_OI.dtype in DTYPES:
+        library = native_library()
+        if isinstance(library, NativeLibrary):
+            return share_on_cpu(weight_OI, library)
+    return DenseLinear(weight_OI, None)

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kv_cache import BlockManager
 from engines.memory import default_kv_cache_bytes, is_out_of_memory, release_memory
@@ -86,8 +87,7 @@ class NativeEngine:
         model = load()
         self._num_blocks = self._count_blocks(model)
         self._scheduler = self._build_scheduler()
-        self._kv_cache = build_kv_cache(model, self._num_blocks)
-        self._model: DecoderModel | None = model
+        self._take_model(model)
         self._info = EngineInfo(
             model=model_id,
             kind="decoder",
@@ -106,7 +106,7 @@ class NativeEngine:
             resident_bytes=_resident_bytes(model),
             load_seconds=time.monotonic() - start,
             unsupported=UNSUPPORTED,
-            kernels=_kernels(model),
+            kernels=_kernels(model) | {"pass of few rows": _kernel(self._cpu_step)},
         )
 
     @classmethod
@@ -153,6 +153,11 @@ class NativeEngine:
             )
         per_request = -(-model.config.max_position_embeddings // BLOCK_SIZE)
         return min(fitting, self._limits.max_num_seqs * per_request) + 1
+
+    def _take_model(self, model: DecoderModel) -> None:
+        self._kv_cache = build_kv_cache(model, self._num_blocks)
+        self._cpu_step = build_cpu_step(model, self._kv_cache)
+        self._model: DecoderModel | None = model
 
     def _build_scheduler(self) -> Scheduler:
         return Scheduler(
@@ -245,7 +250,10 @@ class NativeEngine:
             token_ids += request.token_ids[start : start + chunk.num_tokens]
             embedding_rows += request.rows_between(start, start + chunk.num_tokens)
         hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
-        return model.forward(hidden_TH, build_metadata(rows, model.device), self._kv_cache)
+        metadata = build_metadata(rows, model.device)
+        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= MAX_ROWS:
+            return self._cpu_step.forward(hidden_TH, metadata)
+        return model.forward(hidden_TH, metadata, self._kv_cache)
 
     def _failed_pass(self, chunks: Sequence[Chunk], error: Exception) -> list[TokenOutput]:
         """Short of memory, the request of worst rank gives way and the step is tried again; else all of it fail."""
@@ -480,14 +488,13 @@ class NativeEngine:
         self._generations = {}
         self._scheduler.reset(BlockManager(self._num_blocks))
         self._kv_cache = []
+        self._cpu_step = "asleep"
         self._model = None
         release_memory()
 
     def wake(self) -> None:
         if self._model is None:
-            model = self._load()
-            self._kv_cache = build_kv_cache(model, self._num_blocks)
-            self._model = model
+            self._take_model(self._load())
 
     def stats(self) -> EngineStats:
         blocks = self._scheduler.blocks
@@ -519,6 +526,10 @@ def _rows(chunk: Chunk) -> RequestRows:
         num_tokens=chunk.num_tokens,
         block_table=request.block_table[: -(-end // BLOCK_SIZE)],
     )
+
+
+def _kernel(cpu_step: CpuStep | str) -> str:
+    return cpu_step.kernel if isinstance(cpu_step, CpuStep) else f"torch ops: {cpu_step}"
 
 
 def _resident_bytes(model: DecoderModel) -> int:

@@ -10,7 +10,7 @@ by way of the Gram matrix (the authors run a whole sub-block over a sample); no 
 come from one output of the layer before (a value head that several query heads read) share a scale; the authors leave
 such layers out.
 
-Shapes: O output channels, I input channels, S outputs of what produces the input (fewer than I only under grouped heads).
+Shapes: O output channels, I input channels, S outputs of what produces the input (I, or fewer under grouped heads).
 """
 
 from collections.abc import Sequence

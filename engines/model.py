@@ -11,6 +11,8 @@ Shapes: T rows of all requests of a pass, R selected rows, S requests, P positio
 heads, A = N + 2 K, D head dim, F feed-forward width, V vocabulary.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,8 +230,11 @@ def build_kv_cache(model: DecoderModel, num_blocks: int) -> list[LayerCache]:
 
     def part(layer: DecoderLayer) -> Tensor:
         shape = (num_blocks, BLOCK_SIZE, layer.num_kv_heads, model.config.head_dim)
-        # Zeros where it costs nothing: padding is masked, but a NaN times a masked zero is a NaN.
-        return torch.zeros(shape, dtype=model.dtype, device=model.device)
+        # Zeros, because what is masked is still multiplied by zero, and a NaN would stay one.
+        if model.device.type != "cpu":
+            return torch.zeros(shape, dtype=model.dtype, device=model.device)
+        pages = mmap.mmap(-1, math.prod(shape) * model.dtype.itemsize)
+        return torch.frombuffer(pages, dtype=model.dtype).view(shape)
 
     return [(part(layer), part(layer)) for layer in model.layers]
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.quantization.int4 import QuantizedWeight
 from engines.kernels import native
+from engines.kernels.huge_pages import in_huge_pages
 from engines.kernels.native import NativeLibrary
 from engines.kernels.weights import (
     LinearWeight,
@@ -67,7 +68,7 @@ def pack_int4(quantized: QuantizedWeight) -> PackedInt4:
 
     def blocks(values_OG: Tensor) -> Tensor:
         padded_OG = F.pad(values_OG, padding)
-        return padded_OG.view(-1, LANES, values_OG.shape[1]).transpose(1, 2).contiguous()
+        return in_huge_pages(padded_OG.view(-1, LANES, values_OG.shape[1]).transpose(1, 2))
 
     if scale_OG.dtype != torch.bfloat16:
         scale_OG = scale_OG.float()
@@ -75,7 +76,7 @@ def pack_int4(quantized: QuantizedWeight) -> PackedInt4:
     return PackedInt4(
         out_features=num_rows,
         group_size=num_columns // scale_OG.shape[1],
-        packed_BJ64=bytes_BLJ4.transpose(1, 2).contiguous().flatten(2),
+        packed_BJ64=in_huge_pages(bytes_BLJ4.transpose(1, 2)).flatten(2),
         scale_BGL=blocks(scale_OG),
         zero_point_BGL=None if zero_point_OG is None else blocks(zero_point_OG),
     )
@@ -193,8 +194,7 @@ def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
 def _lay_out(matrix: MatrixWeight, dtype: torch.dtype) -> Tensor | PackedInt4:
     if isinstance(matrix, QuantizedWeight):
         return pack_int4(matrix)
-    # A copy of its own: a view would keep the checkpoint's whole file mapped.
-    return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return in_huge_pages(matrix.to(dtype))
 
 
 class CpuLinear:

@@ -4,6 +4,7 @@ transformers' modules are the truth for compression, evaluation and training, an
 Remote code is never run: `trust_remote_code` is False wherever transformers asks.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,11 @@ def kernels(model: nn.Module) -> dict[str, str]:
             key = f"linear: torch {str(module.weight.dtype).removeprefix('torch.')}"
             counts[key] = counts.get(key, 0) + 1
     return {name: f"{count} layers" for name, count in counts.items()}
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this model's forward pass calls its KV cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -31,6 +31,7 @@ from compression.checkpoint import (
 )
 from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
+from engines.kernels.huge_pages import in_huge_pages
 from engines.kernels.linear import Linear, build_linear, share_weight
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.paged_attention import (
@@ -325,7 +326,7 @@ def load_decoder(
     transformers_config = _transformers_config(folder)
     config = _decoder_config(folder, transformers_config)
     weights = _Weights(open_checkpoint(folder), dtype, torch.device(device))
-    embedding_VH = weights.other("model.embed_tokens.weight")
+    embedding_VH = in_huge_pages(weights.other("model.embed_tokens.weight"))
     layers = [_load_layer(weights, index, config) for index in range(config.num_layers)]
     if weights.has_linear("lm_head"):
         lm_head = weights.linear("lm_head")

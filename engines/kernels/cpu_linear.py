@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.quantization.int4 import QuantizedWeight
 from engines.kernels import native
+from engines.kernels.huge_pages import in_huge_pages
 from engines.kernels.native import NativeLibrary
 from engines.kernels.weights import (
     LinearWeight,
@@ -32,7 +33,7 @@ LANES = 16
 GROUP_MULTIPLE = 32
 DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 
-NATIVE_ROWS = {native.FP32: 8, native.BF16: 8, native.INT4: 32}
+NATIVE_ROWS = {native.FP32: 16, native.BF16: 16, native.INT4: 32}
 """Most rows that the native product is used for, by kind. benchmarks/decode_kernels.py measures the crossover."""
 
 
@@ -67,7 +68,7 @@ def pack_int4(quantized: QuantizedWeight) -> PackedInt4:
 
     def blocks(values_OG: Tensor) -> Tensor:
         padded_OG = F.pad(values_OG, padding)
-        return padded_OG.view(-1, LANES, values_OG.shape[1]).transpose(1, 2).contiguous()
+        return in_huge_pages(padded_OG.view(-1, LANES, values_OG.shape[1]).transpose(1, 2))
 
     if scale_OG.dtype != torch.bfloat16:
         scale_OG = scale_OG.float()
@@ -75,7 +76,7 @@ def pack_int4(quantized: QuantizedWeight) -> PackedInt4:
     return PackedInt4(
         out_features=num_rows,
         group_size=num_columns // scale_OG.shape[1],
-        packed_BJ64=bytes_BLJ4.transpose(1, 2).contiguous().flatten(2),
+        packed_BJ64=in_huge_pages(bytes_BLJ4.transpose(1, 2)).flatten(2),
         scale_BGL=blocks(scale_OG),
         zero_point_BGL=None if zero_point_OG is None else blocks(zero_point_OG),
     )
@@ -193,8 +194,7 @@ def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
 def _lay_out(matrix: MatrixWeight, dtype: torch.dtype) -> Tensor | PackedInt4:
     if isinstance(matrix, QuantizedWeight):
         return pack_int4(matrix)
-    # A copy of its own: a view would keep the checkpoint's whole file mapped.
-    return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return in_huge_pages(matrix.to(dtype))
 
 
 class CpuLinear:
@@ -231,13 +231,14 @@ class CpuLinear:
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or x_TI.dtype
         if len(x_TI) <= self._native_rows:
-            return self._native(x_TI, dtype)
-        return self._torch(x_TI.to(self._dtype)).to(dtype)
+            return self.few_rows(x_TI, dtype)
+        return self.many_rows(x_TI.to(self._dtype)).to(dtype)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self._parts for tensor in part.tensors()]
 
-    def _native(self, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
+    def few_rows(self, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
+        """By the native products, in `dtype`, however many rows there are."""
         x_TI = x_TI.contiguous()
         y_TO = torch.empty(len(x_TI), self.native_linear.out_features, dtype=dtype)
         self._library.functions.lathe_linear(
@@ -248,7 +249,8 @@ class CpuLinear:
         )
         return y_TO
 
-    def _torch(self, x_TI: Tensor) -> Tensor:
+    def many_rows(self, x_TI: Tensor) -> Tensor:
+        """By torch's products, in the model's dtype."""
         middle_TR = torch.empty(len(x_TI), self.native_linear.middle_features, dtype=self._dtype)
         y_TO = torch.empty(len(x_TI), self.native_linear.out_features, dtype=self._dtype)
         for index, part in enumerate(self._parts):

@@ -8,8 +8,8 @@
 
 namespace lathe {
 
-// The rows of one stage of a `LatheLinear`, in every form that its segments multiply with: as they are, rounded to
-// bfloat16, or quantized in groups. Segments that want the same form of the same features share it.
+// The rows of one stage of a `LatheLinear`, in every form that its segments multiply with: as they are, reordered
+// for bfloat16 weights, or quantized in groups. Segments that want the same form of the same features share it.
 class Inputs {
    public:
     // Ready for the rows [0, num_rows) of a stage; `prepare_row` then fills each.
@@ -22,7 +22,6 @@ class Inputs {
         int32_t kind, in_offset, in_features, group_size;
         int32_t stride;  // elements from row to row; features padded to 32 with zeros
         std::vector<float> floats;
-        std::vector<uint16_t> bf16;
         std::vector<int8_t> codes;
         std::vector<float> scale_TG;   // of the codes
         std::vector<int32_t> sum_TG;  // of a group's codes

@@ -1,7 +1,7 @@
-// Sixteen lanes: the vector types that every kernel is written in, and the two dot products that have instructions.
+// Sixteen lanes: the vector types that every kernel is written in, and the dot product that has instructions.
 //
 // GCC's vector extensions lower these types to whatever the machine has (one AVX-512 register, two AVX2 registers, four
-// SSE or NEON ones), so only `dot_u8s8` and `dot_bf16` know instruction sets. Contraction is off (native.py's flags):
+// SSE or NEON ones), so little besides `dot_u8s8` knows instruction sets. Contraction is off (native.py's flags):
 // a fused multiply-add happens where `fma` says so and nowhere else, which is what keeps a row's result the same
 // whether it is computed alone or among others.
 #pragma once
@@ -170,17 +170,20 @@ LATHE_INLINE f32x16 exponential(f32x16 a) {
     return underflow ? f32x16{} : result;
 }
 
+// Lanes 0, 2, .. of a and then of b; lanes 1, 3, .. of both.
+LATHE_INLINE f32x16 even_lanes(f32x16 a, f32x16 b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+
+LATHE_INLINE f32x16 odd_lanes(f32x16 a, f32x16 b) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
 // Lane i of the result is the sum of the lanes of rows[i]. Overwrites rows.
 LATHE_INLINE f32x16 sum_each(f32x16 (&rows)[kLanes]) {
     for (int count = kLanes / 2; count; count /= 2)
-        for (int i = 0; i < count; i++) {
-            const f32x16 a = rows[2 * i], b = rows[2 * i + 1];
-            const f32x16 even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20,
-                                                        22, 24, 26, 28, 30);
-            const f32x16 odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21,
-                                                       23, 25, 27, 29, 31);
-            rows[i] = even + odd;
-        }
+        for (int i = 0; i < count; i++)
+            rows[i] = even_lanes(rows[2 * i], rows[2 * i + 1]) + odd_lanes(rows[2 * i], rows[2 * i + 1]);
     return rows[0];
 }
 
@@ -220,17 +223,6 @@ LATHE_INLINE i32x16 dot_wide_u8s8(i32x16 total, u8x64 unsigned4, int32_t signed4
 #else
     const i32x16 halves = dot_u8s8(i32x16{}, unsigned4 >> 1, signed4);
     return dot_u8s8(total, unsigned4 & 1, signed4) + halves + halves;
-#endif
-}
-
-// total + a * b over pairs of neighbouring bfloat16 values.
-LATHE_INLINE f32x16 dot_bf16(f32x16 total, u16x32 a, u16x32 b) {
-#if defined(__AVX512BF16__)
-    return (f32x16)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
-#else
-    const u32x16 a_pairs = (u32x16)a, b_pairs = (u32x16)b;
-    total = fma((f32x16)(a_pairs & 0xffff0000u), (f32x16)(b_pairs & 0xffff0000u), total);
-    return fma((f32x16)(a_pairs << 16), (f32x16)(b_pairs << 16), total);
 #endif
 }
 

@@ -612,11 +612,8 @@ def _kernel(cpu_step: CpuStep | str) -> str:
 
 
 def _resident_bytes(model: DecoderModel) -> int:
-    """Bytes of all tensors as held, shared storage counted once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in model.tensors()
-    }
-    return sum(storage.nbytes() for storage in storages.values())
+    """Bytes of all tensors as held; one that two hold counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.tensors()}.values())
 
 
 def _kernels(model: DecoderModel) -> dict[str, str]:

@@ -16,6 +16,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -53,11 +55,23 @@ from engines.requests import (
     score_tokens,
 )
 from engines.scheduler import Chunk, ScheduledRequest, Scheduler, rank
+from engines.structured import ConstraintCompiler, TokenMatcher
 from engines.vectors import check_texts, embed_result, length_batches, rss_bytes
 
-UNSUPPORTED = ("skip", "response_format", "regex")
+COMPILE_SECONDS = 10.0
+"""A constraint that is not compiled by then costs its request."""
+COMPILE_POLL_SECONDS = 0.01
 
 logger = logging.getLogger("lathe.engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compiling:
+    """A request whose constraint is being compiled. Attributes: deadline: on the monotonic clock."""
+
+    scheduled: ScheduledRequest
+    matcher: Future[TokenMatcher]
+    deadline: float
 
 
 class NativeEngine:
@@ -65,6 +79,7 @@ class NativeEngine:
 
     Args:
         load: makes the model; called now, and again by `wake`.
+        tokenizer: the model's tokenizer.json; without it structured output is refused.
     """
 
     def __init__(
@@ -73,6 +88,7 @@ class NativeEngine:
         *,
         model_id: str,
         checkpoint_hash: str = "",
+        tokenizer: Path | None = None,
         limits: EngineLimits | None = None,
     ) -> None:
         start = time.monotonic()
@@ -80,6 +96,7 @@ class NativeEngine:
         self._limits = limits or EngineLimits()
         self._numbers = itertools.count()
         self._generations: dict[str, Generation] = {}
+        self._compiling: dict[str, _Compiling] = {}
         self._ended: list[TokenOutput] = []
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -88,6 +105,7 @@ class NativeEngine:
         self._num_blocks = self._count_blocks(model)
         self._scheduler = self._build_scheduler()
         self._take_model(model)
+        self._compiler = _build_compiler(tokenizer, model)
         self._info = EngineInfo(
             model=model_id,
             kind="decoder",
@@ -105,7 +123,9 @@ class NativeEngine:
             dtype=str(model.dtype).removeprefix("torch."),
             resident_bytes=_resident_bytes(model),
             load_seconds=time.monotonic() - start,
-            unsupported=UNSUPPORTED,
+            unsupported=("skip", "response_format", "regex")
+            if isinstance(self._compiler, str)
+            else ("skip",),
             kernels=_kernels(model) | {"pass of few rows": _kernel(self._cpu_step)},
         )
 
@@ -132,6 +152,7 @@ class NativeEngine:
             lambda: load_decoder(folder, dtype=dtype, device=device),
             model_id=model_id,
             checkpoint_hash=checkpoint_hash(read_manifest(folder)),
+            tokenizer=folder / "tokenizer.json",
             limits=limits,
         )
 
@@ -174,18 +195,26 @@ class NativeEngine:
         self._awake_model()
         self._check_supported(request)
         check_generate(self._info, request)
+        self._scheduler.check_queue(len(self._compiling))
         generation = Generation.start(self._info, request)
-        self._scheduler.add(
-            ScheduledRequest(
-                request_id=generation.key,
-                token_ids=list(request.token_ids),
-                rank=rank(request.priority, time.monotonic(), next(self._numbers)),
-                tenant=request.tenant,
-                embedding_rows=request.embedding_rows or b"",
-                row_bytes=self._info.hidden_size * 4,
-                finds_prefix=request.params.prompt_logprobs is None,
-            )
+        scheduled = ScheduledRequest(
+            request_id=generation.key,
+            token_ids=list(request.token_ids),
+            rank=rank(request.priority, time.monotonic(), next(self._numbers)),
+            tenant=request.tenant,
+            embedding_rows=request.embedding_rows or b"",
+            row_bytes=self._info.hidden_size * 4,
+            finds_prefix=request.params.prompt_logprobs is None,
         )
+        if request.constraint is None:
+            self._scheduler.add(scheduled)
+        else:
+            assert not isinstance(self._compiler, str)
+            self._compiling[generation.key] = _Compiling(
+                scheduled=scheduled,
+                matcher=self._compiler.submit(request.constraint),
+                deadline=time.monotonic() + COMPILE_SECONDS,
+            )
         self._generations[generation.key] = generation
         self._prompt_tokens += len(request.token_ids)
 
@@ -201,17 +230,52 @@ class NativeEngine:
                 f"skip is {request.skip.mode!r}; {self._info.model} has no skip profile",
                 "skip",
             )
-        if request.constraint is not None:
+        if request.constraint is not None and isinstance(self._compiler, str):
             param = "regex" if request.constraint.kind == "regex" else "response_format"
             raise EngineError(
                 "unsupported_parameter",
-                f"{self._info.model} runs on an engine without structured output",
+                f"{self._info.model} has no structured output: {self._compiler}",
                 param,
             )
 
     def abort(self, request_id: str) -> None:
-        if self._generations.pop(request_id, None) is not None:
+        if self._generations.pop(request_id, None) is None:
+            return
+        compiling = self._compiling.pop(request_id, None)
+        if compiling is None:
             self._scheduler.remove(request_id)
+        else:
+            compiling.matcher.cancel()
+
+    def _admit_compiled(self) -> list[TokenOutput]:
+        """Let requests wait for their turn whose constraint is compiled; end those that have none to wait for."""
+        outputs: list[TokenOutput] = []
+        for key, compiling in list(self._compiling.items()):
+            generation = self._generations[key]
+            try:
+                generation.matcher = compiling.matcher.result(timeout=0)
+            except TimeoutError:
+                if time.monotonic() > compiling.deadline:
+                    message = f"the constraint is not compiled after {COMPILE_SECONDS:g} s"
+                    outputs.append(generation.error_output("invalid_value", message))
+            except EngineError as error:
+                outputs.append(generation.error_output(error.code, error.message))
+            except Exception as error:
+                logger.error("a constraint was not compiled", exc_info=error)
+                message = "the engine failed to compile the constraint"
+                outputs.append(generation.error_output("internal_error", message))
+            else:
+                del self._compiling[key]
+                self._scheduler.add(compiling.scheduled)
+        return outputs
+
+    def _wait_for_compiler(self) -> None:
+        """Nothing else can be done: sleep rather than spin, though not for long, since requests may come."""
+        wait(
+            [compiling.matcher for compiling in self._compiling.values()],
+            timeout=COMPILE_POLL_SECONDS,
+            return_when=FIRST_COMPLETED,
+        )
 
     # Steps
 
@@ -223,7 +287,10 @@ class NativeEngine:
         outputs, self._ended = self._ended, []
         if self._model is None:
             return outputs
+        outputs += self._admit_compiled()
         chunks = self._scheduler.schedule()
+        if not chunks and self._compiling and not outputs:
+            self._wait_for_compiler()
         if chunks:
             try:
                 hidden_TH = self._forward(self._model, chunks)
@@ -486,6 +553,7 @@ class NativeEngine:
             for generation in self._generations.values()
         ]
         self._generations = {}
+        self._compiling = {}
         self._scheduler.reset(BlockManager(self._num_blocks))
         self._kv_cache = []
         self._cpu_step = "asleep"
@@ -500,7 +568,7 @@ class NativeEngine:
         blocks = self._scheduler.blocks
         return EngineStats(
             num_requests_running=self._scheduler.num_running,
-            num_requests_waiting=self._scheduler.num_waiting,
+            num_requests_waiting=self._scheduler.num_waiting + len(self._compiling),
             kv_cache_usage_ratio=1 - blocks.num_free / blocks.num_usable,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
@@ -515,7 +583,18 @@ class NativeEngine:
         )
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        if isinstance(self._compiler, ConstraintCompiler):
+            self._compiler.close()
+
+
+def _build_compiler(tokenizer: Path | None, model: DecoderModel) -> ConstraintCompiler | str:
+    if tokenizer is None:
+        return "no tokenizer"
+    config = model.config
+    compiler = ConstraintCompiler.load(tokenizer, config.vocab_size, config.eos_token_ids)
+    if isinstance(compiler, str):
+        logger.warning("structured output is off: %s", compiler)
+    return compiler
 
 
 def _rows(chunk: Chunk) -> RequestRows:
@@ -533,11 +612,8 @@ def _kernel(cpu_step: CpuStep | str) -> str:
 
 
 def _resident_bytes(model: DecoderModel) -> int:
-    """Bytes of all tensors as held, shared storage counted once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in model.tensors()
-    }
-    return sum(storage.nbytes() for storage in storages.values())
+    """Bytes of all tensors as held; one that two hold counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.tensors()}.values())
 
 
 def _kernels(model: DecoderModel) -> dict[str, str]:

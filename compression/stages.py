@@ -179,7 +179,7 @@ def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
         runner = context.new_runner()
     for names in context.blocks:
         block = load_block(context.checkpoint, names)
-        statistics = {} if runner is None else runner.statistics(block, gram=True)
+        statistics = {} if runner is None else runner.statistics(block, gram=True, advance=True)
         for name, linear in block.dense_linears():
             context.check()
             if runner is None:
@@ -187,8 +187,6 @@ def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
             else:
                 gram_II = require_gram(statistics, name)
                 spectra[linear.name] = spectrum(linear.weight, gram_II).singular_values_R
-        if runner is not None:
-            runner.advance(block)
     choice = _choose(stage, spectra)
     numpy.savez(context.work / SPECTRA_NAME, **{n: s.numpy() for n, s in spectra.items()})  # type: ignore[arg-type]
     return {

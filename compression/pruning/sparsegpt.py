@@ -42,9 +42,9 @@ def sparsegpt(
     num_rows, num_channels = weight_OI.shape
     check_sparsity(sparsity, num_channels)
     span = sparsity.m if isinstance(sparsity, NM) else BLOCK_SIZE
+    if gram_II.shape[0] != num_channels:
+        raise ValueError(f"gram is of {gram_II.shape[0]} channels, the weight has {num_channels}")
     factor_II = inverse_factor(gram_II, dampening=dampening)
-    if factor_II.shape[0] != num_channels:
-        raise ValueError(f"gram is of {factor_II.shape[0]} channels, the weight has {num_channels}")
     price_I = factor_II.diagonal().square().reciprocal()
     price_I[dead_inputs(gram_II)] = 0
     keep_IO = torch.empty(num_channels, num_rows, dtype=torch.bool, device=weight_OI.device)

@@ -298,12 +298,11 @@ class NativeEngine:
                 outputs += self._failed_pass(chunks, error)
             else:
                 outputs += self._take_step(self._model, chunks, hidden_TH)
+                self._last_output_at = time.time()
         for output in outputs:
             if output.finish_reason is not None:
                 self.abort(output.request_id)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
-        if outputs:
-            self._last_output_at = time.time()
         return outputs
 
     def _forward(self, model: DecoderModel, chunks: Sequence[Chunk]) -> Tensor:

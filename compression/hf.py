@@ -118,12 +118,6 @@ def _tied(model: nn.Module) -> set[str]:
     return set(keys)
 
 
-def cache_keyword(model: nn.Module) -> str:
-    """What the model's forward calls its key/value cache; transformers 5.24 renamed it."""
-    known = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
-
-
 def kernels(model: nn.Module) -> dict[str, str]:
     """Kernel name to the number of layers that use it."""
     counts: dict[str, int] = {}
@@ -135,6 +129,11 @@ def kernels(model: nn.Module) -> dict[str, str]:
             key = f"linear: torch {str(module.weight.dtype).removeprefix('torch.')}"
             counts[key] = counts.get(key, 0) + 1
     return {name: f"{count} layers" for name, count in counts.items()}
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this model's forward pass calls its KV cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def resident_bytes(model: nn.Module) -> int:

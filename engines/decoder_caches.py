@@ -8,12 +8,7 @@ requests are kept together at the front, so a pass reads views and copies nothin
 (sliding windows, recurrent states, position biases that do not read `position_ids`), and is what `SlotDecoder` is
 compared with: `build_decoder` runs both on the loaded model, and takes slots only where the logits agree.
 
-transformers' own continuous batching (5.23) was measured on CPU and is not used. SmolLM2-135M, 2 cores, 48 tokens per
-request, tokens/s alone and with 8 requests: bfloat16 14 and 69, where `generate` gives 16 and 101 (left-padded batch);
-float32 14 and 46, against 16 and 71. It draws from one process-wide generator, so that no request can have a seed;
-`do_sample` is fixed per manager, so that greedy must be put as top-k 1, which draws among ties. It has no top
-alternatives, prompt log-probabilities, embedding rows, penalties, bias, min-p or minimum length. Its greedy tokens
-equal `generate`'s in float32; in bfloat16 they change with the company, as those of every batched product do.
+Why neither `generate` nor transformers' continuous batching: docs/decisions/0005.
 
 Shapes: B rows, S positions of a pass, L cached positions, N KV heads, D head dim, H hidden, V vocabulary.
 """
@@ -30,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from compression.hf import cache_keyword
+from compression.hf import cache_argument
 
 CAPACITY_STEP = 128
 """Rows grow by at least so many positions."""
@@ -350,9 +345,9 @@ class Forward:
     def __init__(self, model: Any) -> None:
         self._model = model
         known = inspect.signature(model.forward).parameters
-        self._cache_keyword = cache_keyword(model)
         self._takes_positions = "position_ids" in known
         self._takes_logits_to_keep = "logits_to_keep" in known
+        self._cache_argument = cache_argument(model)
         self._is_eager = getattr(model.config, "_attn_implementation", None) != "sdpa"
 
     def __call__(
@@ -366,14 +361,13 @@ class Forward:
         """Logits (B, num_logits, V) of the last positions; `inputs` are ids (B, S) or embeddings (B, S, H)."""
         device = self._model.device
         name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        arguments: dict[str, Any] = {name: inputs.to(device)}
+        arguments: dict[str, Any] = {name: inputs.to(device), self._cache_argument: cache}
         if self._takes_positions:
             arguments["position_ids"] = positions_BS.to(device)
         if self._takes_logits_to_keep:
             arguments["logits_to_keep"] = num_logits
         if mask_B1SL is not None:
             arguments["attention_mask"] = self._additive(mask_B1SL.to(device))
-        arguments[self._cache_keyword] = cache
         output = self._model(use_cache=True, **arguments)
         logits_BSV: Tensor = output.logits[:, -num_logits:]
         return logits_BSV
@@ -452,7 +446,7 @@ def _dynamic_bytes_per_token(model: Any, ids: list[int]) -> int:
     for length in (4, 12):
         cache = DynamicCache(config=model.config)
         ids_1S = torch.tensor([ids[:length]], device=model.device)
-        model(ids_1S, use_cache=True, **{cache_keyword(model): cache})
+        model(ids_1S, use_cache=True, **{cache_argument(model): cache})
         sizes.append(cache_bytes(cache))
     return max((sizes[1] - sizes[0]) // 8, 1)
 

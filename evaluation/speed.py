@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from compression.hf import cache_keyword
+from compression.hf import cache_argument
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +65,14 @@ def _time_once(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, 
     generator = torch.Generator().manual_seed(0)
     ids_1S = torch.randint(0, vocab_size, (1, prompt_tokens), generator=generator)
     ids_1S = ids_1S.to(model.device)
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
     start = time.perf_counter()
-    cache = {cache_keyword(model): DynamicCache(config=model.config), "use_cache": True}
-    output = model(ids_1S, logits_to_keep=1, **cache)
+    output = model(ids_1S, use_cache=True, logits_to_keep=1, **cache)
     _synchronize(model)
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         next_11 = output.logits[:, -1:].argmax(dim=-1)
-        output = model(next_11, **cache)
+        output = model(next_11, use_cache=True, **cache)
     _synchronize(model)
     return prefilled - start, time.perf_counter() - prefilled
 

@@ -164,10 +164,12 @@ def metrics(client: httpx.Client) -> dict[str, float]:
 
 
 def show_metrics(before: dict[str, float], after: dict[str, float]) -> None:
-    heading("metrics that moved")
+    heading("metrics that moved (counters, and what is said of models)")
     for name, value in sorted(after.items()):
         change = value - before.get(name, 0.0)
-        if change and name.startswith(("vllm:", "lathe_")) and "_bucket" not in name:
+        if change and (
+            name.partition("{")[0].endswith("_total") or name.startswith("lathe_model_")
+        ):
             print(f"  {name}  {change:+g}")
 
 

@@ -80,6 +80,11 @@ class Prompt:
         ]
 
 
+def read_answer(text: str) -> str:
+    """An answer without the marks of its prompt: a small model may go on by closing, or opening, the text again."""
+    return _MARK.split(text.strip().removeprefix("<text>"), maxsplit=1)[0].strip()
+
+
 def _clean(text: str) -> str:
     """Text that cannot end the marks it stands between."""
     return _MARK.sub("‹", text)

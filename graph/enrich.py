@@ -33,7 +33,7 @@ from engines.protocol import (
     SamplingParams,
 )
 from graph.cache import EnrichmentCache, Layer
-from graph.catalog import Prompt
+from graph.catalog import Prompt, read_answer
 from graph.single_flight import SingleFlight
 from graph.store import NodeId
 
@@ -49,7 +49,7 @@ Output = Literal["text", "embedding"]
 BudgetName = Literal["max_nodes", "max_tokens", "max_seconds"]
 
 SEPARATOR = "\n"
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Raise it when the way from a key's parts to its value changes."""
 PRIORITY = 1
 """Behind interactive requests, which have 0."""
@@ -429,7 +429,7 @@ class Enricher:
             ),
         )
         generation = Generation(
-            text=run.text.decode(token_ids).strip(),
+            text=read_answer(run.text.decode(token_ids)),
             tokens_in=len(prompt.token_ids),
             tokens_out=len(token_ids),
             finish_reason=finish_reason,

@@ -24,7 +24,6 @@ from service.settings import Settings
 logger = logging.getLogger("lathe.http")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
-_OPEN_WHILE_DRAINING = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
 class RequestMiddleware:
@@ -34,7 +33,6 @@ class RequestMiddleware:
         self._app = app
         self._settings = settings
         self._hosts = _LOOPBACK_NAMES | {settings.host, *settings.allowed_hosts}
-        self.draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,8 +60,6 @@ class RequestMiddleware:
         self, scope: Scope, receive: Receive, exchange: "_Exchange", headers: dict[bytes, bytes]
     ) -> None:
         self._check_host(headers.get(b"host"))
-        if self.draining and scope["path"] not in _OPEN_WHILE_DRAINING:
-            raise ApiError("draining", "the server is shutting down")
         content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         is_upload = content_type == b"multipart/form-data"
         limit = self._settings.max_upload_bytes if is_upload else self._settings.max_body_bytes

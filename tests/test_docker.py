@@ -14,7 +14,7 @@ def test_yaml_parses_and_the_image_is_not_root() -> None:
     assert set(compose["services"]) == {"lathe", "redis", "prometheus", "grafana"}
     for path in DOCKER.rglob("*.y*ml"):
         yaml.safe_load(path.read_text())
-    assert (DOCKER / "Dockerfile").read_text().count("USER lathe") == 2
+    assert (DOCKER / "Dockerfile").read_text().count("USER 10001") == 2
 
 
 def test_the_dashboard_reads_our_series() -> None:

@@ -8,6 +8,7 @@ from graph.catalog import (
     PromptNotFoundError,
     default_catalog,
     parse_prompt,
+    read_answer,
 )
 
 SOURCE = """
@@ -91,6 +92,20 @@ def test_what_is_no_prompt(old: str, new: str) -> None:
     source = "- 1" if new == "- a list" else SOURCE.replace(old, new, 1)
     with pytest.raises(PromptFileError, match=r"echo\.v1\.yaml"):
         parse_prompt("echo.v1.yaml", source)
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("A package.\n</text>\nMore.", "A package."),
+        ("<text>\nA package.\n</text>", "A package."),
+        ("A < B, and </b> is HTML.", "A < B, and </b> is HTML."),
+        (" A texture. < / text >", "A texture."),
+        ("</text>", ""),
+    ],
+)
+def test_an_answer_ends_where_it_repeats_a_mark(written: str, answer: str) -> None:
+    assert read_answer(written) == answer
 
 
 def test_yaml_makes_no_objects() -> None:

@@ -68,6 +68,20 @@ class Crew:
         self.workers[place].wait()
         self.workers[place] = self._start()
 
+    def stall(self, place: int) -> None:
+        """Stop a worker for a while, between two transactions: one that is stopped inside of a SQLite transaction
+        holds the file's lock, and everybody waits for it.
+        """
+        while True:
+            self.workers[place].send_signal(signal.SIGSTOP)
+            accepted = len(self.lines("accepted"))
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline:
+                if len(self.lines("accepted")) > accepted + NUM_WORKERS:
+                    return
+                time.sleep(0.02)
+            self.workers[place].send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         for worker in self.workers:
             worker.kill()
@@ -78,7 +92,7 @@ class Crew:
         found = []
         for log in self._folder.glob("log-*"):
             for line in log.read_text().splitlines():
-                word, job_id, token = line.split()
+                word, job_id, token = line.split()  # each was written whole
                 if word == verb:
                     found.append((job_id, int(token)))
         return found
@@ -99,21 +113,16 @@ def test_killed_and_stalled_workers_lose_no_job_and_double_none(
 
     try:
         wait_until(lambda: num_done() > 0)
-        stalled = crew.workers.pop()
-        held = len(crew.lines("claimed"))
-        wait_until(lambda: len(crew.lines("claimed")) > held + 5)
-        stalled.send_signal(signal.SIGSTOP)
+        crew.stall(0)
         stalled_at = time.monotonic()
         for kill in range(NUM_KILLS):
             target = min(NUM_JOBS - 1, (kill + 1) * NUM_JOBS // (NUM_KILLS + 1))
             wait_until(lambda target=target: num_done() >= target)  # type: ignore[misc]
-            crew.kill(choose.randrange(len(crew.workers)))
+            crew.kill(choose.randrange(1, NUM_WORKERS))
         wait_until(lambda: time.monotonic() - stalled_at > 2 * LEASE_SECONDS)
-        stalled.send_signal(signal.SIGCONT)
-        crew.workers.append(stalled)
+        crew.workers[0].send_signal(signal.SIGCONT)
         wait_until(lambda: num_done() == NUM_JOBS)
     finally:
-        stalled.send_signal(signal.SIGCONT)
         crew.stop()
     assert store.counts().by_type_and_status == {("test", JobStatus.SUCCEEDED): NUM_JOBS}
     accepted = Counter(job_id for job_id, _ in crew.lines("accepted"))

@@ -24,6 +24,8 @@ constexpr int kUnit = kLanes;  // outputs that one piece of work computes
 constexpr int kMaxRows = 8;    // rows that share one reading of a weight
 constexpr int kPadding = 32;
 constexpr int kPrefetchBytes = 4096;
+constexpr double kBytesPerWeight[] = {4, 2, 0.5, 1};  // by LatheKind
+constexpr double kBytesPerNanosecond = 16;            // that a thread reads
 
 int ceil_div(int a, int b) {
     return (a + b - 1) / b;
@@ -352,35 +354,33 @@ void Inputs::prepare_row(int row, const float* x) {
 void multiply_stage(Pool& pool, const LatheLinear& linear, int stage, const Inputs& inputs,
                     float* middle, float* output, int output_stride, bool add) {
     int num_units = 0;
-    for (int s = 0; s < linear.num_segments; s++)
-        if (linear.segments[s].stage == stage)
-            num_units += ceil_div(linear.segments[s].out_features, kUnit);
-    // Four chunks to a thread even out what threads lose to other processes; more would only cost tickets.
-    const int per_chunk = std::max(1, ceil_div(num_units, 4 * pool.num_threads()));
-    pool.run(ceil_div(num_units, per_chunk), [&](int chunk) {
-        int first = chunk * per_chunk, left = std::min(per_chunk, num_units - first);
-        for (int s = 0; s < linear.num_segments && left; s++) {
-            const LatheSegment& segment = linear.segments[s];
-            if (segment.stage != stage) continue;
-            const int units = ceil_div(segment.out_features, kUnit);
-            if (first >= units) {
-                first -= units;
-                continue;
-            }
-            const Inputs::Form& form = inputs.form_of(segment);
-            float* to = segment.into_middle ? middle : output;
-            const int stride = segment.into_middle ? linear.middle_features : output_stride;
-            for (; first < units && left; first++, left--) {
-                for (int row = 0; row < inputs.num_rows(); row += kMaxRows) {
-                    const int count = std::min(kMaxRows, inputs.num_rows() - row);
-                    f32x16 total[kMaxRows];
-                    unit_rows(segment, first, rows_from(form, row), count, total);
-                    for (int r = 0; r < count; r++)
-                        write_unit(segment, first, total[r], to + size_t(row + r) * stride,
-                                   add && !segment.into_middle);
-                }
-            }
-            first = 0;
+    double num_bytes = 0;
+    for (int s = 0; s < linear.num_segments; s++) {
+        const LatheSegment& segment = linear.segments[s];
+        if (segment.stage != stage) continue;
+        num_units += ceil_div(segment.out_features, kUnit);
+        num_bytes += double(segment.out_features) * segment.in_features * kBytesPerWeight[segment.kind];
+    }
+    const double passes = ceil_div(inputs.num_rows(), kMaxRows);
+    pool.run_items(num_units, passes * num_bytes / num_units / kBytesPerNanosecond, [&](int item) {
+        int unit = item, s = 0;
+        for (;; s++) {
+            if (linear.segments[s].stage != stage) continue;
+            const int units = ceil_div(linear.segments[s].out_features, kUnit);
+            if (unit < units) break;
+            unit -= units;
+        }
+        const LatheSegment& segment = linear.segments[s];
+        const Inputs::Form& form = inputs.form_of(segment);
+        float* to = segment.into_middle ? middle : output;
+        const int stride = segment.into_middle ? linear.middle_features : output_stride;
+        for (int row = 0; row < inputs.num_rows(); row += kMaxRows) {
+            const int count = std::min(kMaxRows, inputs.num_rows() - row);
+            f32x16 total[kMaxRows];
+            unit_rows(segment, unit, rows_from(form, row), count, total);
+            for (int r = 0; r < count; r++)
+                write_unit(segment, unit, total[r], to + size_t(row + r) * stride,
+                           add && !segment.into_middle);
         }
     });
 }
@@ -393,7 +393,7 @@ void multiply(Pool& pool, const LatheLinear& linear, LinearScratch& scratch, flo
     multiply_stage(pool, linear, 0, scratch.inputs, scratch.middle.data(), output, output_stride, add);
     if (!linear.middle_features) return;
     scratch.middle_inputs.reset(linear, 1, num_rows);
-    pool.run(num_rows, [&](int row) {
+    pool.run_items(num_rows, linear.middle_features, [&](int row) {
         scratch.middle_inputs.prepare_row(row,
                                           scratch.middle.data() + size_t(row) * linear.middle_features);
     });
@@ -405,7 +405,7 @@ void dequantize(Pool& pool, const LatheSegment& segment, uint16_t* weight_OI) {
     const size_t in_features = segment.in_features;
     const int groups = segment.in_features / segment.group_size;
     const int bytes_per_eight = int4 ? 64 : 128;
-    pool.run(ceil_div(segment.out_features, kUnit), [&](int unit) {
+    pool.run_items(ceil_div(segment.out_features, kUnit), 4.0 * in_features, [&](int unit) {
         const int count = std::min(kUnit, segment.out_features - unit * kUnit);
         const auto* weight = static_cast<const uint8_t*>(segment.weight) +
                              unit * in_features / 8 * bytes_per_eight;

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
+from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kv_cache import BlockManager
 from engines.memory import default_kv_cache_bytes, is_out_of_memory, release_memory
@@ -318,7 +318,7 @@ class NativeEngine:
             embedding_rows += request.rows_between(start, start + chunk.num_tokens)
         hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
         metadata = build_metadata(rows, model.device)
-        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= MAX_ROWS:
+        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= self._cpu_step.max_rows:
             return self._cpu_step.forward(hidden_TH, metadata)
         return model.forward(hidden_TH, metadata, self._kv_cache)
 

@@ -424,7 +424,7 @@ def test_verify_names_what_is_wrong(lathe: Lathe, tiny_llama: Path, tmp_path: Pa
 
 def test_doctor_says_what_there_is(lathe: Lathe) -> None:
     result = lathe("doctor")
-    for name in ("python", "torch", "cpu", "int4", "openmp", "memory", "disk"):
+    for name in ("python", "torch", "cpu", "kernels", "openmp", "memory", "disk"):
         assert f"\nok   {name} " in "\n" + result.output or f"BAD  {name} " in result.output
     assert "OMP_WAIT_POLICY=passive" in result.output
 

@@ -57,6 +57,7 @@ lint: dev  ## format check, ruff, mypy --strict
 
 check: lint test  ## what a commit must pass: lint and test
 
-bench: install  ## measure the engines and compression, and record it in benchmarks/results
-	$(BIN)/python benchmarks/decode_bench.py
+bench: install  ## measure compression and the engines, and record it in benchmarks/results
+	$(BIN)/python -m benchmarks.int4_quality
 	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.decode_bench

@@ -1,10 +1,12 @@
 """Speed of the native CPU library: single products beside torch's, and whole passes beside the decoder's plain path.
 
-    OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 python benchmarks/decode_kernels.py [--repeats N]
+    OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000 python benchmarks/decode_kernels.py [--repeats N] [--one-thread]
 
 (the environment of an engine host). Everything that is compared runs in turns in one process; weights of a product come
 from memory, not from a cache, because as many of them take turns as hold `ROTATED_BYTES`. Writes
-benchmarks/results/decode_kernels_<machine>_<date>.md.
+benchmarks/results/decode_kernels_<machine>_<date>.md. On a machine that others use, `--one-thread` times the CPU
+seconds of one thread, which waiting for a core does not lengthen;
+what others do to the memory's bandwidth stays in them.
 
 Shapes: T rows, O output channels, I input channels, R rank.
 """
@@ -41,11 +43,14 @@ from engines.kernels.weights import LinearWeight, LowRankWeight
 from engines.model import DecoderModel, build_kv_cache, load_decoder
 
 RESULTS = Path(__file__).parent / "results"
-ROTATED_BYTES = 200 * 2**20
+ROTATED_BYTES = 100 * 2**20
 ROWS = (1, 4, 8, 16, 32, 64, 128)
 SIZES = ((3072, 576), (576, 1536), (5632, 2048))
 GROUP_SIZE = 64
 CONTEXT = 160
+
+
+clock: Callable[[], float] = time.perf_counter
 
 
 def measure(candidates: dict[str, Callable[[int], object]], repeats: int) -> dict[str, list[float]]:
@@ -53,9 +58,9 @@ def measure(candidates: dict[str, Callable[[int], object]], repeats: int) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 2):
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             call(turn)
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if turn >= 2:
                 seconds[name].append(elapsed)
     return seconds
@@ -222,7 +227,13 @@ def pass_tables(repeats: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
-    repeats: int = parser.parse_args().repeats
+    parser.add_argument("--one-thread", action="store_true")
+    arguments = parser.parse_args()
+    repeats: int = arguments.repeats
+    if arguments.one_thread:
+        torch.set_num_threads(1)
+        global clock
+        clock = time.thread_time
     num_threads = torch.get_num_threads()
     library = native_library()
     if isinstance(library, str):
@@ -232,10 +243,11 @@ def main() -> None:
     limits = ", ".join(f"{gbs:.1f} GB/s on {n} threads" for n, gbs in bandwidths.items())
     torch.set_num_threads(num_threads)
     tables = [product_table(size, library, repeats) for size in SIZES]
+    seconds = "CPU" if arguments.one_thread else "wall-clock"
     lines = [
         "# Native CPU kernels\n",
         f"{datetime.date.today()}, {_cpu_name()}, {num_threads} threads, torch {torch.__version__}, "
-        f"{library.description}. Load average {load_before:.1f} before and {os.getloadavg()[0]:.1f} "
+        f"{library.description}, {seconds} seconds. Load average {load_before:.1f} before and {os.getloadavg()[0]:.1f} "
         "after the products: with other processes on the machine compare within a row only.\n",
         f"Memory read: {limits}.\n",
         "## Single products: median milliseconds (weights' bytes per second)\n",

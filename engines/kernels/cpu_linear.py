@@ -1,7 +1,7 @@
 """Linear layers of any kind for the native library: how weights lie in memory, and which rows go where.
 
 Few rows go through the native products, which read each weight once; INT4 weights then meet inputs that are quantized
-to INT8 as they come, symmetric, a scale to each of the weight's groups. More rows than `NATIVE_ROWS` go through torch's
+to INT8 as they come, symmetric, a scale to 32 inputs. More rows than `NATIVE_ROWS` go through torch's
 matrix product, INT4 weights dequantized for it one matrix at a time. The weight is held once: dense ones as torch has
 them, INT4 ones in the layout that `cpu/product.cpp` describes.
 

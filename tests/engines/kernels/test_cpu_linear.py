@@ -93,7 +93,7 @@ def test_int4(
     for num_rows in ROWS:
         x_TI = _random(num_rows, sizes[1])
         x_TI[0, :group_size] = 0  # a group without a scale
-        rows_TI = int8_rows(x_TI, group_size)
+        rows_TI = int8_rows(x_TI)
         expected = F.linear(rows_TI, _exact(quantized), bias_O.double())
         torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-4)
 
@@ -111,7 +111,7 @@ def test_int8_head(library: NativeLibrary, sizes: tuple[int, int]) -> None:
     assert _error(held_OI, weight_OI.double()) < 0.01
     for num_rows in ROWS:
         x_TI = _random(num_rows, sizes[1])
-        expected = int8_rows(x_TI, 64) @ held_OI.T
+        expected = int8_rows(x_TI) @ held_OI.T
         torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-4)
     x_TI = _random(MANY_ROWS, sizes[1]).bfloat16()
     reference = F.linear(x_TI, held_OI.bfloat16())
@@ -190,7 +190,7 @@ def _expected(weight: LinearWeight, x_TI: Tensor, quantizes_rows: bool) -> Tenso
         if isinstance(matrix, Tensor):
             y_TO = y_TO @ matrix.bfloat16().double().T
         else:
-            rows = int8_rows(y_TO, matrix.group_size) if quantizes_rows else y_TO
+            rows = int8_rows(y_TO) if quantizes_rows else y_TO
             y_TO = rows @ _exact(matrix).T
     return y_TO if weight.bias_O is None else y_TO + weight.bias_O.double()
 

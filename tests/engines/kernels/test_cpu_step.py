@@ -292,3 +292,27 @@ def test_what_it_does_not_run_is_named(
     actual = decoder.logits(decoder.forward(decoder.embed(ids_T), metadata, cache))
     expected = load_model(decoder_checkpoint("llama"), dtype=torch.float32)(ids_T[None]).logits[0]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.real_model
+def test_the_real_model(real_model_dir: Path) -> None:
+    """SmolLM2 in passes of few rows: float32 equals transformers', bfloat16 is as close as transformers' own."""
+    ids_T = torch.tensor([504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 253, 2838, 351] * 3)
+    model = load_model(real_model_dir, dtype=torch.float32)
+    with torch.inference_mode():
+        exact_TV = model(ids_T[None]).logits[0]
+        in_bf16 = load_model(real_model_dir, dtype=torch.bfloat16)(ids_T[None]).logits[0].float()
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = load_decoder(real_model_dir, dtype=dtype)
+        step = build_cpu_step(decoder, build_kv_cache(decoder, 4))
+        if isinstance(step, str):
+            pytest.skip(step)
+        logits = []
+        for start, end in ((0, 17), (17, 18), (18, 36)):
+            rows = RequestRows(start=start, num_tokens=end - start, block_table=[3, 1, 2])
+            hidden_TH = step.forward(decoder.embed(ids_T[start:end]), build_metadata([rows], CPU))
+            logits.append(decoder.logits(hidden_TH))
+        errors.append(float((torch.cat(logits) - exact_TV).norm() / exact_TV.norm()))
+    assert errors[0] < 1e-5
+    assert errors[1] < 2 * float((in_bf16 - exact_TV).norm() / exact_TV.norm())

@@ -1,6 +1,6 @@
 """Compression methods side by side on SmolLM2-135M: perplexity against bytes, in one run; recorded as Markdown.
 
-    python -m benchmarks.compression [--windows 16] [--samples 32] [--length 512] [--only welore]
+    python -m benchmarks.compression [--windows 16] [--samples 32] [--length 512] [--only welore ...]
 
 The table is written anew after every row, so a run that is stopped leaves what it measured.
 """
@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--only", default="", help="Only recipes whose JSON has this in it.")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="Only recipes whose JSON has one of these in it."
+    )
     arguments = parser.parse_args()
     registry = ModelRegistry(arguments.home / "models")
     try:
@@ -89,7 +91,7 @@ def main() -> None:
     path = RESULTS / f"compression_{MODEL}_{platform.machine()}_{datetime.date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     for stages in recipes():
-        if arguments.only in json.dumps(stages):
+        if any(part in json.dumps(stages) for part in arguments.only):
             rows.append(measure(source, dense, stages, tokens, arguments.windows))
             path.write_text("\n".join(page(rows, arguments)) + "\n")
             print(rows[-1], flush=True)

@@ -58,5 +58,5 @@ lint: dev  ## format check, ruff, mypy --strict
 check: lint test  ## what a commit must pass: lint and test
 
 bench: install  ## measure compression beside the original and record it in benchmarks/results
-	$(BIN)/python benchmarks/int4_quality.py
+	$(BIN)/python -m benchmarks.int4_quality
 	$(BIN)/python -m benchmarks.compression

@@ -144,6 +144,7 @@ def page(rows: list[list[str]], arguments: argparse.Namespace) -> list[str]:
     for name in CORPORA:
         head += [f"{name} perplexity", "KL / same top token"]
     head += ["s", "CPU s"]
+    only = f" --only {' '.join(arguments.only)}" if any(arguments.only) else ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [
         "# SmolLM2-135M: compression methods side by side",
@@ -152,7 +153,7 @@ def page(rows: list[list[str]], arguments: argparse.Namespace) -> list[str]:
         f" {torch.__version__}, transformers {transformers.__version__}.",
         f"Command: `python -m benchmarks.compression --windows {arguments.windows}"
         f" --samples {arguments.samples}"
-        f" --length {arguments.length}`. The original is dequantized GGUF Q4_1: its weights lie on a 4-bit grid"
+        f" --length {arguments.length}{only}`. The original is dequantized GGUF Q4_1: its weights lie on a 4-bit grid"
         " already, which flatters INT4.",
         f"Perplexity and KL: {arguments.windows} windows of 512 tokens per corpus, stride 512, float32. Calibration:"
         f" {arguments.samples} x {arguments.length} tokens of the second half of wikipedia-summaries, seed 0.",

@@ -4,6 +4,9 @@ A folder of safetensors and JSON, never pickle. Each linear layer is stored by *
 declares its tensors. Reading checks that every promised tensor is there with its shape and dtype and that
 nothing else is.
 INT4 uses the names and bits of compressed-tensors' `pack-quantized` format, so other engines read it too.
+A low-rank layer is two such matrices without a bias, `X.weight_u` and `X.weight_v`, each stored by a kind of its own.
+`config.json` tells the truth about dimensions: in transformers' own fields where all blocks are alike, and where they
+are not, as one `LayerShape` per block under `LAYER_SHAPES`.
 Imports no torch; `Checkpoint.tensors` and `CheckpointWriter.add` import it when called.
 """
 
@@ -24,9 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JsonObject = dict[str, Any]
-FORMAT_VERSION = 1
+# Version 2 added low-rank layers, sparsity and `LAYER_SHAPES`; version 1 is read for ever.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "lathe.json"
 SHARD_BYTES = 2 * 2**30
+LAYER_SHAPES = "layer_shapes"
 ModelKind = Literal["decoder", "encoder"]
 
 # Everything a checkpoint may hold besides tensors and the manifest; nothing else is copied in.
@@ -55,6 +61,11 @@ class DenseLinear:
         """Suffix to dtype and shape."""
         tensors = {"weight": TensorInfo(self.dtype, (self.out_features, self.in_features))}
         return tensors | _bias(self)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the layer multiplies with or adds; zeros of a sparse layer count, scales do not."""
+        return _parameters(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +97,150 @@ class Int4Linear:
             tensors["weight_zero_point"] = TensorInfo("I32", (packed_rows, num_groups))
         return tensors | _bias(self)
 
+    @property
+    def parameters(self) -> int:
+        """As of `DenseLinear`."""
+        return _parameters(self)
 
-LinearKind = DenseLinear | Int4Linear
-KINDS: dict[str, type[LinearKind]] = {cls.kind: cls for cls in (DenseLinear, Int4Linear)}
+
+FactorKind = DenseLinear | Int4Linear
+FACTOR_KINDS: dict[str, type[FactorKind]] = {cls.kind: cls for cls in (DenseLinear, Int4Linear)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankLinear:
+    """W ~ weight_u @ weight_v, with `weight_u` (out_features, rank) and `weight_v` (rank, in_features).
+
+    Each factor is a matrix of another kind without a bias. Its tensors are that kind's, with "weight" become
+    "weight_u" or "weight_v": `X.weight_u` where dense, `X.weight_u_packed`, `X.weight_u_scale`, `X.weight_u_shape` (and
+    `X.weight_u_zero_point`) where INT4, whose groups then lie along the rank.
+
+    Raises:
+        CheckpointError: the factors do not fit together.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    weight_u: FactorKind
+    weight_v: FactorKind
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        u, v = self.weight_u, self.weight_v
+        if u.in_features != v.out_features or u.dtype != v.dtype or u.bias or v.bias:
+            raise CheckpointError(f"low-rank factors do not fit together: {u}, {v}")
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_u.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_v.in_features
+
+    @property
+    def rank(self) -> int:
+        return self.weight_u.in_features
+
+    @property
+    def dtype(self) -> str:
+        return self.weight_u.dtype
+
+    @property
+    def bits(self) -> int:
+        """Of the wider factor."""
+        return max(self.weight_u.bits, self.weight_v.bits)
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Suffix to dtype and shape."""
+        u = {factor_suffix("u", s): info for s, info in self.weight_u.tensors().items()}
+        v = {factor_suffix("v", s): info for s, info in self.weight_v.tensors().items()}
+        return u | v | _bias(self)
+
+    @property
+    def parameters(self) -> int:
+        """As of `DenseLinear`: rank * (out_features + in_features), and the bias."""
+        bias = self.out_features if self.bias else 0
+        return self.weight_u.parameters + self.weight_v.parameters + bias
+
+
+def factor_suffix(factor: Literal["u", "v"], suffix: str) -> str:
+    """The name that a factor's tensor has in its layer: "weight_scale" of u is "weight_u_scale"."""
+    return f"weight_{factor}{suffix.removeprefix('weight')}"
+
+
+LinearKind = FactorKind | LowRankLinear
+KINDS: dict[str, type[LinearKind]] = {LowRankLinear.kind: LowRankLinear, **FACTOR_KINDS}
 
 
 def _bias(linear: LinearKind) -> dict[str, TensorInfo]:
     return {"bias": TensorInfo(linear.dtype, (linear.out_features,))} if linear.bias else {}
+
+
+def _parameters(linear: FactorKind) -> int:
+    return linear.out_features * (linear.in_features + (1 if linear.bias else 0))
+
+
+def _linear_to_json(linear: LinearKind) -> JsonObject:
+    row: JsonObject = {"kind": linear.kind, "bits": linear.bits}
+    if not isinstance(linear, LowRankLinear):
+        return row | dataclasses.asdict(linear)
+    return row | {
+        "out_features": linear.out_features,
+        "in_features": linear.in_features,
+        "rank": linear.rank,
+        "dtype": linear.dtype,
+        "bias": linear.bias,
+        "weight_u": _linear_to_json(linear.weight_u),
+        "weight_v": _linear_to_json(linear.weight_v),
+    }
+
+
+def _linear_from_json(row: JsonObject) -> LinearKind:
+    """Raises: CheckpointError: unknown kind, or factors that do not fit; KeyError: a field is missing."""
+    linear_class = KINDS.get(row.get("kind", ""))
+    if linear_class is None:
+        raise CheckpointError(f"unknown kind {row.get('kind')!r}")
+    if linear_class is not LowRankLinear:
+        return linear_class(**{f.name: row[f.name] for f in dataclasses.fields(linear_class)})
+    u, v = _linear_from_json(row["weight_u"]), _linear_from_json(row["weight_v"])
+    if isinstance(u, LowRankLinear) or isinstance(v, LowRankLinear):
+        raise CheckpointError("a factor cannot be low rank itself")
+    return LowRankLinear(weight_u=u, weight_v=v, bias=row["bias"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """Dimensions of one decoder block; `config.json` lists one per block where they are not all alike."""
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+def layer_shapes(config: JsonObject) -> list[LayerShape] | None:
+    """The shapes of a configuration's blocks, or None where transformers' own fields say it all.
+
+    Raises:
+        CheckpointError: the field is malformed, or lists another number of blocks than the model has.
+    """
+    rows = config.get(LAYER_SHAPES)
+    if rows is None:
+        return None
+    try:
+        shapes = [LayerShape(**row) for row in rows]
+    except TypeError:
+        raise CheckpointError(f"config.json: malformed {LAYER_SHAPES}") from None
+    for shape in shapes:
+        sizes = dataclasses.astuple(shape)
+        if any(type(size) is not int or size < 1 for size in sizes) or (
+            shape.num_attention_heads % shape.num_key_value_heads
+        ):
+            raise CheckpointError(f"config.json: {LAYER_SHAPES} has an impossible {shape}")
+    if len(shapes) != config.get("num_hidden_layers"):
+        raise CheckpointError(
+            f"config.json: {len(shapes)} {LAYER_SHAPES}, {config.get('num_hidden_layers')} blocks"
+        )
+    return shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +250,17 @@ class Matrix:
     Attributes:
         name: module path, such as "model.layers.0.mlp.up_proj".
         dense_reason: why a recipe left it dense; None where it did not, or had no business with it.
+        sparsity: fraction of its weights that a recipe made zero; stored all the same.
     """
 
     name: str
     linear: LinearKind
     dense_reason: str | None = None
+    sparsity: float = 0.0
 
     @property
     def parameters(self) -> int:
-        """Weights of the matrix that this layer stands for, and its bias."""
-        out_features = self.linear.out_features
-        return out_features * self.linear.in_features + (out_features if self.linear.bias else 0)
+        return self.linear.parameters
 
     @property
     def num_bytes(self) -> int:
@@ -121,22 +269,24 @@ class Matrix:
     def to_json(self) -> JsonObject:
         return {
             "name": self.name,
-            "kind": self.linear.kind,
-            "bits": self.linear.bits,
             "parameters": self.parameters,
             "bytes": self.num_bytes,
             "dense_reason": self.dense_reason,
-            **dataclasses.asdict(self.linear),
+            "sparsity": self.sparsity,
+            **_linear_to_json(self.linear),
         }
 
     @classmethod
     def from_json(cls, row: JsonObject) -> "Matrix":
-        linear_class = KINDS.get(row.get("kind", ""))
-        if linear_class is None:
-            raise CheckpointError(f"matrix {row.get('name')}: unknown kind {row.get('kind')!r}")
-        fields = {f.name: row[f.name] for f in dataclasses.fields(linear_class)}
+        try:
+            linear = _linear_from_json(row)
+        except CheckpointError as error:
+            raise CheckpointError(f"matrix {row.get('name')}: {error}") from None
         return cls(
-            name=row["name"], linear=linear_class(**fields), dense_reason=row.get("dense_reason")
+            name=row["name"],
+            linear=linear,
+            dense_reason=row.get("dense_reason"),
+            sparsity=row.get("sparsity", 0.0),
         )
 
 
@@ -149,7 +299,7 @@ class Manifest:
         other_tensors: embeddings, norms and whatever is no linear layer: name to [dtype, shape].
         source: model id or package, and the hash of what was read.
         recipe: stages with all their options; empty for an import.
-        ratios: achieved, against the source: {"bytes", "parameters"}.
+        ratios: achieved, against the source: {"bytes", "parameters"}, and for low rank {"effective_rank_reduction"}.
         evaluations: each with its protocol.
         text: for encoders, {"max_length", "pooling", "normalize"}.
         fingerprint: fixed token ids and the logits they gave, see `hf.fingerprint`.
@@ -171,7 +321,7 @@ class Manifest:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model that the checkpoint stands for."""
+        """All numbers of the model as compressed, without INT4's scales."""
         other = 0
         for _, shape in self.other_tensors.values():
             count = 1
@@ -203,9 +353,9 @@ class Manifest:
     @classmethod
     def from_json(cls, data: JsonObject) -> "Manifest":
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise CheckpointError(
-                f"format_version {version!r}, this version reads {FORMAT_VERSION}"
+                f"format_version {version!r}, this version reads {READABLE_VERSIONS}"
             )
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         fields["matrices"] = tuple(Matrix.from_json(row) for row in data["matrices"])

@@ -1,4 +1,4 @@
-"""Builds a transformers model from any Lathe checkpoint. INT4 layers stay packed in memory.
+"""Builds a transformers model from any Lathe checkpoint. INT4 stays packed and low rank stays factored in memory.
 
 transformers' modules are the truth for compression, evaluation and training, and the oracle of every engine.
 Remote code is never run: `trust_remote_code` is False wherever transformers asks.
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from compression.checkpoint import Checkpoint, Int4Linear, open_checkpoint
-from compression.linear import build_int4_linear
-from compression.quantization.int4 import from_tensors
+from compression.checkpoint import Checkpoint, LayerShape, layer_shapes, open_checkpoint
+from compression.linear import build_linear
 
 FINGERPRINT_TOKENS = 16
 FINGERPRINT_LOGITS = 8
@@ -32,25 +31,58 @@ def load_model(
     checkpoint = open_checkpoint(folder)
     device = torch.device(device)
     auto_class = AutoModel if checkpoint.manifest.kind == "encoder" else AutoModelForCausalLM
-    int4 = {m.name: m.linear for m in checkpoint.manifest.matrices if m.linear.kind == "int4"}
-    if not int4:
+    shapes = layer_shapes(read_config(folder))
+    if shapes is None and all(m.linear.kind == "dense" for m in checkpoint.manifest.matrices):
         model = auto_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
     else:
-        model = _build(folder, auto_class, dtype)
+        model = build_skeleton(folder, auto_class, dtype)
         _fill(model, checkpoint, dtype, device)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _build(folder: Path, auto_class: Any, dtype: torch.dtype) -> nn.Module:
-    """Modules with untouched memory: pages that nothing writes to are never resident."""
+def build_skeleton(folder: Path, auto_class: Any, dtype: torch.dtype) -> Any:
+    """A model in the shape that config.json tells, its memory untouched: pages that nothing writes to are never
+    resident."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # ours to read, not transformers'
     with _no_initialisation():
         model: nn.Module = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+    shapes = layer_shapes(read_config(folder))
+    if shapes is not None:
+        _reshape_blocks(model, shapes)
     return model
+
+
+def _reshape_blocks(model: Any, shapes: list[LayerShape]) -> None:
+    """Give every block the width and heads of its own. Modules of transformers' Llama family take their head counts
+    from the projections, and the ratio of the two from `num_key_value_groups`."""
+    for layer, shape in zip(model.model.layers, shapes, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        heads = shape.num_attention_heads * attention.head_dim
+        key_value_heads = shape.num_key_value_heads * attention.head_dim
+        attention.q_proj = _resized(attention.q_proj, out_features=heads)
+        attention.k_proj = _resized(attention.k_proj, out_features=key_value_heads)
+        attention.v_proj = _resized(attention.v_proj, out_features=key_value_heads)
+        attention.o_proj = _resized(attention.o_proj, in_features=heads)
+        attention.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
+        mlp.gate_proj = _resized(mlp.gate_proj, out_features=shape.intermediate_size)
+        mlp.up_proj = _resized(mlp.up_proj, out_features=shape.intermediate_size)
+        mlp.down_proj = _resized(mlp.down_proj, in_features=shape.intermediate_size)
+
+
+def _resized(
+    linear: nn.Linear, *, in_features: int | None = None, out_features: int | None = None
+) -> nn.Linear:
+    return nn.Linear(
+        in_features or linear.in_features,
+        out_features or linear.out_features,
+        bias=linear.bias is not None,
+        device="meta",
+        dtype=linear.weight.dtype,
+    )
 
 
 def _no_initialisation() -> Any:
@@ -62,36 +94,23 @@ def _no_initialisation() -> Any:
 def _fill(
     model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put the checkpoint's tensors in, replacing each INT4 layer by a module that keeps it packed."""
+    """Put the checkpoint's tensors in, replacing each compressed layer by a module that keeps it so."""
     remaining = set(checkpoint.manifest.promised_tensors())
-    for matrix in checkpoint.manifest.matrices:
-        if not isinstance(matrix.linear, Int4Linear):
-            continue
-        suffixes = list(matrix.linear.tensors())
-        names = [f"{matrix.name}.{suffix}" for suffix in suffixes]
-        stored = {name.rpartition(".")[2]: tensor for name, tensor in checkpoint.tensors(names)}
-        bias = stored.pop("bias", None)
-        module = build_int4_linear(
-            from_tensors(stored),
-            None if bias is None else bias.to(dtype),
-            dtype=dtype,
-            device=device,
-        )
+    replaced = [m for m in checkpoint.manifest.matrices if m.linear.kind != "dense"]
+    for matrix in replaced:
+        names = {f"{matrix.name}.{suffix}": suffix for suffix in matrix.linear.tensors()}
+        stored = {names[name]: tensor for name, tensor in checkpoint.tensors(list(names))}
+        module = build_linear(matrix.linear, stored, dtype=dtype, device=device)
         model.set_submodule(matrix.name, module)
-        remaining -= set(names)
+        remaining -= names.keys()
     dense: dict[str, Tensor] = {n: t.to(dtype) for n, t in checkpoint.tensors(sorted(remaining))}
     result = model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
-    expected = {
-        n for n, p in model.named_parameters() if n.rpartition(".")[0] not in _int4(checkpoint)
-    }
+    inside = tuple(f"{matrix.name}." for matrix in replaced)
+    expected = {name for name, _ in model.named_parameters() if not name.startswith(inside)}
     missing = expected - dense.keys() - _tied(model)
     if result.unexpected_keys or missing:
         raise RuntimeError(f"unexpected {result.unexpected_keys}, missing {sorted(missing)}")
-
-
-def _int4(checkpoint: Checkpoint) -> set[str]:
-    return {m.name for m in checkpoint.manifest.matrices if m.linear.kind == "int4"}
 
 
 def _tied(model: nn.Module) -> set[str]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from compression.quantization.int4 import QuantizedWeight, dequantize
+from compression.checkpoint import FactorKind, LinearKind, LowRankLinear, factor_suffix
+from compression.quantization.int4 import QuantizedWeight, dequantize, from_tensors
 
 CPU_GROUP_SIZES = (32, 64, 128, 256)
 CPU_OUTPUT_MULTIPLE = 16
@@ -92,3 +93,51 @@ def build_int4_linear(
     if on_cpu_in_bf16 and cpu_int4_applies(num_rows, group_size):
         return CpuInt4Linear(quantized, bias)
     return Int4Linear(quantized, bias).to(device)
+
+
+class LowRankProduct(nn.Module):
+    """y = (x V^T) U^T + b: the two products of a low-rank layer, each by the module of its factor's kind."""
+
+    kernel = "low rank: two products"
+
+    def __init__(self, weight_u: nn.Module, weight_v: nn.Module) -> None:
+        super().__init__()
+        self.weight_u = weight_u
+        self.weight_v = weight_v
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.weight_u(self.weight_v(x))
+        return y
+
+
+def build_linear(
+    linear: LinearKind, tensors: dict[str, Tensor], *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The module of any kind of layer, from its tensors by suffix."""
+    bias = tensors["bias"].to(dtype) if linear.bias else None
+    if not isinstance(linear, LowRankLinear):
+        return _build_factor(linear, tensors, bias, dtype=dtype, device=device)
+    u = {suffix: tensors[factor_suffix("u", suffix)] for suffix in linear.weight_u.tensors()}
+    v = {suffix: tensors[factor_suffix("v", suffix)] for suffix in linear.weight_v.tensors()}
+    return LowRankProduct(
+        _build_factor(linear.weight_u, u, bias, dtype=dtype, device=device),
+        _build_factor(linear.weight_v, v, None, dtype=dtype, device=device),
+    )
+
+
+def _build_factor(
+    linear: FactorKind,
+    tensors: dict[str, Tensor],
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    if linear.kind == "int4":
+        return build_int4_linear(from_tensors(tensors), bias, dtype=dtype, device=device)
+    module = nn.Linear(
+        linear.in_features, linear.out_features, bias=bias is not None, device="meta"
+    )
+    state = {"weight": tensors["weight"].to(dtype)} | ({} if bias is None else {"bias": bias})
+    module.load_state_dict(state, assign=True)
+    return module.to(device)

@@ -303,6 +303,8 @@ class Manifest:
         source: model id or package, and the hash of what was read.
         recipe: stages with all their options; empty for an import.
         ratios: achieved, against the source: {"bytes", "parameters"}, and for low rank {"effective_rank_reduction"}.
+        stage_results: per stage, what it decided for the whole model: threshold and ranks, blocks removed.
+        calibration: which text calibrated stages saw, with hashes and seed; None where none did.
         evaluations: each with its protocol.
         text: for encoders, {"max_length", "pooling", "normalize"}.
         fingerprint: fixed token ids and the logits they gave, see `hf.fingerprint`.
@@ -315,6 +317,8 @@ class Manifest:
     other_tensors: dict[str, tuple[str, tuple[int, ...]]]
     recipe: list[JsonObject] = field(default_factory=list)
     ratios: dict[str, float] = field(default_factory=dict)
+    stage_results: list[JsonObject] = field(default_factory=list)
+    calibration: JsonObject | None = None
     evaluations: list[JsonObject] = field(default_factory=list)
     text: JsonObject = field(default_factory=dict)
     fingerprint: JsonObject | None = None

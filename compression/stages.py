@@ -1,0 +1,334 @@
+"""What each stage of a recipe does: a plan for the whole model where it needs one, then a change to each block.
+
+The mathematics is elsewhere, as pure functions over tensors; here they meet the names of a decoder block's layers.
+
+Shapes: O output channels, I input channels, K rank, F neurons of a feed-forward block.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from compression.block import Block, BlockNames, Linear, load_block
+from compression.calibration import BlockRunner, require_gram
+from compression.checkpoint import Checkpoint
+from compression.low_rank.factors import break_even_rank, factor, spectrum
+from compression.low_rank.ranks import RankChoice, choose_ranks, uniform_ranks
+from compression.pruning.magnitude import magnitude_keep_mask
+from compression.pruning.masks import NM, Sparsity
+from compression.pruning.sparsegpt import sparsegpt
+from compression.pruning.wanda import wanda_keep_mask
+from compression.quantization.gptq import gptq
+from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
+from compression.recipe import (
+    GROUP_SIZES,
+    Int4,
+    Magnitude,
+    ShortGpt,
+    SparseGpt,
+    Stage,
+    Structured,
+    Wanda,
+    WeLore,
+)
+from compression.statistics import InputStatistics
+
+JsonObject = dict[str, Any]
+SPECTRA_NAME = "spectra.npz"
+
+
+class StageError(Exception):
+    """A stage that this model cannot go through."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """What a plan for the whole model may look at.
+
+    Attributes:
+        new_runner: starts calibration at the first block; None without calibration text.
+        cache: folder of singular values by weight hash; None for none.
+        work: the stage's own folder, for what a report shows.
+        check: called between matrices; may raise to stop.
+    """
+
+    checkpoint: Checkpoint
+    blocks: list[BlockNames]
+    new_runner: Callable[[], BlockRunner] | None
+    cache: Path | None
+    work: Path
+    check: Callable[[], None]
+
+
+def plan_stage(stage: Stage, context: StageContext) -> JsonObject:
+    """Decide what takes the whole model to decide.
+
+    Raises:
+        StageError: the model has not what the stage is to remove.
+    """
+    match stage:
+        case WeLore():
+            return _plan_welore(stage, context)
+        case ShortGpt():
+            return _plan_shortgpt(stage, context)
+        case Structured():
+            return _plan_structured(stage, context)
+        case _:
+            return {}
+
+
+def needs_gram(stage: Stage) -> bool:
+    """Whether the stage needs Gram matrices of the inputs, which are most of calibration's work."""
+    return isinstance(stage, SparseGpt | WeLore | Int4)
+
+
+def apply_stage(
+    stage: Stage, block: Block, plan: JsonObject, statistics: Mapping[str, InputStatistics]
+) -> None:
+    """Change one block in place.
+
+    Args:
+        statistics: of every linear layer's input; empty where the stage is not calibrated.
+    """
+    match stage:
+        case WeLore():
+            _apply_welore(block, plan, statistics)
+        case Structured():
+            _apply_structured(stage, block, statistics)
+        case Magnitude() | Wanda() | SparseGpt():
+            _apply_sparsity(stage, block, statistics)
+        case Int4():
+            _apply_int4(stage, block, statistics)
+        case ShortGpt():
+            pass  # blocks that stay are not changed
+
+
+# --- ShortGPT ---
+
+
+def _plan_shortgpt(stage: ShortGpt, context: StageContext) -> JsonObject:
+    """Block influence is 1 - cos(input, output), averaged over tokens."""
+    if stage.remove >= len(context.blocks):
+        raise StageError(
+            f"shortgpt.remove is {stage.remove}, the model has {len(context.blocks)} blocks"
+        )
+    assert context.new_runner is not None
+    runner = context.new_runner()
+    influence = [
+        1 - runner.advance(load_block(context.checkpoint, names)) for names in context.blocks
+    ]
+    order = sorted(range(len(influence)), key=lambda index: influence[index])
+    return {"influence": influence, "remove": sorted(order[: stage.remove])}
+
+
+# --- structured: width of the feed-forward blocks ---
+
+_FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def _plan_structured(stage: Structured, context: StageContext) -> JsonObject:
+    for names in context.blocks:
+        widths = {
+            row.name.removeprefix(f"{names.prefix}."): row.linear.in_features for row in names.rows
+        }
+        width = widths.get("mlp.down_proj", 0)
+        if stage.ffn_width >= width:
+            raise StageError(
+                f"structured.ffn_width is {stage.ffn_width}, {names.prefix} has {width} neurons"
+            )
+    return {"intermediate_size": stage.ffn_width}
+
+
+def _apply_structured(
+    stage: Structured, block: Block, statistics: Mapping[str, InputStatistics]
+) -> None:
+    importance_F = statistics["mlp.down_proj"].activation
+    order_F = importance_F.argsort(descending=True, stable=True)
+    keep_F = order_F[: stage.ffn_width].sort().values
+    gate, up, down = (block.linears[name] for name in _FFN)
+    for linear in (gate, up):
+        linear.factors = (linear.weight[keep_F].contiguous(),)
+        if linear.bias_O is not None:
+            linear.bias_O = linear.bias_O[keep_F].contiguous()
+    down.factors = (down.weight[:, keep_F].contiguous(),)
+
+
+# --- WeLore ---
+
+
+def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
+    spectra: dict[str, Tensor] = {}
+    runner = None
+    if stage.calibrated:
+        assert context.new_runner is not None
+        runner = context.new_runner()
+    for names in context.blocks:
+        block = load_block(context.checkpoint, names)
+        statistics = {} if runner is None else runner.statistics(block, gram=True)
+        for name, linear in block.dense_linears():
+            context.check()
+            if runner is None:
+                spectra[linear.name] = _cached_singular_values(linear.weight, context.cache)
+            else:
+                gram_II = require_gram(statistics, name)
+                spectra[linear.name] = spectrum(linear.weight, gram_II).singular_values_R
+        if runner is not None:
+            runner.advance(block)
+    choice = _choose(stage, spectra)
+    numpy.savez(context.work / SPECTRA_NAME, **{n: s.numpy() for n, s in spectra.items()})  # type: ignore[arg-type]
+    return {
+        "threshold": choice.threshold,
+        "effective_rank_reduction": choice.err,
+        "ranks": choice.ranks,
+        "low_rank_components": sorted(choice.lrc),
+    }
+
+
+def _choose(stage: WeLore, spectra: Mapping[str, Tensor]) -> RankChoice:
+    if stage.allocation == "uniform":
+        sizes = {name: values.numel() for name, values in spectra.items()}
+        return uniform_ranks(sizes, stage.err, multiple=stage.rank_multiple)
+    try:
+        return choose_ranks(spectra, stage.err, count=stage.count, multiple=stage.rank_multiple)
+    except ValueError as error:
+        raise StageError(f"welore: {error}") from None
+
+
+def _cached_singular_values(weight_OI: Tensor, cache: Path | None) -> Tensor:
+    if cache is None:
+        return spectrum(weight_OI).singular_values_R
+    digest = hashlib.sha256(str(tuple(weight_OI.shape)).encode())
+    digest.update(weight_OI.contiguous().numpy().tobytes())
+    path = cache / f"{digest.hexdigest()}.npy"
+    if path.is_file():
+        return torch.from_numpy(numpy.load(path, allow_pickle=False))
+    values_R = spectrum(weight_OI).singular_values_R
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npy")
+    numpy.save(temporary, values_R.numpy())
+    temporary.replace(path)
+    return values_R
+
+
+def _apply_welore(
+    block: Block, plan: JsonObject, statistics: Mapping[str, InputStatistics]
+) -> None:
+    for name, linear in block.dense_linears():
+        weight_OI = linear.weight
+        full, rank = min(weight_OI.shape), plan["ranks"][linear.name]
+        if rank == full:
+            linear.dense_reason = f"no low-rank component: keeps its rank of {full}"
+            continue
+        gram_II = require_gram(statistics, name) if statistics else None
+        u_OK, v_KI = factor(weight_OI, spectrum(weight_OI, gram_II).basis_OR, rank)
+        if rank < break_even_rank(*weight_OI.shape):
+            linear.factors = (u_OK, v_KI)
+        else:
+            linear.factors = (u_OK @ v_KI,)
+            linear.dense_reason = f"cut to rank {rank} of {full}, stored as one matrix: two factors would be no smaller"
+
+
+# --- sparsity ---
+
+
+def _apply_sparsity(
+    stage: Magnitude | Wanda | SparseGpt, block: Block, statistics: Mapping[str, InputStatistics]
+) -> None:
+    sparsity = _parse_sparsity(stage.sparsity)
+    for linear in block.linears.values():
+        if linear.is_low_rank:
+            linear.dense_reason = "factors of a low-rank layer are not pruned"
+    for name, linear in block.dense_linears():
+        weight_OI = linear.weight
+        if isinstance(sparsity, NM) and weight_OI.shape[1] % sparsity.m:
+            linear.dense_reason = f"in_features {weight_OI.shape[1]} is no multiple of {sparsity.m}"
+            continue
+        match stage:
+            case Magnitude():
+                weight_OI = weight_OI * magnitude_keep_mask(weight_OI, sparsity)
+            case Wanda():
+                weight_OI = weight_OI * wanda_keep_mask(weight_OI, statistics[name].norm, sparsity)
+            case SparseGpt():
+                weight_OI = sparsegpt(weight_OI, require_gram(statistics, name), sparsity)
+        linear.factors = (weight_OI,)
+        linear.sparsity = float((weight_OI == 0).double().mean())
+
+
+def _parse_sparsity(sparsity: float | str) -> Sparsity:
+    if isinstance(sparsity, str):
+        n, _, m = sparsity.partition(":")
+        return NM(int(n), int(m))
+    return sparsity
+
+
+# --- INT4 ---
+
+
+def _apply_int4(stage: Int4, block: Block, statistics: Mapping[str, InputStatistics]) -> None:
+    for name, linear in block.linears.items():
+        gram_II = require_gram(statistics, name) if statistics else None
+        if linear.is_low_rank:
+            _quantize_factors(stage, linear, gram_II)
+            continue
+        (weight_OI,) = linear.factors
+        assert isinstance(weight_OI, Tensor)
+        if weight_OI.shape[1] % stage.group_size:
+            linear.dense_reason = (
+                f"in_features {weight_OI.shape[1]} is no multiple of {stage.group_size}"
+            )
+            continue
+        linear.factors = (_quantize(stage, weight_OI, stage.group_size, gram_II, linear),)
+        linear.dense_reason = None
+
+
+def _quantize_factors(stage: Int4, linear: Linear, gram_II: Tensor | None) -> None:
+    """weight_v first; what it gives once quantized is what weight_u is calibrated with."""
+    u_OK, v_KI = linear.factors
+    assert isinstance(u_OK, Tensor)
+    assert isinstance(v_KI, Tensor)
+    sizes = [_group_size(stage, factor.shape[1]) for factor in (u_OK, v_KI)]
+    group_u, group_v = sizes
+    encoded: list[Tensor | QuantizedWeight] = [u_OK, v_KI]
+    if group_v is not None:
+        quantized = _quantize(stage, v_KI, group_v, gram_II, linear)
+        encoded[1], v_KI = quantized, dequantize(quantized)
+    if group_u is not None:
+        gram_KK = None if gram_II is None else v_KI @ gram_II @ v_KI.T
+        encoded[0] = _quantize(stage, u_OK, group_u, gram_KK, linear)
+    linear.factors = tuple(encoded)
+    left = [n for n, size in zip(("weight_u", "weight_v"), sizes, strict=True) if size is None]
+    linear.dense_reason = (
+        f"{' and '.join(left)}: no group size divides the channels" if left else None
+    )
+
+
+def _group_size(stage: Int4, num_channels: int) -> int | None:
+    fitting = [s for s in GROUP_SIZES if s <= stage.group_size and num_channels % s == 0]
+    return max(fitting, default=None)
+
+
+def _quantize(
+    stage: Int4, weight_OI: Tensor, group_size: int, gram_II: Tensor | None, linear: Linear
+) -> QuantizedWeight:
+    if gram_II is None:
+        return round_to_nearest(
+            weight_OI, group_size, symmetric=stage.symmetric, scale_dtype=linear.scale_dtype
+        )
+    return gptq(
+        weight_OI, gram_II, group_size, symmetric=stage.symmetric, scale_dtype=linear.scale_dtype
+    )
+
+
+def read_plan(path: Path) -> JsonObject | None:
+    """A plan as an interrupted run left it."""
+    if not path.is_file():
+        return None
+    plan: JsonObject = json.loads(path.read_text())
+    return plan

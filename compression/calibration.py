@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from compression.block import Block
 from compression.checkpoint import Checkpoint
 from compression.hf import build_skeleton, read_config
+from compression.pruning.shortgpt import BlockInfluence
 from compression.recipe import Calibration
 from compression.safetensors_header import CheckpointError
 from compression.statistics import InputStatistics
@@ -169,21 +170,17 @@ class BlockRunner:
         return found
 
     @torch.no_grad()
-    def advance(self, block: Block) -> float:
-        """Replace the hidden states by what the block makes of them.
-
-        Returns:
-            Mean cosine of a token's hidden states before and after.
-        """
+    def advance(self, block: Block, influence: BlockInfluence | None = None) -> None:
+        """Replace the hidden states by what the block makes of them, and measure its influence on the way."""
         layer = self._load(block)
-        cosine, start = 0.0, 0
+        start = 0
         for output in self._outputs(layer):
             before = self.hidden_NSH[start : start + len(output)]
-            cosine += float(nn.functional.cosine_similarity(before, output, dim=-1).double().sum())
-            self.hidden_NSH[start : start + len(output)] = output
+            if influence is not None:
+                influence.add(block.index, before.flatten(0, 1), output.flatten(0, 1))
+            before.copy_(output)
             start += len(output)
         layer.to("meta")
-        return cosine / self.hidden_NSH[..., 0].numel()
 
     @torch.no_grad()
     def _outputs(self, layer: Any) -> Any:

@@ -231,6 +231,7 @@ class _StageRun:
             num_done += 1
         # removed blocks were chosen in the plan: nothing is left to calibrate
         walks = self.stage.calibrated and "remove" not in plan
+        head_dim = _head_dim(read_config(self.source))
         runner = None
         if walks and num_done < len(blocks):
             runner = self._new_runner(checkpoint)
@@ -245,7 +246,7 @@ class _StageRun:
             if runner is not None:
                 statistics = runner.statistics(block, gram=needs_gram(self.stage))
             try:
-                apply_stage(self.stage, block, plan, statistics)
+                apply_stage(self.stage, block, plan, statistics, head_dim=head_dim)
             except ValueError as error:  # the pure functions refuse what is not finite
                 raise StageError(f"{self.stage.name}: {block.prefix}: {error}") from error
             if runner is not None:
@@ -314,6 +315,11 @@ class _StageRun:
             record = json.loads((self.work / f"block-{position}.json").read_text())
             rows = [Matrix.from_json(row) for row in record["rows"]]
             yield rows, record["others"], _read(self.work / f"block-{position}.safetensors")
+
+
+def _head_dim(config: JsonObject) -> int:
+    stated: int | None = config.get("head_dim")
+    return stated or config["hidden_size"] // config["num_attention_heads"]
 
 
 def _configure(

@@ -22,6 +22,7 @@ RankAllocation = Literal["welore", "uniform"]
 Calibrated = Literal["none", "activation"]
 RankMultiple = Literal[1, 8, 16, 32, 64, 128]
 FFN_WIDTH_MULTIPLE = 64
+DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"
 
 # Stages of the design that this version cannot run; named, so that the refusal says so.
 PLANNED_STAGES = ("int8", "nf4", "flap", "ffn_skip")
@@ -227,7 +228,7 @@ class Calibration:
         samples: sequences; length: tokens in each; seed: of their random positions.
     """
 
-    corpus: str = "wikipedia-summaries"
+    corpus: str = DEFAULT_CALIBRATION_CORPUS
     samples: int = 32
     length: int = 512
     seed: int = 0

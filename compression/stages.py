@@ -23,8 +23,11 @@ from compression.low_rank.factors import break_even_rank, factor, spectrum
 from compression.low_rank.ranks import RankChoice, choose_ranks, uniform_ranks
 from compression.pruning.magnitude import magnitude_keep_mask
 from compression.pruning.masks import NM, Sparsity
+from compression.pruning.shortgpt import BlockInfluence, select_layers
 from compression.pruning.sparsegpt import sparsegpt
+from compression.pruning.structured import select_neurons
 from compression.pruning.wanda import wanda_keep_mask
+from compression.quantization.awq import divide_outputs, search_scale, value_sources
 from compression.quantization.gptq import gptq
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
 from compression.recipe import (
@@ -90,11 +93,17 @@ def needs_gram(stage: Stage) -> bool:
 
 
 def apply_stage(
-    stage: Stage, block: Block, plan: JsonObject, statistics: Mapping[str, InputStatistics]
+    stage: Stage,
+    block: Block,
+    plan: JsonObject,
+    statistics: Mapping[str, InputStatistics],
+    *,
+    head_dim: int,
 ) -> None:
     """Change one block in place.
 
     Args:
+        head_dim: channels of an attention head.
         statistics: of every linear layer's input; empty where the stage is not calibrated.
     """
     match stage:
@@ -105,6 +114,8 @@ def apply_stage(
         case Magnitude() | Wanda() | SparseGpt():
             _apply_sparsity(stage, block, statistics)
         case Int4():
+            if stage.method == "awq":
+                fold_awq_scales(stage, block, statistics, head_dim)
             _apply_int4(stage, block, statistics)
         case ShortGpt():
             pass  # blocks that stay are not changed
@@ -114,18 +125,17 @@ def apply_stage(
 
 
 def _plan_shortgpt(stage: ShortGpt, context: StageContext) -> JsonObject:
-    """Block influence is 1 - cos(input, output), averaged over tokens."""
     if stage.remove >= len(context.blocks):
         raise StageError(
             f"shortgpt.remove is {stage.remove}, the model has {len(context.blocks)} blocks"
         )
     assert context.new_runner is not None
     runner = context.new_runner()
-    influence = [
-        1 - runner.advance(load_block(context.checkpoint, names)) for names in context.blocks
-    ]
-    order = sorted(range(len(influence)), key=lambda index: influence[index])
-    return {"influence": influence, "remove": sorted(order[: stage.remove])}
+    measured = BlockInfluence(num_layers=len(context.blocks))
+    for names in context.blocks:
+        runner.advance(load_block(context.checkpoint, names), measured)
+    influence = measured.influence()
+    return {"influence": influence, "remove": sorted(select_layers(influence, stage.remove))}
 
 
 # --- structured: width of the feed-forward blocks ---
@@ -149,9 +159,7 @@ def _plan_structured(stage: Structured, context: StageContext) -> JsonObject:
 def _apply_structured(
     stage: Structured, block: Block, statistics: Mapping[str, InputStatistics]
 ) -> None:
-    importance_F = statistics["mlp.down_proj"].activation
-    order_F = importance_F.argsort(descending=True, stable=True)
-    keep_F = order_F[: stage.ffn_width].sort().values
+    keep_F = select_neurons(statistics["mlp.down_proj"].activation, stage.ffn_width)
     gate, up, down = (block.linears[name] for name in _FFN)
     for linear in (gate, up):
         linear.factors = (linear.weight[keep_F].contiguous(),)
@@ -271,9 +279,61 @@ def _parse_sparsity(sparsity: float | str) -> Sparsity:
 # --- INT4 ---
 
 
+# What produces an input, and which layers read it.
+_AWQ_INPUTS = (
+    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.v_proj", ("self_attn.o_proj",)),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.up_proj", ("mlp.down_proj",)),
+)
+
+
+def fold_awq_scales(
+    stage: Int4, block: Block, statistics: Mapping[str, InputStatistics], head_dim: int
+) -> None:
+    """Multiply the inputs of what is to be rounded (W, or weight_v), divide the outputs of what comes before."""
+    for producer, names in _AWQ_INPUTS:
+        readers = [block.linears[name] for name in names]
+        weights = [_float_factor(reader, -1) for reader in readers]
+        num_channels = weights[0].shape[1]
+        if num_channels % stage.group_size:
+            continue  # stays dense, and says why, in `_apply_int4`
+        source_I = None
+        if producer == "self_attn.v_proj":
+            num_key_value_heads = _float_factor(block.linears[producer], 0).shape[0] // head_dim
+            source_I = value_sources(num_channels // head_dim, num_key_value_heads, head_dim)
+        found = search_scale(
+            weights,
+            require_gram(statistics, names[0]),
+            statistics[names[0]].mean_abs_I,
+            stage.group_size,
+            symmetric=stage.symmetric,
+            scale_dtype=readers[0].scale_dtype,
+            source_I=source_I,
+        )
+        for reader, weight_OI in zip(readers, weights, strict=True):
+            reader.factors = (*reader.factors[:-1], weight_OI * found.scale_I)
+        if producer in block.linears:
+            linear = block.linears[producer]
+            first = divide_outputs(_float_factor(linear, 0), found.scale_S)
+            linear.factors = (first, *linear.factors[1:])
+            if linear.bias_O is not None:
+                linear.bias_O = divide_outputs(linear.bias_O, found.scale_S)
+        else:
+            norm = f"{producer}.weight"
+            block.others[norm] = divide_outputs(block.others[norm], found.scale_S)
+
+
+def _float_factor(linear: Linear, index: int) -> Tensor:
+    factor = linear.factors[index]
+    assert isinstance(factor, Tensor)
+    return factor
+
+
 def _apply_int4(stage: Int4, block: Block, statistics: Mapping[str, InputStatistics]) -> None:
     for name, linear in block.linears.items():
-        gram_II = require_gram(statistics, name) if statistics else None
+        # AWQ's scales are in the weights by now, and what is left of it is rounding to nearest
+        gram_II = require_gram(statistics, name) if stage.method == "gptq" else None
         if linear.is_low_rank:
             _quantize_factors(stage, linear, gram_II)
             continue

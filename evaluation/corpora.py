@@ -6,10 +6,12 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal, get_args
 
 STATE_OF_THE_UNION = "state-of-the-union"
 WIKIPEDIA_SUMMARIES = "wikipedia-summaries"
-CORPORA = (STATE_OF_THE_UNION, WIKIPEDIA_SUMMARIES)
+CorpusName = Literal["state-of-the-union", "wikipedia-summaries"]
+CORPORA: tuple[CorpusName, ...] = get_args(CorpusName)
 
 
 class CorpusError(Exception):

@@ -6,6 +6,7 @@ its first token), given what precedes them in the window. Perplexity is exp of t
 scored tokens. With stride == window this is the usual non-overlapping protocol.
 """
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -59,6 +60,47 @@ def tokenize(folder: Path, corpus: Corpus) -> tuple[list[int], str]:
     return ids, hashlib.sha256(raw).hexdigest()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """What is scored: token ids of each window, of which the last `num_scored[i]` count."""
+
+    ids: list[list[int]]
+    num_scored: list[int]
+    protocol: Protocol
+
+
+def windows_of(
+    model: Any, folder: Path, corpus: Corpus, *, window: int, stride: int, max_windows: int
+) -> Windows:
+    """Cut a corpus by the protocol of this module; `model` says in which dtype and where it is scored.
+
+    Raises:
+        ValueError: a setting is out of range, or the corpus is shorter than a window.
+    """
+    if not 1 <= stride <= window or window < 2:
+        raise ValueError(f"need 1 <= stride <= window, window >= 2; got {stride}, {window}")
+    token_ids, tokenizer_sha256 = tokenize(folder, corpus)
+    starts = list(range(0, len(token_ids) - window + 1, stride))[:max_windows]
+    if not starts:
+        raise ValueError(
+            f"corpus {corpus.name} has {len(token_ids)} tokens, a window needs {window}"
+        )
+    num_scored = [window - 1, *[min(stride, window - 1)] * (len(starts) - 1)]
+    protocol = Protocol(
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        tokenizer_sha256=tokenizer_sha256,
+        window=window,
+        stride=stride,
+        num_windows=len(starts),
+        num_tokens=sum(num_scored),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+    )
+    ids = [token_ids[start : start + window] for start in starts]
+    return Windows(ids=ids, num_scored=num_scored, protocol=protocol)
+
+
 @torch.inference_mode()
 def measure_perplexity(
     model: Any,
@@ -77,40 +119,87 @@ def measure_perplexity(
         on_window: called with (windows done, windows in all) before each; may raise to stop.
 
     Raises:
-        ValueError: a setting is out of range, or the corpus is shorter than a window.
+        ValueError: as of `windows_of`.
     """
-    if not 1 <= stride <= window or window < 2:
-        raise ValueError(f"need 1 <= stride <= window, window >= 2; got {stride}, {window}")
-    token_ids, tokenizer_sha256 = tokenize(folder, corpus)
-    starts = list(range(0, len(token_ids) - window + 1, stride))[:max_windows]
-    if not starts:
-        raise ValueError(
-            f"corpus {corpus.name} has {len(token_ids)} tokens, a window needs {window}"
-        )
-    total_nll = 0.0
-    num_tokens = 0
-    for index, start in enumerate(starts):
-        on_window(index, len(starts))
-        ids_S = torch.tensor(token_ids[start : start + window], device=model.device)
-        nll_T = token_nll(model, ids_S)
-        scored = nll_T if index == 0 else nll_T[-stride:]
-        total_nll += float(scored.double().sum())
-        num_tokens += scored.numel()
-    protocol = Protocol(
-        corpus=corpus.name,
-        corpus_sha256=corpus.sha256,
-        tokenizer_sha256=tokenizer_sha256,
-        window=window,
-        stride=stride,
-        num_windows=len(starts),
-        num_tokens=num_tokens,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
+    windows = windows_of(
+        model, folder, corpus, window=window, stride=stride, max_windows=max_windows
     )
-    return Perplexity(value=math.exp(total_nll / num_tokens), protocol=protocol)
+    total_nll = 0.0
+    for index, ids in enumerate(windows.ids):
+        on_window(index, len(windows.ids))
+        nll_T = token_nll(model, torch.tensor(ids, device=model.device))
+        total_nll += float(nll_T[-windows.num_scored[index] :].double().sum())
+    return Perplexity(
+        value=_exp(total_nll / windows.protocol.num_tokens), protocol=windows.protocol
+    )
 
 
 def token_nll(model: Any, ids_S: Tensor) -> Tensor:
     """Negative log-likelihood of every token but the first, float32 (S - 1,)."""
     logits_SV = model(ids_S[None], use_cache=False).logits[0, :-1].float()
     return F.cross_entropy(logits_SV, ids_S[1:], reduction="none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two models on the same windows.
+
+    Attributes:
+        kl_divergence: mean over scored tokens of KL(before || after) of the next-token distributions, in nats.
+        top1_agreement: share of scored tokens at which both find the same token likeliest.
+    """
+
+    before: Perplexity
+    after: Perplexity
+    kl_divergence: float
+    top1_agreement: float
+
+
+@torch.inference_mode()
+def compare_models(
+    before: Any,
+    after: Any,
+    folder: Path,
+    corpus: Corpus,
+    *,
+    window: int = 512,
+    max_windows: int = 16,
+    on_window: Any = lambda done, total: None,
+) -> Comparison:
+    """Perplexity of both models and how far apart they are, in one pass over non-overlapping windows.
+
+    Raises:
+        ValueError: as of `windows_of`.
+    """
+    windows = windows_of(
+        after, folder, corpus, window=window, stride=window, max_windows=max_windows
+    )
+    nll = [0.0, 0.0]
+    kl, agreed = 0.0, 0
+    for index, ids in enumerate(windows.ids):
+        on_window(index, len(windows.ids))
+        ids_S = torch.tensor(ids, device=after.device)
+        logs_TV = [
+            model(ids_S[None], use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
+            for model in (before, after)
+        ]
+        for which, log_TV in enumerate(logs_TV):
+            nll[which] += float(F.nll_loss(log_TV, ids_S[1:], reduction="sum"))
+        kl += float(F.kl_div(logs_TV[1], logs_TV[0], reduction="sum", log_target=True))
+        agreed += int((logs_TV[0].argmax(dim=-1) == logs_TV[1].argmax(dim=-1)).sum())
+    num_tokens = len(windows.ids) * (window - 1)
+    protocol = dataclasses.replace(windows.protocol, num_tokens=num_tokens)
+    return Comparison(
+        before=Perplexity(value=_exp(nll[0] / num_tokens), protocol=protocol),
+        after=Perplexity(value=_exp(nll[1] / num_tokens), protocol=protocol),
+        kl_divergence=kl / num_tokens,
+        top1_agreement=agreed / num_tokens,
+    )
+
+
+def _exp(nll: float) -> float:
+    """Infinity where a broken model's loss is too large for a float, NaN where it is one."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

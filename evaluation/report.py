@@ -1,10 +1,13 @@
-"""The report of a compression: what was saved, what was lost, and how each was measured. As JSON and as Markdown."""
+"""The report of a compression: what was saved, what was lost, and how each was measured. As JSON, Markdown and HTML."""
 
+import base64
 import dataclasses
+import html
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compression.checkpoint import Manifest
-from evaluation.perplexity import Perplexity
+from evaluation.perplexity import Comparison
 from evaluation.speed import Speed
 
 JsonObject = dict[str, Any]
@@ -16,21 +19,23 @@ def build_report(
     after: Manifest,
     resident_before: int,
     resident_after: int,
-    perplexity_before: Perplexity,
-    perplexity_after: Perplexity,
+    comparisons: Sequence[Comparison],
     speed_before: Speed,
     speed_after: Speed,
 ) -> JsonObject:
-    """The report as JSON. `bytes` are of tensors on disk, `resident_bytes` of the weights as loaded here."""
-    assert perplexity_before.protocol == perplexity_after.protocol
+    """The report as JSON. `bytes` are of tensors on disk, `resident_bytes` of the weights as loaded here.
+
+    Args:
+        comparisons: one per corpus; `perplexity`, the figure of the gate and of the summary, is the first one's.
+    """
+    corpora = [_corpus(comparison) for comparison in comparisons]
     return {
-        "parameters": {"before": before.parameters, "after": after.parameters},
+        "parameters": _pair(before.parameters, after.parameters),
         "bytes": _pair(before.tensor_bytes, after.tensor_bytes),
         "resident_bytes": _pair(resident_before, resident_after),
-        "perplexity": {
-            **_pair(perplexity_before.value, perplexity_after.value),
-            "protocol": dataclasses.asdict(perplexity_after.protocol),
-        },
+        "perplexity": corpora[0],
+        "corpora": corpora,
+        "effective_rank_reduction": after.ratios.get("effective_rank_reduction"),
         "speed": {
             "before": dataclasses.asdict(speed_before),
             "after": dataclasses.asdict(speed_after),
@@ -40,7 +45,21 @@ def build_report(
             / speed_before.prefill_tokens_per_second,
             "note": "transformers' modules at batch size 1, not the serving engine",
         },
+        "recipe": after.recipe,
+        "calibration": after.calibration,
+        "notes": _notes(after),
+        "stage_results": after.stage_results,
         "matrices": [matrix.to_json() for matrix in after.matrices],
+    }
+
+
+def _corpus(comparison: Comparison) -> JsonObject:
+    assert comparison.before.protocol == comparison.after.protocol
+    return {
+        **_pair(comparison.before.value, comparison.after.value),
+        "kl_divergence": comparison.kl_divergence,
+        "top1_agreement": comparison.top1_agreement,
+        "protocol": dataclasses.asdict(comparison.after.protocol),
     }
 
 
@@ -48,41 +67,152 @@ def _pair(before: float, after: float) -> JsonObject:
     return {"before": before, "after": after, "ratio": after / before}
 
 
-def to_markdown(title: str, report: JsonObject) -> str:
-    """A page for people: one table of totals, the protocol, one row per layer that stayed dense."""
-    perplexity, speed = report["perplexity"], report["speed"]
-    protocol = perplexity["protocol"]
-    rows = [
-        ("parameters", *(f"{report['parameters'][k]:,}" for k in ("before", "after")), ""),
-        ("bytes on disk", *_numbers(report["bytes"], ",.0f")),
-        ("bytes resident", *_numbers(report["resident_bytes"], ",.0f")),
-        ("perplexity", *_numbers(perplexity, ".3f")),
-        (
-            "decode tokens/s",
-            *(f"{speed[k]['decode_tokens_per_second']:.1f}" for k in ("before", "after")),
-            f"{speed['decode_ratio']:.3f}",
-        ),
-        (
-            "prefill tokens/s",
-            *(f"{speed[k]['prefill_tokens_per_second']:.0f}" for k in ("before", "after")),
-            f"{speed['prefill_ratio']:.3f}",
-        ),
+def _notes(after: Manifest) -> list[str]:
+    """What a reader of the figures must know."""
+    notes = []
+    sparse = [matrix for matrix in after.matrices if matrix.sparsity]
+    if sparse:
+        weights = [m.linear.out_features * m.linear.in_features for m in sparse]
+        zeros = sum(m.sparsity * count for m, count in zip(sparse, weights, strict=True))
+        notes.append(
+            f"{zeros / sum(weights):.1%} of the weights of {len(sparse)} matrices are zero. They are stored and"
+            " multiplied like any other: this sparsity saves neither memory nor time."
+        )
+    larger = [
+        m
+        for m in after.matrices
+        if m.linear.kind == "dense" and "cut to rank" in (m.dense_reason or "")
     ]
-    lines = [f"# {title}", "", "| | before | after | ratio |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += [
-        "",
-        f"Perplexity: {protocol['corpus']}, {protocol['num_windows']} windows of {protocol['window']} tokens,"
-        f" stride {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']}"
-        f" on {protocol['device']}.",
+    if larger:
+        notes.append(
+            f"{len(larger)} matrices were cut to a lower rank and stored whole, because two factors would hold no fewer"
+            " numbers: they lost accuracy and save nothing."
+        )
+    return notes
+
+
+def worst_perplexity_ratio(report: JsonObject) -> float:
+    """The largest ratio over all corpora; NaN where one is, so that no comparison holds."""
+    ratios = [float(corpus["ratio"]) for corpus in report["corpora"]]
+    return max(ratios, key=lambda ratio: (ratio != ratio, ratio))
+
+
+def worst_top1_agreement(report: JsonObject) -> float:
+    return min(float(corpus["top1_agreement"]) for corpus in report["corpora"])
+
+
+def _tables(report: JsonObject) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows with a head) of every table of the report."""
+    speed = report["speed"]
+    totals = [["", "before", "after", "after / before"]]
+    totals.append(["parameters", *_numbers(report["parameters"], ",.0f")])
+    totals.append(["bytes on disk", *_numbers(report["bytes"], ",.0f")])
+    totals.append(["bytes resident", *_numbers(report["resident_bytes"], ",.0f")])
+    for name in ("decode", "prefill"):
+        key = f"{name}_tokens_per_second"
+        values = [f"{speed[side][key]:.1f}" for side in ("before", "after")]
+        totals.append([f"{name} tokens/s", *values, f"{speed[f'{name}_ratio']:.3f}"])
+    quality = [["corpus", "before", "after", "after / before", "KL (nats)", "same top token"]]
+    for corpus in report["corpora"]:
+        quality.append(
+            [
+                corpus["protocol"]["corpus"],
+                *_numbers(corpus, ".3f"),
+                f"{corpus['kl_divergence']:.4f}",
+                f"{corpus['top1_agreement']:.1%}",
+            ]
+        )
+    matrices = [["matrix", "stored as", "rank", "sparsity", "parameters", "bytes", "why dense"]]
+    for row in report["matrices"]:
+        matrices.append(
+            [
+                row["name"],
+                _stored_as(row),
+                str(row.get("rank", "")),
+                f"{row['sparsity']:.1%}" if row["sparsity"] else "",
+                f"{row['parameters']:,}",
+                f"{row['bytes']:,}",
+                row["dense_reason"] or "",
+            ]
+        )
+    return [("Totals", totals), ("Perplexity", quality), ("Matrices", matrices)]
+
+
+def _stored_as(row: JsonObject) -> str:
+    if row["kind"] == "low_rank":
+        return f"low rank ({row['weight_u']['kind']}, {row['weight_v']['kind']})"
+    return str(row["kind"])
+
+
+def _protocol(report: JsonObject) -> list[str]:
+    speed = report["speed"]
+    lines = []
+    for corpus in report["corpora"]:
+        protocol = corpus["protocol"]
+        hashes = [protocol[f"{what}_sha256"][:12] for what in ("corpus", "tokenizer")]
+        lines.append(
+            f"{protocol['corpus']}: {protocol['num_windows']} windows of {protocol['window']} tokens, stride"
+            f" {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']} on"
+            f" {protocol['device']}, corpus sha256 {hashes[0]}, tokenizer sha256 {hashes[1]}."
+        )
+    lines.append(
         f"Speed: {speed['note']}; medians of {speed['after']['rounds']} interleaved rounds,"
-        f" {speed['after']['num_threads']} threads.",
-    ]
-    dense = [m for m in report["matrices"] if m["dense_reason"]]
-    if dense:
-        lines += ["", "| left dense | why |", "|---|---|"]
-        lines += [f"| {matrix['name']} | {matrix['dense_reason']} |" for matrix in dense]
+        f" {speed['after']['num_threads']} threads."
+    )
+    if report["effective_rank_reduction"] is not None:
+        lines.append(f"Effective rank reduction: {report['effective_rank_reduction']:.4f}.")
+    if report["calibration"] is not None:
+        settings = ", ".join(f"{key} {value}" for key, value in report["calibration"].items())
+        lines.append(f"Calibration: {settings}.")
+    return [*lines, *report["notes"]]
+
+
+def to_markdown(title: str, report: JsonObject) -> str:
+    """A page for people."""
+    lines = [f"# {title}", "", f"Recipe: `{report['recipe']}`"]
+    for name, (head, *rows) in _tables(report):
+        lines += ["", f"## {name}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", "## How it was measured", ""]
+    lines += [f"- {line}" for line in _protocol(report)]
     return "\n".join(lines) + "\n"
+
+
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child,td:last-child{text-align:left}img{max-width:100%}"
+)
+
+
+def to_html(title: str, report: JsonObject, pictures: Mapping[str, bytes]) -> str:
+    """The same as one file that needs no other.
+
+    Args:
+        pictures: caption to PNG.
+    """
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1><p>Recipe: <code>{html.escape(str(report['recipe']))}</code>",
+    ]
+    tables = {name: _html_table(rows) for name, rows in _tables(report)}
+    for name in ("Totals", "Perplexity"):
+        parts.append(f"<h2>{name}</h2>{tables[name]}")
+    notes = "".join(f"<li>{html.escape(line)}" for line in _protocol(report))
+    parts.append(f"<h2>How it was measured</h2><ul>{notes}</ul>")
+    for caption, png in pictures.items():
+        data = base64.b64encode(png).decode()
+        text = html.escape(caption)
+        parts.append(f"<h2>{text}</h2><img alt='{text}' src='data:image/png;base64,{data}'>")
+    parts.append(f"<h2>Matrices</h2>{tables['Matrices']}</html>")
+    return "\n".join(parts) + "\n"
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    lines = ["<tr><th>" + "<th>".join(head), *("<tr><td>" + "<td>".join(row) for row in body)]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _numbers(pair: JsonObject, spec: str) -> tuple[str, str, str]:

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
-from compression.recipe import STAGES, RecipeError, parse_recipe
+from compression.checkpoint import Manifest
+from compression.recipe import DEFAULT_CALIBRATION_CORPUS, STAGES, RecipeError, parse_recipe
 from compression.registry import MODEL_ID_PATTERN
+from evaluation.corpora import CORPORA, CorpusName
 
 PLANNED_TYPES = ("finetune", "evaluate", "calibrate_skip", "train_projector", "enrich", "export")
 JOB_TYPES = ("compress",)
@@ -45,6 +47,16 @@ class Gate(_Spec):
     """Limits that a compressed model must keep to be registered."""
 
     max_perplexity_ratio: float | None = Field(default=None, gt=0)
+    min_top1_agreement: float | None = Field(default=None, gt=0, le=1)
+
+
+class CalibrationSpec(_Spec):
+    """Text that calibrated stages see: random windows from the second half of a packaged corpus."""
+
+    corpus: CorpusName = DEFAULT_CALIBRATION_CORPUS
+    samples: int = Field(default=32, ge=1, le=1024)
+    length: int = Field(default=512, ge=16, le=4096)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class CompressSpec(_Spec):
@@ -71,6 +83,7 @@ class CompressSpec(_Spec):
         Field(min_length=1, max_length=MAX_STAGES),
         WithJsonSchema(_recipe_schema()),
     ]
+    calibration: CalibrationSpec | None = None
     gate: Gate | None = None
 
 
@@ -89,13 +102,16 @@ def parse_spec(body: Mapping[str, Any]) -> CompressSpec:
         )
     if job_type not in JOB_TYPES:
         raise SpecError("type", f"type must be one of: {', '.join(JOB_TYPES)}")
-    if body.get("calibration") is not None:
+    calibration = body.get("calibration")
+    if isinstance(calibration, Mapping) and "file" in calibration:
         raise SpecError(
-            "calibration", "no stage of this recipe is calibrated", "unsupported_parameter"
+            "calibration.file",
+            f"uploaded files are not available in this version; corpora: {', '.join(CORPORA)}",
+            "unsupported_parameter",
         )
     try:
-        spec = CompressSpec.model_validate({k: v for k, v in body.items() if k != "calibration"})
-        parse_recipe(spec.recipe)
+        spec = CompressSpec.model_validate(body)
+        recipe = parse_recipe(spec.recipe)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         unknown = first["type"] == "extra_forbidden"
@@ -107,7 +123,25 @@ def parse_spec(body: Mapping[str, Any]) -> CompressSpec:
     except RecipeError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise SpecError(error.param, error.message, code) from None
+    if spec.calibration is not None and not recipe.calibrated:
+        raise SpecError(
+            "calibration", "no stage of this recipe is calibrated", "unsupported_parameter"
+        )
     return spec
+
+
+def check_source(spec: CompressSpec, manifest: Manifest) -> None:
+    """Whether this model can go through the recipe, after what it went through already.
+
+    Raises:
+        SpecError
+    """
+    if manifest.kind != "decoder":
+        raise SpecError("model", "only decoders can be compressed")
+    try:
+        parse_recipe(spec.recipe, done=manifest.recipe)
+    except RecipeError as error:
+        raise SpecError(error.param, error.message) from None
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

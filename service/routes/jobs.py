@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from compression.registry import ModelExistsError, ModelNotFoundError
-from jobs.spec import CompressSpec, SpecError, parse_spec
+from jobs.spec import CompressSpec, SpecError, check_source, parse_spec
 from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
 from jobs.store import Event, Job, JobNotFoundError, NewJob, RequestConflictError
 from service.auth import Identity
@@ -215,9 +215,9 @@ def _conflict() -> ApiError:
 async def _check(request: dict[str, Any], state: AppState) -> dict[str, Any]:
     try:
         spec = parse_spec(request)
+        check_source(spec, state.engines.entry(spec.model).manifest)
     except SpecError as error:
         raise ApiError(error.code, error.message, error.param) from None
-    state.engines.entry(spec.model)
     try:
         state.registry.get(spec.output)
         raise ModelExistsError(spec.output)

@@ -20,11 +20,12 @@ from compression.checkpoint import (
 from compression.hf import load_model, read_config
 from compression.low_rank.factors import factor, spectrum
 from compression.pipeline import compress
+from compression.pruning.shortgpt import BlockInfluence
 from compression.quantization.gptq import gptq
 from compression.quantization.int4 import dequantize
-from compression.recipe import Calibration, parse_recipe
+from compression.recipe import Calibration, Int4, parse_recipe
 from compression.safetensors_header import CheckpointError
-from compression.stages import StageError
+from compression.stages import StageError, fold_awq_scales
 from tests.compression.models import calibration_tokens, save_and_import, tiny_decoder
 from tests.reference.pruning import keep_mask
 
@@ -35,6 +36,7 @@ CALIBRATED = [
     [{"shortgpt": {"remove": 1}}],
     [{"welore": {"err": 0.5, "calibration": "activation", "rank_multiple": 8}}],
     [{"int4": {"method": "gptq", "group_size": 32}}],
+    [{"int4": {"method": "awq", "group_size": 32}}],
     [
         {"shortgpt": {"remove": 1}},
         {"welore": {"err": 0.4, "rank_multiple": 8}},
@@ -88,9 +90,13 @@ def test_hidden_states_and_statistics_are_transformers_own(source: Path) -> None
             assert found.gram_II is not None
             torch.testing.assert_close(found.gram_II, x_RI.T @ x_RI, atol=1e-3, rtol=1e-4)
         before = runner.hidden_NSH.clone()
-        cosine = runner.advance(block)
-        expected = torch.nn.functional.cosine_similarity(before, runner.hidden_NSH, dim=-1).mean()
-        assert cosine == pytest.approx(float(expected), abs=1e-5)
+        influence = BlockInfluence(num_layers=3)
+        runner.advance(block, influence)
+        cosine = torch.nn.functional.cosine_similarity(before, runner.hidden_NSH, dim=-1).mean()
+        others = [layer for layer in range(3) if layer != index]
+        for layer in others:
+            influence.add(layer, torch.ones(1, 2), torch.ones(1, 2))
+        assert influence.influence()[index] == pytest.approx(1 - float(cosine), abs=1e-5)
 
 
 def test_wanda_prunes_each_block_by_inputs_of_the_pruned_blocks_before(
@@ -250,6 +256,33 @@ def test_int4_factors_are_calibrated_in_sequence(source: Path, tmp_path: Path) -
     layer = load_model(tmp_path / "both", dtype=torch.float32).get_submodule(name)
     x = torch.randn(4, 64)
     torch.testing.assert_close(layer(x), x @ (u_OK @ v_KI).T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_scales_of_awq_are_folded_without_a_trace(
+    source: Path, tmp_path: Path, low_rank: bool
+) -> None:
+    """Before any rounding a block with scales gives what it gave without them."""
+    if low_rank:
+        options = {"err": 0.3, "count": "all", "allocation": "uniform", "rank_multiple": 8}
+        run(source, tmp_path / "low", [{"welore": options}])
+        source = tmp_path / "low"
+    checkpoint = open_checkpoint(source)
+    runner = BlockRunner(source, checkpoint, calibration_tokens().ids_NS)
+    num_changed = 0
+    for names in list_blocks(checkpoint):
+        block, scaled = load_block(checkpoint, names), load_block(checkpoint, names)
+        statistics = runner.statistics(block, gram=True)
+        start = runner.hidden_NSH.clone()
+        fold_awq_scales(Int4(method="awq", group_size=32), scaled, statistics, head_dim=16)
+        for name, linear in scaled.linears.items():
+            num_changed += not torch.equal(linear.weight, block.linears[name].weight)
+        runner.advance(scaled)
+        with_scales = runner.hidden_NSH.clone()
+        runner.hidden_NSH = start
+        runner.advance(block)
+        torch.testing.assert_close(with_scales, runner.hidden_NSH, atol=1e-3, rtol=1e-4)
+    assert num_changed > 6
 
 
 def test_removed_neurons_and_blocks_are_gone_for_transformers_too(

@@ -607,6 +607,7 @@ def add_skip_profile(
     destination: Path,
     profile: SkipProfile,
     tensors: Mapping[str, "Tensor"],
+    /,
     **fields: Any,
 ) -> Manifest:
     """Write the same checkpoint again with a skip profile; its files are shared where the file system can.

@@ -80,10 +80,8 @@ class _Observe:
 
 
 class _Collect:
-    """A pass that keeps moments of some layers' feed-forwards, over rows that `within` skips, or over all.
-
-    Even batches go to `fit`, odd ones to `held_out`.
-    """
+    """A dense pass that keeps moments of some layers' feed-forwards, of every other batch in `fit` and of the others in
+    `held_out`."""
 
     def __init__(self, layers: Sequence[int], hidden_size: int, warm_up: int) -> None:
         self.fit = {layer: Moments(hidden_size) for layer in layers}
@@ -165,13 +163,12 @@ class SkipCalibration:
             highest=float(middle.max()),
         )
 
-    def damage(self, *, num_samples: int, progress: Callable[[int], None]) -> list[float]:
+    def damage(self, *, num_tokens: int) -> list[float]:
         """Perplexity ratio to the dense model when one layer's feed-forward alone is left out, for each layer."""
-        ids_NS = self._ids_NS[:num_samples]
+        ids_NS = self._ids_NS[: max(num_tokens // self._ids_NS.shape[1], 1)]
         dense = self._loss(None, ids_NS)
         ratios = []
         for layer in range(self.num_layers):
-            progress(layer)
             policy = ShareSkip(self.rule((0, 0)), {layer: 1.0})
             ratios.append(math.exp(min(self._loss(policy, ids_NS) - dense, 700.0)))
         return ratios
@@ -191,42 +188,56 @@ class SkipCalibration:
                 num_tokens += len(targets_T)
         return total / num_tokens
 
-    def fit_substitutes(self, rule: SkipRule, *, rank: int) -> dict[int, Fitted]:
-        """The best substitute of every middle layer, fitted on one half of the batches and chosen on the other."""
+    def fit_substitutes(self, rule: SkipRule, *, rank: int) -> dict[int, tuple[Fitted, float]]:
+        """The best substitute of every middle layer, as of `choose_substitute`: fitted on one half of the batches,
+        chosen on the other.
+
+        Raises:
+            SkipCalibrationError: there is only one batch.
+        """
+        if self._ids_NS.numel() <= TOKENS_PER_BATCH:
+            raise SkipCalibrationError(
+                f"{self._ids_NS.numel()} calibration tokens are too few to fit substitutes and choose among"
+                f" them; more than {TOKENS_PER_BATCH} are needed"
+            )
         hidden_size = self._model.config.hidden_size
         # Two halves, two squares of float64 each. Wide models are walked several times, some layers at a time.
-        bytes_per_layer = 2 * 2 * 8 * hidden_size**2
-        at_once = max(MAX_MOMENT_BYTES // bytes_per_layer, 1)
-        ids_NS = self._ids_NS
-        if len(ids_NS) <= TOKENS_PER_BATCH // ids_NS.shape[1]:
-            raise SkipCalibrationError(
-                f"{ids_NS.numel()} calibration tokens are too few to fit substitutes and choose among them;"
-                f" more than {TOKENS_PER_BATCH} are needed"
-            )
-        fitted: dict[int, Fitted] = {}
-        middle = list(rule.middle)
-        for start in range(0, len(middle), at_once):
-            layers = middle[start : start + at_once]
+        at_once = max(MAX_MOMENT_BYTES // (2 * 2 * 8 * hidden_size**2), 1)
+        chosen = {}
+        for start in range(rule.middle.start, rule.middle.stop, at_once):
+            layers = range(start, min(start + at_once, rule.middle.stop))
             collect = _Collect(layers, hidden_size, self._warm_up)
-            self._pass(collect, ids_NS)
+            self._pass(collect, self._ids_NS)
             for layer in layers:
-                fitted[layer] = choose_substitute(
-                    collect.fit[layer], collect.held_out[layer], rank=rank
-                )
-        return fitted
+                fit, held_out = collect.fit[layer], collect.held_out[layer]
+                chosen[layer] = choose_substitute(fit, held_out, rank=rank)
+        return chosen
 
-    def skip_ratio(
+    def find_tau(
         self,
         rule: SkipRule,
-        tau: float,
-        substitutes: Mapping[int, FeedForward] | None,
+        target_ratio: float,
+        substitutes: Mapping[int, FeedForward],
         *,
-        num_samples: int,
-    ) -> AdaptiveSkip:
-        """The policy after a pass over the first samples, with its counts."""
-        policy = AdaptiveSkip(rule, tau, substitutes)
-        self._pass(policy, self._ids_NS[:num_samples])
-        return policy
+        low: float,
+        high: float,
+        num_tokens: int,
+    ) -> tuple[float, AdaptiveSkip]:
+        """The threshold at which `target_ratio` of all rows skip, over `num_tokens` tokens, and that pass's counts.
+
+        Raises:
+            SkipCalibrationError: so many never do.
+        """
+        policies: dict[float, AdaptiveSkip] = {}
+        num_samples = max(num_tokens // self._ids_NS.shape[1], 1)
+
+        def measure(tau: float) -> float:
+            policies[tau] = AdaptiveSkip(rule, tau, substitutes)
+            self._pass(policies[tau], self._ids_NS[:num_samples])
+            return policies[tau].skip_ratio
+
+        tau, _ = bisect_tau(measure, target_ratio, low=low, high=high)
+        return tau, policies[tau]
 
 
 def summarise(similarity_T: Tensor) -> JsonObject:

@@ -7,14 +7,14 @@ directions of what they predict. Both are closed forms of the moments that `Mome
 Shapes: T rows, H hidden channels, R rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compression.ffn_skip.profile import Substitute
+from compression.ffn_skip.profile import MAX_RANK, Substitute, substitute_prefix
 
-DEFAULT_RANK = 32
 RIDGE = 1e-2
 """Times the mean input power: how strongly coefficients are pulled to zero."""
 
@@ -66,10 +66,23 @@ class Fitted:
         low_TR = x_TH @ self.weight_v_RH.to(x_TH).T
         return low_TR @ self.weight_u_HR.to(x_TH).T + self.bias_H.to(x_TH)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """By the suffixes of `Substitute.tensors`."""
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """By their names in a checkpoint."""
         named = {"bias": self.bias_H, "weight_u": self.weight_u_HR, "weight_v": self.weight_v_RH}
-        return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
+        prefix = substitute_prefix(layer)
+        return {f"{prefix}.{suffix}": t for suffix, t in named.items() if t is not None}
+
+    @classmethod
+    def from_tensors(
+        cls, substitute: Substitute, layer: int, tensors: Mapping[str, Tensor]
+    ) -> "Fitted":
+        prefix = substitute_prefix(layer)
+        return cls(
+            substitute=substitute,
+            bias_H=tensors.get(f"{prefix}.bias"),
+            weight_u_HR=tensors.get(f"{prefix}.weight_u"),
+            weight_v_RH=tensors.get(f"{prefix}.weight_v"),
+        )
 
 
 def fit_mean(moments: Moments) -> Fitted:
@@ -120,9 +133,20 @@ def squared_error(fitted: Fitted, moments: Moments) -> float:
     return (moments.yy - 2 * cross + mapped + shifted) / n
 
 
-def choose_substitute(fit: Moments, held_out: Moments, *, rank: int = DEFAULT_RANK) -> Fitted:
-    """The kind of least squared error on rows that no kind was fitted on."""
+def choose_substitute(
+    fit: Moments, held_out: Moments, *, rank: int = MAX_RANK
+) -> tuple[Fitted, float]:
+    """The kind of least squared error on rows that no kind was fitted on.
+
+    Args:
+        rank: of the low-rank map; 0 leaves it out.
+
+    Returns:
+        The substitute, and the share of the outputs' power on held-out rows that it misses.
+    """
     candidates = [Fitted(substitute=Substitute()), fit_mean(fit)]
     if rank:
         candidates.append(fit_linear(fit, rank))
-    return min(candidates, key=lambda fitted: squared_error(fitted, held_out))
+    errors = [squared_error(fitted, held_out) for fitted in candidates]
+    best = errors.index(min(errors))
+    return candidates[best], errors[best] / errors[0] if errors[0] else 1.0

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from compression.ffn_skip.baselines import ShareSkip
 from compression.ffn_skip.profile import Substitute
@@ -18,6 +17,7 @@ from compression.ffn_skip.teacher_forced import (
     feed_forwards_replaced,
     spread,
 )
+from tests.compression.ffn_skip.models import skipping_llama
 from tests.reference.ffn_skip import run_text
 
 NUM_LAYERS = 7
@@ -26,23 +26,7 @@ TAUS = (0.94, 0.965, 0.98)
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for (
-        layer
-    ) in model.model.layers:  # similarities of random weights, spread as those of a trained model
-        layer.mlp.down_proj.weight.mul_(4)
-    return model
+    return skipping_llama(NUM_LAYERS)
 
 
 def ids(length: int, seed: int = 0) -> list[int]:

@@ -82,7 +82,7 @@ def test_squared_error_is_that_of_the_rows(kind: str) -> None:
 
 def test_each_layer_gets_the_kind_that_holds_out_best() -> None:
     held_out = moments_of(*rows(400, 5))
-    assert choose_substitute(moments_of(*rows(400, 4)), held_out, rank=3).substitute == (
+    assert choose_substitute(moments_of(*rows(400, 4)), held_out, rank=3)[0].substitute == (
         Substitute(kind="linear", rank=3)
     )
     # Outputs that do not depend on the input: on 13 rows a map of rank 8 finds chance only.
@@ -92,8 +92,10 @@ def test_each_layer_gets_the_kind_that_holds_out_best() -> None:
         x_TH = torch.randn(n, H, generator=generator)
         return moments_of(x_TH, torch.randn(n, H, generator=generator) + mean)
 
-    chosen = choose_substitute(unrelated(13, 2.0), unrelated(500, 2.0), rank=8)
+    chosen, missed = choose_substitute(unrelated(13, 2.0), unrelated(500, 2.0), rank=8)
     assert chosen.substitute == Substitute(kind="mean")
-    chosen = choose_substitute(unrelated(13, 0.0), unrelated(500, 0.0), rank=8)
+    assert 0.1 < missed < 0.3  # the mean's power is 4 of 5
+    chosen, missed = choose_substitute(unrelated(13, 0.0), unrelated(500, 0.0), rank=8)
     assert chosen.substitute == Substitute()
+    assert missed == 1
     assert chosen(torch.ones(2, H)).tolist() == torch.zeros(2, H).tolist()

@@ -608,8 +608,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--max-num-waiting", type=int, default=256)
-    parser.add_argument("--kv-cache-bytes", type=int, help="default: see transformers_engine.py")
-    parser.add_argument("--engine", choices=("auto", "transformers"), default="auto")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512)
+    parser.add_argument("--kv-cache-bytes", type=int, help="default: see memory.py")
+    parser.add_argument("--engine", choices=("auto", "native", "transformers"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-threads", type=int, help="default: all cores")
@@ -642,9 +643,18 @@ def _load_engine(arguments: argparse.Namespace, report: Progress) -> Engine:
         from engines.encoder_engine import EncoderEngine
 
         return EncoderEngine.load(arguments.model_id, arguments.checkpoint, device=arguments.device)
-    from engines.transformers_engine import EngineLimits, TransformersEngine
+    from engines.requests import EngineLimits
 
-    return TransformersEngine.load(
+    load: Callable[..., Engine]
+    if _chooses_native(arguments.engine, arguments.checkpoint):
+        from engines.engine import NativeEngine
+
+        load = NativeEngine.load
+    else:
+        from engines.transformers_engine import TransformersEngine
+
+        load = TransformersEngine.load
+    engine = load(
         arguments.model_id,
         arguments.checkpoint,
         dtype=getattr(torch, arguments.dtype),
@@ -652,9 +662,34 @@ def _load_engine(arguments: argparse.Namespace, report: Progress) -> Engine:
         limits=EngineLimits(
             max_num_seqs=arguments.max_num_seqs,
             max_num_waiting=arguments.max_num_waiting,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
             kv_cache_bytes=arguments.kv_cache_bytes,
         ),
     )
+    for op, implementation in engine.info.kernels.items():
+        logger.info("%s: %s", op, implementation)
+    return engine
+
+
+def _chooses_native(wish: str, checkpoint: Path) -> bool:
+    """Whether the native engine serves a decoder; "auto" leaves it what it supports, and the rest to transformers.
+
+    Raises:
+        UnsupportedModelError: "native" was asked for and cannot be.
+    """
+    if wish == "transformers":
+        return False
+    from engines.model import UnsupportedModelError, read_decoder_config
+
+    try:
+        config = read_decoder_config(checkpoint)
+    except UnsupportedModelError as error:
+        if wish == "native":
+            raise
+        logger.info("engine: transformers, because the native one does not support %s", error)
+        return False
+    logger.info("engine: native, which supports model type %s", config.model_type)
+    return True
 
 
 if __name__ == "__main__":

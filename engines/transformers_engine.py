@@ -1,7 +1,7 @@
 """The engine over transformers' modules: any causal language model that it knows, and the oracle of faster ones.
 
-A step decodes one token for every running request, then gives up to `PREFILL_CHUNK` prompt tokens to requests that
-are still in prefill, in turn, so that a long prompt delays nobody for long. `decoder_caches.py` runs the model,
+A step decodes one token for every running request, then gives up to `max_num_batched_tokens` prompt tokens to those
+still in prefill, in turn, so that a long prompt delays nobody for long. `decoder_caches.py` runs the model,
 `sampling.py` chooses tokens; here is who runs when, and what is refused. The greedy tokens of a request are
 `generate`'s. In bfloat16 its company can still move a choice between near ties, because a batched GEMM rounds
 differently; in float32 it was not seen to.
@@ -9,18 +9,14 @@ differently; in float32 it was not seen to.
 Shapes: S positions, V vocabulary, H hidden, B rows.
 """
 
-import ctypes
-import gc
 import heapq
 import itertools
 import logging
-import math
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +24,7 @@ import torch
 from torch import Tensor
 
 from engines.decoder_caches import Decoder, Forward, build_decoder, repeated
+from engines.memory import default_kv_cache_bytes, is_out_of_memory, release_memory
 from engines.protocol import (
     ROW_PLACEHOLDER,
     ContinuationScore,
@@ -36,80 +33,39 @@ from engines.protocol import (
     EngineError,
     EngineInfo,
     EngineStats,
-    ErrorCode,
-    FinishReason,
     GenerateRequest,
-    SamplingParams,
     ScoreRequest,
     ScoreResult,
     TokenLogprob,
     TokenOutput,
     num_placeholders,
 )
-from engines.sampling import build_generator, choose_token, token_logprobs
+from engines.requests import (
+    MAX_LOGITS_ROWS,
+    EngineLimits,
+    Generation,
+    check_generate,
+    check_score,
+    continuation_score,
+    mixed_embeddings,
+    prompt_logprobs,
+    sample,
+    score_tokens,
+)
 from engines.vectors import check_texts, embed_result, length_batches, rss_bytes
 
-PREFILL_CHUNK = 512
-MAX_LOGITS_ROWS = 256
-"""Positions whose logits are held at once for log-probabilities: a float32 row of 50,000 words is 200 KB."""
 MAX_CONTINUATION_ROWS = 16
 """Continuations scored in one pass; each holds a copy of the context's cache."""
-DEFAULT_KV_CACHE_BYTES = 2 * 2**30
 UNSUPPORTED = ("skip", "response_format", "regex")
 
 logger = logging.getLogger("lathe.engine")
 
 
-@dataclass(slots=True, eq=False)
-class _Running:
-    """One accepted request.
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Running(Generation):
+    """Attributes: num_computed_tokens: of the prompt."""
 
-    Attributes:
-        num_computed_tokens: of the prompt.
-        end_ids: EOS and stop tokens that end it.
-    """
-
-    request: GenerateRequest
-    prompt_ids: tuple[int, ...]
-    end_ids: frozenset[int]
-    generator: torch.Generator
     num_computed_tokens: int = 0
-    output_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        return self.request.request_id
-
-    @property
-    def max_length(self) -> int:
-        return len(self.request.token_ids) + self.request.params.max_tokens
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """The token is the argmax of the raw logits, and nothing is reported about it."""
-        params = self.request.params
-        neutral = SamplingParams(
-            max_tokens=params.max_tokens,
-            temperature=0,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            seed=params.seed,
-            stop_token_ids=params.stop_token_ids,
-            ignore_eos=params.ignore_eos,
-            prompt_logprobs=params.prompt_logprobs,
-        )
-        return params == neutral
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    """Attributes: kv_cache_bytes: None leaves it at 2 GiB, or less where a quarter of the memory is less."""
-
-    max_num_seqs: int = 16
-    max_num_waiting: int = 256
-    kv_cache_bytes: int | None = None
 
 
 class TransformersEngine:
@@ -189,20 +145,12 @@ class TransformersEngine:
     def submit(self, request: GenerateRequest) -> None:
         self._check_awake()
         self._check_supported(request)
-        _check_prompt(self._info, request.token_ids, request.embedding_rows, "prompt")
-        _check_params(self._info, request.params, len(request.token_ids))
+        check_generate(self._info, request)
         if len(self._waiting) >= self._limits.max_num_waiting:
             raise EngineError(
                 "queue_full", f"{len(self._waiting)} requests wait already, no more are taken"
             )
-        params = request.params
-        eos_token_ids = () if params.ignore_eos else self._info.eos_token_ids
-        running = _Running(
-            request=request,
-            prompt_ids=tuple(t for t in request.token_ids if t != ROW_PLACEHOLDER),
-            end_ids=frozenset(eos_token_ids) | frozenset(params.stop_token_ids),
-            generator=build_generator(params.seed),
-        )
+        running = _Running.start(self._info, request)
         heapq.heappush(self._waiting, (request.priority, next(self._arrivals), running))
         self._prompt_tokens += len(request.token_ids)
 
@@ -284,21 +232,21 @@ class TransformersEngine:
             )
         except Exception as error:
             return self._failed_pass(batch, error)
-        return self._sample(batch, logits_BV)
+        return sample(batch, logits_BV)
 
     def _failed_pass(self, batch: Sequence[_Running], error: Exception) -> list[TokenOutput]:
         """Short of memory, the youngest request gives way and the others go on; else all of the pass fail."""
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             logger.warning("out of memory with %d requests in a pass", len(batch))
-            return [_error_output(batch[-1], "out_of_memory", "not enough memory for this request")]
+            return [batch[-1].error_output("out_of_memory", "not enough memory for this request")]
         logger.error("a forward pass failed", exc_info=error)
         message = "the engine failed while it ran this request"
-        return [_error_output(running, "internal_error", message) for running in batch]
+        return [running.error_output("internal_error", message) for running in batch]
 
     def _prefill(self) -> list[TokenOutput]:
         """Share out one chunk's worth of prompt tokens, the first in turn first."""
         outputs: list[TokenOutput] = []
-        budget = PREFILL_CHUNK
+        budget = self._limits.max_num_batched_tokens
         for _ in range(len(self._prefilling)):
             if budget == 0:
                 break
@@ -315,10 +263,10 @@ class TransformersEngine:
                 self._prefilling.append(running)
                 continue
             if running.request.params.max_tokens == 0:
-                outputs.append(self._prompt_only_output(running))
+                outputs.append(running.prompt_only_output())
                 continue
             self._decoding.append(running)
-            outputs += self._sample([running], last_1V)
+            outputs += sample([running], last_1V)
         return outputs
 
     def _prefill_chunk(self, running: _Running, num_tokens: int) -> Tensor:
@@ -339,79 +287,18 @@ class TransformersEngine:
             running.num_computed_tokens += len(part)
             end = running.num_computed_tokens
             next_ids = request.token_ids[end - len(part) + 1 : end + 1]
-            running.prompt_logprobs += _prompt_logprobs(logits_SV, next_ids, num_top)
+            running.prompt_logprobs += prompt_logprobs(logits_SV, next_ids, num_top)
         return logits_SV[-1:]
-
-    def _prompt_only_output(self, running: _Running) -> TokenOutput:
-        return TokenOutput(
-            request_id=running.key,
-            prompt_logprobs=tuple(running.prompt_logprobs),
-            finish_reason="length",
-        )
-
-    def _sample(self, batch: Sequence[_Running], logits_BV: Tensor) -> list[TokenOutput]:
-        greedy_ids = logits_BV.argmax(dim=1).tolist()
-        outputs = []
-        for index, running in enumerate(batch):
-            try:
-                outputs.append(self._take_token(running, logits_BV[index], greedy_ids[index]))
-            except Exception as error:
-                code: ErrorCode = "internal_error"
-                message = "the engine failed while it chose a token"
-                if isinstance(error, ValueError):  # `choose_token` says what is wrong
-                    message = str(error)
-                elif _is_out_of_memory(error):
-                    code, message = "out_of_memory", "not enough memory for this request"
-                logger.error("sampling failed", exc_info=error)
-                outputs.append(_error_output(running, code, message))
-        return outputs
-
-    def _take_token(self, running: _Running, logits_V: Tensor, greedy_id: int) -> TokenOutput:
-        params = running.request.params
-        if running.is_plain_greedy and math.isfinite(float(logits_V[greedy_id])):
-            token_id = greedy_id
-        else:
-            token_id = choose_token(
-                logits_V,
-                params,
-                prompt_ids=running.prompt_ids,
-                output_ids=running.output_ids,
-                end_ids=running.end_ids,
-                generator=running.generator,
-            )
-        logprobs: tuple[TokenLogprob, ...] | None = None
-        if params.logprobs is not None:
-            logprobs = tuple(token_logprobs(logits_V[None], [token_id], params.logprobs))
-        is_first = not running.output_ids
-        running.output_ids.append(token_id)
-        is_end = token_id in running.end_ids
-        finish_reason: FinishReason | None = "stop" if is_end else None
-        if finish_reason is None and len(running.output_ids) >= params.max_tokens:
-            finish_reason = "length"
-        has_prompt_logprobs = is_first and params.prompt_logprobs is not None
-        return TokenOutput(
-            request_id=running.key,
-            token_ids=(token_id,),
-            logprobs=logprobs,
-            prompt_logprobs=tuple(running.prompt_logprobs) if has_prompt_logprobs else None,
-            finish_reason=finish_reason,
-            stop_token_id=token_id if is_end else None,
-        )
 
     def _inputs(self, token_ids: Sequence[int], rows: bytes | None, start: int, end: int) -> Tensor:
         """Ids (S,) of a slice of a prompt; embeddings (S, H) where the slice has rows."""
         ids = list(token_ids[start:end])
         if not rows or ROW_PLACEHOLDER not in ids:
             return torch.tensor(ids)
-        rows_RH = torch.frombuffer(bytearray(rows), dtype=torch.float32)
-        rows_RH = rows_RH.view(-1, self._info.hidden_size)
-        first = num_placeholders(token_ids[:start])
-        ids_S = torch.tensor(ids, device=self._model.device)
-        is_row_S = ids_S == ROW_PLACEHOLDER
-        embeddings_SH: Tensor = self._model.get_input_embeddings()(ids_S.clamp(min=0)).clone()
-        wanted_RH = rows_RH[first : first + int(is_row_S.sum())]
-        embeddings_SH[is_row_S] = wanted_RH.to(embeddings_SH)
-        return embeddings_SH
+        first = num_placeholders(token_ids[:start]) * self._info.hidden_size * 4
+        size = num_placeholders(ids) * self._info.hidden_size * 4
+        embed = self._model.get_input_embeddings()
+        return mixed_embeddings(ids, rows[first : first + size], embed, self._model.device)
 
     # Embedding and scoring
 
@@ -446,7 +333,7 @@ class TransformersEngine:
     def score(self, request: ScoreRequest) -> ScoreResult:
         """Log-probabilities of continuations. The context is computed once and shared."""
         self._check_awake()
-        self._check_score(request)
+        check_score(self._info, request)
         last_V, cache = self._context(request)
         num_context = len(request.context_ids)
         fitting = self._kv_cache_bytes // (num_context * self._decoder.bytes_per_token)
@@ -458,21 +345,15 @@ class TransformersEngine:
         self._last_output_at = time.time()
         return ScoreResult(scores=tuple(scores), num_tokens=num_tokens)
 
-    def _check_score(self, request: ScoreRequest) -> None:
-        _check_prompt(self._info, request.context_ids, request.embedding_rows, "context")
-        for index, ids in enumerate(request.continuation_ids):
-            param = f"continuations[{index}]"
-            _check_prompt(self._info, ids, None, param)
-            _check_length(self._info, len(request.context_ids), len(ids), "continuation", param)
-
     def _context(self, request: ScoreRequest) -> tuple[Tensor, Any]:
         """Logits (V,) behind the context, and its cache."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
         num_tokens = len(request.context_ids)
-        for start in range(0, num_tokens, PREFILL_CHUNK):
-            end = min(start + PREFILL_CHUNK, num_tokens)
+        step = self._limits.max_num_batched_tokens
+        for start in range(0, num_tokens, step):
+            end = min(start + step, num_tokens)
             inputs = self._inputs(request.context_ids, request.embedding_rows, start, end)
             logits_11V = self._forward(inputs[None], torch.arange(start, end)[None], cache, 1)
         return logits_11V[0, -1], cache
@@ -495,7 +376,7 @@ class TransformersEngine:
             logits_SV = last_V[None]
             if logits_BSV is not None:
                 logits_SV = torch.cat([logits_SV, logits_BSV[index, : len(ids) - 1]])
-            scores.append(_continuation_score(logits_SV, ids))
+            scores.append(continuation_score(score_tokens(logits_SV, ids)))
         return scores
 
     # Memory
@@ -508,10 +389,10 @@ class TransformersEngine:
         self._forget(running.key for running in lost)
         self._waiting = []
         message = f"{self._info.model} was put to sleep"
-        self._ended += [_error_output(running, "sleeping", message) for running in lost]
+        self._ended += [running.error_output("sleeping", message) for running in lost]
         self._model = None
         del self._decoder, self._forward
-        _release_memory()
+        release_memory()
 
     def wake(self) -> None:
         if self._model is None:
@@ -578,90 +459,6 @@ def eos_token_ids(model: Any) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
 
 
-def _check_prompt(
-    info: EngineInfo, token_ids: Sequence[int], rows: bytes | None, param: str
-) -> None:
-    """Raises: EngineError: empty, ids out of range, or embedding rows that do not match the placeholders."""
-    if not token_ids:
-        raise EngineError("invalid_value", f"{param} must have at least one token", param)
-    lowest = 0 if rows is None else ROW_PLACEHOLDER
-    for token_id in token_ids:
-        if not lowest <= token_id < info.vocab_size:
-            raise EngineError(
-                "invalid_value",
-                f"token id {token_id} in {param}, allowed are 0 to {info.vocab_size - 1}",
-                param,
-            )
-    if rows is None:
-        return
-    num_rows = num_placeholders(token_ids)
-    expected = num_rows * info.hidden_size * 4
-    if len(rows) != expected:
-        raise EngineError(
-            "invalid_value",
-            f"embedding rows have {len(rows)} bytes, {num_rows} placeholders of"
-            f" {info.hidden_size} float32 values need {expected}",
-            param,
-        )
-    if rows and not bool(torch.frombuffer(bytearray(rows), dtype=torch.float32).isfinite().all()):
-        raise EngineError("invalid_value", "embedding rows must be finite numbers", param)
-
-
-def _check_params(info: EngineInfo, params: SamplingParams, num_prompt_tokens: int) -> None:
-    """Raises: EngineError."""
-    if params.max_tokens < 0 or (params.max_tokens == 0 and params.prompt_logprobs is None):
-        raise EngineError(
-            "invalid_value",
-            f"max_tokens is {params.max_tokens}; at least 1, or 0 with prompt log-probabilities",
-            "max_tokens",
-        )
-    _check_length(info, num_prompt_tokens, params.max_tokens, "max_tokens", "max_tokens")
-    for token_id in params.logit_bias:
-        if not 0 <= token_id < info.vocab_size:
-            raise EngineError(
-                "invalid_value",
-                f"logit_bias names token {token_id}, allowed are 0 to {info.vocab_size - 1}",
-                "logit_bias",
-            )
-
-
-def _check_length(
-    info: EngineInfo, num_prompt_tokens: int, num_more: int, more: str, param: str
-) -> None:
-    total = num_prompt_tokens + num_more
-    if total > info.max_model_len:
-        raise EngineError(
-            "context_length_exceeded",
-            f"a prompt of {num_prompt_tokens} tokens and {more} of {num_more} make {total}; the context of"
-            f" {info.model} holds {info.max_model_len}",
-            param,
-        )
-
-
-def _prompt_logprobs(
-    logits_SV: Tensor, next_ids: Sequence[int], num_top: int
-) -> list[TokenLogprob]:
-    """Of the prompt tokens behind S positions; a placeholder has none. The last position may have no next one."""
-    entries = token_logprobs(logits_SV[: len(next_ids)], [max(i, 0) for i in next_ids], num_top)
-    return [
-        entry
-        if token_id != ROW_PLACEHOLDER
-        else TokenLogprob(token_id=ROW_PLACEHOLDER, logprob=None)
-        for entry, token_id in zip(entries, next_ids, strict=True)
-    ]
-
-
-def _continuation_score(logits_SV: Tensor, ids: tuple[int, ...]) -> ContinuationScore:
-    """Args: logits_SV: row i is the model's opinion about `ids[i]`."""
-    entries = token_logprobs(logits_SV, ids, 0)
-    logprobs = tuple(entry.logprob for entry in entries if entry.logprob is not None)
-    return ContinuationScore(
-        logprob=math.fsum(logprobs),
-        is_greedy=logits_SV.argmax(dim=1).tolist() == list(ids),
-        token_logprobs=logprobs,
-    )
-
-
 def _groups(continuations: Sequence[tuple[int, ...]], max_rows: int) -> list[list[tuple[int, ...]]]:
     """Cut where a pass would hold too many rows, or too many positions' logits."""
     groups: list[list[tuple[int, ...]]] = []
@@ -676,32 +473,3 @@ def _groups(continuations: Sequence[tuple[int, ...]], max_rows: int) -> list[lis
             longest = len(ids)
         groups[-1].append(ids)
     return groups
-
-
-def _error_output(running: _Running, code: ErrorCode, message: str) -> TokenOutput:
-    return TokenOutput(
-        request_id=running.key, finish_reason="error", error=message, error_code=code
-    )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in str(error)  # torch's CPU allocator
-    )
-
-
-def default_kv_cache_bytes() -> int:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(DEFAULT_KV_CACHE_BYTES, total // 4)
-
-
-def _release_memory() -> None:
-    """Give freed pages back to the system, not only to the allocator."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        logger.info("this C library has no malloc_trim")

@@ -30,6 +30,10 @@ class QuantizedWeight:
     scale_OG: Tensor
     zero_point_OG: Tensor | None
 
+    @property
+    def group_size(self) -> int:
+        return self.codes_OI.shape[1] // self.scale_OG.shape[1]
+
 
 def round_to_nearest(
     weight_OI: Tensor, group_size: int, *, symmetric: bool, scale_dtype: torch.dtype

@@ -8,11 +8,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from engines.process import set_openmp_environment
+from engines.protocol import Engine
+
+if TYPE_CHECKING:
+    from tests.engines.decoding import BuildEngine
 
 DEADLINE_SECONDS = 30.0
 
@@ -43,6 +47,47 @@ def real_models_dir(real_home: Path) -> Path:
 @pytest.fixture(scope="session")
 def real_model_dir(real_models_dir: Path) -> Path:
     return real_models_dir / "smollm2-135m"
+
+
+@pytest.fixture(scope="session")
+def decoder_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Lathe checkpoints of the tiny models, by the name of their configuration; written once."""
+    from tests.engines.models import DECODER_CONFIGS, build_from_config, write_checkpoint
+
+    folders: dict[str, Path] = {}
+
+    def checkpoint(name: str) -> Path:
+        if name not in folders:
+            model = build_from_config(DECODER_CONFIGS[name]())
+            folders[name] = write_checkpoint(model, tmp_path_factory.mktemp("checkpoint"))
+        return folders[name]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="module", params=["native", "transformers"])
+def build_engine(
+    request: pytest.FixtureRequest, decoder_checkpoint: Callable[[str], Path]
+) -> "BuildEngine":
+    """Makes engines of one kind, in float32."""
+    import torch
+
+    from engines.engine import NativeEngine
+    from engines.requests import EngineLimits
+    from engines.transformers_engine import TransformersEngine
+    from tests.engines.models import DECODER_CONFIGS, build_causal_lm
+
+    def build(architecture: str, **fields: int) -> Engine:
+        limits = EngineLimits(**fields)
+        if request.param == "transformers":
+            load = lambda: build_causal_lm(architecture)  # noqa: E731
+            return TransformersEngine(load, model_id=architecture, limits=limits)
+        if architecture not in DECODER_CONFIGS:
+            pytest.skip(f"the native engine has no {architecture}")
+        folder = decoder_checkpoint(architecture)
+        return NativeEngine.load(architecture, folder, dtype=torch.float32, limits=limits)
+
+    return build
 
 
 @dataclass

@@ -1,0 +1,279 @@
+"""Linear layers of any kind for the native library: how weights lie in memory, and which rows go where.
+
+Few rows go through the native products, which read each weight once; INT4 weights then meet inputs that are quantized
+to INT8 as they come, symmetric, a scale to each of the weight's groups. More rows than `NATIVE_ROWS` go through torch's
+matrix product, INT4 weights dequantized for it one matrix at a time. The weight is held once: dense ones as torch has
+them, INT4 ones in the layout that `cpu/product.cpp` describes.
+
+Shapes: T rows, O output channels, I input channels, G groups, B = ceil(O / 16) blocks of outputs, J = I / 8.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from compression.quantization.int4 import QuantizedWeight
+from engines.kernels import native
+from engines.kernels.huge_pages import in_huge_pages
+from engines.kernels.native import NativeLibrary
+from engines.kernels.weights import (
+    LinearWeight,
+    LowRankWeight,
+    MatrixWeight,
+    is_joinable,
+    join,
+    join_biases,
+)
+
+LANES = 16
+GROUP_MULTIPLE = 32
+DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
+
+NATIVE_ROWS = {native.FP32: 16, native.BF16: 16, native.INT4: 32}
+"""Most rows that the native product is used for, by kind. benchmarks/decode_kernels.py measures the crossover."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedInt4:
+    """Codes plus 8 in blocks of 16 outputs; outputs past O are zeros.
+
+    Attributes:
+        packed_BJ64: uint8; byte 4 * lane + i holds the codes of inputs 8j + i (low half) and 8j + 4 + i.
+        scale_BGL: bfloat16 or float32 (B, G, 16).
+        zero_point_BGL: int8, or None when symmetric.
+    """
+
+    out_features: int
+    group_size: int
+    packed_BJ64: Tensor
+    scale_BGL: Tensor
+    zero_point_BGL: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return 8 * self.packed_BJ64.shape[1]
+
+
+def pack_int4(quantized: QuantizedWeight) -> PackedInt4:
+    codes_OI, scale_OG = quantized.codes_OI, quantized.scale_OG
+    num_rows, num_columns = codes_OI.shape
+    padding = (0, 0, 0, -num_rows % LANES)
+    unsigned_OI = F.pad((codes_OI + 8).to(torch.uint8), padding)
+    halves_BL2J4 = unsigned_OI.view(-1, LANES, num_columns // 8, 2, 4)
+    bytes_BLJ4 = halves_BL2J4[:, :, :, 0] | halves_BL2J4[:, :, :, 1] << 4
+
+    def blocks(values_OG: Tensor) -> Tensor:
+        padded_OG = F.pad(values_OG, padding)
+        return in_huge_pages(padded_OG.view(-1, LANES, values_OG.shape[1]).transpose(1, 2))
+
+    if scale_OG.dtype != torch.bfloat16:
+        scale_OG = scale_OG.float()
+    zero_point_OG = quantized.zero_point_OG
+    return PackedInt4(
+        out_features=num_rows,
+        group_size=num_columns // scale_OG.shape[1],
+        packed_BJ64=in_huge_pages(bytes_BLJ4.transpose(1, 2)).flatten(2),
+        scale_BGL=blocks(scale_OG),
+        zero_point_BGL=None if zero_point_OG is None else blocks(zero_point_OG),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One matrix and where it stands; see `LatheSegment`."""
+
+    matrix: Tensor | PackedInt4
+    stage: int = 0
+    into_middle: bool = False
+    in_offset: int = 0
+    out_offset: int = 0
+    bias_O: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        matrix = self.matrix
+        return matrix.out_features if isinstance(matrix, PackedInt4) else len(matrix)
+
+    @property
+    def in_features(self) -> int:
+        matrix = self.matrix
+        return matrix.in_features if isinstance(matrix, PackedInt4) else matrix.shape[1]
+
+    @property
+    def kind(self) -> int:
+        return native.INT4 if isinstance(self.matrix, PackedInt4) else DTYPES[self.matrix.dtype]
+
+    def tensors(self) -> list[Tensor]:
+        matrix = self.matrix
+        held = [matrix, self.bias_O]
+        if isinstance(matrix, PackedInt4):
+            held = [matrix.packed_BJ64, matrix.scale_BGL, matrix.zero_point_BGL, self.bias_O]
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+    def segment(self) -> native.Segment:
+        matrix = self.matrix
+        segment = native.Segment(
+            bias=None if self.bias_O is None else self.bias_O.data_ptr(),
+            kind=self.kind,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            stage=self.stage,
+            into_middle=self.into_middle,
+            in_offset=self.in_offset,
+            out_offset=self.out_offset,
+        )
+        if isinstance(matrix, Tensor):
+            segment.weight = matrix.data_ptr()
+            return segment
+        segment.weight = matrix.packed_BJ64.data_ptr()
+        segment.scale = matrix.scale_BGL.data_ptr()
+        segment.scale_is_fp32 = matrix.scale_BGL.dtype == torch.float32
+        segment.group_size = matrix.group_size
+        if matrix.zero_point_BGL is not None:
+            segment.zero_point = matrix.zero_point_BGL.data_ptr()
+        return segment
+
+
+def applies(weights: Sequence[LinearWeight], dtype: torch.dtype) -> bool:
+    """Whether the native library takes such a layer. In float32 nothing is approximated, so no INT4 there."""
+
+    def takes(matrix: MatrixWeight) -> bool:
+        if isinstance(matrix, Tensor):
+            return dtype in DTYPES
+        return dtype == torch.bfloat16 and matrix.group_size % GROUP_MULTIPLE == 0
+
+    return all(takes(matrix) for weight in weights for matrix in weight.matrices)
+
+
+def build_cpu_linear(
+    weights: Sequence[LinearWeight], *, dtype: torch.dtype, library: NativeLibrary
+) -> "CpuLinear":
+    """See `linear.build_linear`. Neighbours that can be one matrix are one; so are first factors of low-rank pairs."""
+    parts: list[_Part] = []
+    out_offset = middle_offset = 0
+    matrices = [w.weight for w in weights if not isinstance(w.weight, LowRankWeight)]
+    if len(matrices) == len(weights) and is_joinable(matrices):
+        joined = LinearWeight(weight=join(matrices), bias_O=join_biases(weights, torch.float32))
+        weights = [joined]
+    for weight in weights:
+        bias_O = None if weight.bias_O is None else weight.bias_O.float()
+        if isinstance(weight.weight, LowRankWeight):
+            u = _lay_out(weight.weight.weight_u, dtype)
+            rank = u.in_features if isinstance(u, PackedInt4) else u.shape[1]
+            parts.append(
+                _Part(
+                    matrix=u, stage=1, in_offset=middle_offset, out_offset=out_offset, bias_O=bias_O
+                )
+            )
+            middle_offset += rank
+        else:
+            matrix = _lay_out(weight.weight, dtype)
+            parts.append(_Part(matrix=matrix, out_offset=out_offset, bias_O=bias_O))
+        out_offset += weight.out_features
+    factors = [w.weight.weight_v for w in weights if isinstance(w.weight, LowRankWeight)]
+    if factors and is_joinable(factors):
+        factors = [join(factors)]
+    middle_offset = 0
+    for factor in factors:
+        part = _Part(matrix=_lay_out(factor, dtype), into_middle=True, out_offset=middle_offset)
+        middle_offset += part.out_features
+        parts.append(part)
+    return CpuLinear(parts, dtype=dtype, library=library)
+
+
+def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
+    """See `linear.share_weight`."""
+    assert weight_OI.is_contiguous()
+    return CpuLinear([_Part(matrix=weight_OI)], dtype=weight_OI.dtype, library=library)
+
+
+def _lay_out(matrix: MatrixWeight, dtype: torch.dtype) -> Tensor | PackedInt4:
+    if isinstance(matrix, QuantizedWeight):
+        return pack_int4(matrix)
+    return in_huge_pages(matrix.to(dtype))
+
+
+class CpuLinear:
+    """Weights that share their input, side by side in the output; see `linear.Linear`.
+
+    Attributes:
+        native_linear: the same for the native library; valid as long as this object.
+    """
+
+    def __init__(
+        self, parts: Sequence[_Part], *, dtype: torch.dtype, library: NativeLibrary
+    ) -> None:
+        self._parts = sorted(parts, key=lambda part: part.stage)
+        self._dtype = dtype
+        self._library = library
+        self._segments = (native.Segment * len(self._parts))(
+            *(part.segment() for part in self._parts)
+        )
+        self.native_linear = native.Linear(
+            segments=self._segments,
+            num_segments=len(self._parts),
+            in_features=next(part.in_features for part in self._parts if part.stage == 0),
+            middle_features=sum(p.out_features for p in self._parts if p.into_middle),
+            out_features=sum(p.out_features for p in self._parts if not p.into_middle),
+        )
+        self._native_rows = min(NATIVE_ROWS[part.kind] for part in self._parts)
+        names = {native.FP32: "fp32", native.BF16: "bf16", native.INT4: "int4 x int8 rows"}
+        kinds = " + ".join(dict.fromkeys(names[part.kind] for part in self._parts))
+        low_rank = "low rank " if self.native_linear.middle_features else ""
+        self.kernel = (
+            f"native {low_rank}{kinds} up to {self._native_rows} rows, then torch {dtype}"
+        ).replace("torch.", "")
+
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or x_TI.dtype
+        if len(x_TI) <= self._native_rows:
+            return self.few_rows(x_TI, dtype)
+        return self.many_rows(x_TI.to(self._dtype)).to(dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in self._parts for tensor in part.tensors()]
+
+    def few_rows(self, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
+        """By the native products, in `dtype`, however many rows there are."""
+        x_TI = x_TI.contiguous()
+        y_TO = torch.empty(len(x_TI), self.native_linear.out_features, dtype=dtype)
+        self._library.functions.lathe_linear(
+            self._library.context,
+            ctypes.byref(self.native_linear),
+            *(x_TI.data_ptr(), x_TI.dtype == torch.bfloat16, len(x_TI)),
+            *(y_TO.data_ptr(), dtype == torch.bfloat16),
+        )
+        return y_TO
+
+    def many_rows(self, x_TI: Tensor) -> Tensor:
+        """By torch's products, in the model's dtype."""
+        middle_TR = torch.empty(len(x_TI), self.native_linear.middle_features, dtype=self._dtype)
+        y_TO = torch.empty(len(x_TI), self.native_linear.out_features, dtype=self._dtype)
+        for index, part in enumerate(self._parts):
+            rows = x_TI
+            if part.stage == 1:
+                rows = middle_TR[:, part.in_offset : part.in_offset + part.in_features]
+            bias_O = None if part.bias_O is None else part.bias_O.to(self._dtype)
+            product = F.linear(rows, self._dense(index), bias_O)
+            if len(self._parts) == 1:
+                return product
+            out = slice(part.out_offset, part.out_offset + part.out_features)
+            (middle_TR if part.into_middle else y_TO)[:, out] = product
+        return y_TO
+
+    def _dense(self, index: int) -> Tensor:
+        """The matrix as torch multiplies it; an INT4 one is computed into memory that the next may reuse."""
+        matrix = self._parts[index].matrix
+        if isinstance(matrix, Tensor):
+            return matrix
+        weight_OI = torch.empty(matrix.out_features, matrix.in_features, dtype=self._dtype)
+        self._library.functions.lathe_dequantize(
+            self._library.context,
+            ctypes.byref(self._segments[index]),
+            *(weight_OI.data_ptr(), self._dtype == torch.bfloat16),
+        )
+        return weight_OI

@@ -1,0 +1,135 @@
+"""Products y = x W^T + b with a weight of any checkpoint kind, and of several weights that share their input.
+
+A `Linear` owns its weight in the one form that its kernel wants. INT4 products are `compression.linear`'s modules.
+
+Shapes: T rows, O output channels, I input channels, R rank.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from compression.linear import build_int4_linear
+from compression.quantization.int4 import QuantizedWeight
+from engines.kernels.cpu_linear import DTYPES, applies, build_cpu_linear, share_on_cpu
+from engines.kernels.native import NativeLibrary, native_library
+from engines.kernels.weights import LinearWeight, LowRankWeight, is_joinable, join, join_biases
+
+
+class Linear(Protocol):
+    """A product that is ready to run. Attributes: kernel: the implementation, for `EngineInfo.kernels`."""
+
+    kernel: str
+
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Args: dtype: of the result; the input's by default."""
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds."""
+
+
+class DenseLinear:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self.weight_OI = weight_OI
+        self.bias_O = bias_O
+        self.kernel = f"torch {str(weight_OI.dtype).removeprefix('torch.')}"
+
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.linear(x_TI, self.weight_OI, self.bias_O).to(dtype or x_TI.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight_OI] if self.bias_O is None else [self.weight_OI, self.bias_O]
+
+
+class Int4Linear:
+    def __init__(
+        self,
+        quantized: QuantizedWeight,
+        bias_O: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._module = build_int4_linear(quantized, bias_O, dtype=dtype, device=device)
+        self.kernel = str(self._module.kernel)
+
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        y_TO: Tensor = self._module.forward(x_TI)
+        return y_TO.to(dtype or x_TI.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self._module.parameters(), *self._module.buffers()]
+
+
+class LowRankLinear:
+    """Two thin products; the rank-R intermediate is all that passes between them."""
+
+    def __init__(self, linear_u: Linear, linear_v: Linear) -> None:
+        self._linear_u = linear_u
+        self._linear_v = linear_v
+        self.kernel = f"low rank, u: {linear_u.kernel}, v: {linear_v.kernel}"
+
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._linear_u(self._linear_v(x_TI), dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self._linear_u.tensors(), *self._linear_v.tensors()]
+
+
+class ConcatenatedLinear:
+    """Weights of one input that cannot be one weight, side by side."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+        self.kernel = " + ".join(dict.fromkeys(part.kernel for part in parts))
+
+    def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.cat([part(x_TI, dtype) for part in self._parts], dim=-1)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in self._parts for tensor in part.tensors()]
+
+
+def build_linear(
+    weights: Sequence[LinearWeight], *, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    """One product for weights that share their input; its outputs stand in the order of the weights.
+
+    The native library's where it takes them. Otherwise dense weights become one weight, and so do INT4 weights of one
+    group size. The result shares no memory with the weights.
+    """
+    if device.type == "cpu":
+        library = native_library()
+        if isinstance(library, NativeLibrary) and applies(weights, dtype):
+            return build_cpu_linear(weights, dtype=dtype, library=library)
+    matrices = [w.weight for w in weights if not isinstance(w.weight, LowRankWeight)]
+    if len(matrices) == len(weights) and is_joinable(matrices):
+        bias_O = join_biases(weights, dtype)
+        bias_O = None if bias_O is None else bias_O.to(device)
+        joined = join(matrices)
+        if isinstance(joined, Tensor):
+            return DenseLinear(joined.to(device, dtype), bias_O)
+        return Int4Linear(joined, bias_O, dtype=dtype, device=device)
+    if len(weights) > 1:
+        return ConcatenatedLinear(
+            [build_linear([weight], dtype=dtype, device=device) for weight in weights]
+        )
+    low_rank = weights[0].weight
+    assert isinstance(low_rank, LowRankWeight)
+    u = LinearWeight(weight=low_rank.weight_u, bias_O=weights[0].bias_O)
+    v = LinearWeight(weight=low_rank.weight_v)
+    return LowRankLinear(
+        build_linear([u], dtype=dtype, device=device), build_linear([v], dtype=dtype, device=device)
+    )
+
+
+def share_weight(weight_OI: Tensor) -> Linear:
+    """The product with a matrix that has another owner: a head tied to the embedding."""
+    if weight_OI.device.type == "cpu" and weight_OI.dtype in DTYPES:
+        library = native_library()
+        if isinstance(library, NativeLibrary):
+            return share_on_cpu(weight_OI, library)
+    return DenseLinear(weight_OI, None)

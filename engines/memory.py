@@ -1,0 +1,36 @@
+"""Memory of an engine process: how much a cache may take, and giving back what was freed."""
+
+import ctypes
+import gc
+import logging
+import os
+
+import torch
+
+DEFAULT_KV_CACHE_BYTES = 2 * 2**30
+
+logger = logging.getLogger("lathe.engine")
+
+
+def default_kv_cache_bytes() -> int:
+    """2 GiB, or less where a quarter of the memory is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(DEFAULT_KV_CACHE_BYTES, total // 4)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in str(error)  # torch's CPU allocator
+    )
+
+
+def release_memory() -> None:
+    """Give freed pages back to the system, not only to the allocator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        logger.info("this C library has no malloc_trim")

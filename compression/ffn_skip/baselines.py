@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compression.ffn_skip.rule import SkipRule
-from compression.ffn_skip.teacher_forced import FeedForward, apply_skipped
+from compression.ffn_skip.rule import FeedForward, SkipRule, apply_skipped
 
 
 class ShareSkip:

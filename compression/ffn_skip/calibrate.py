@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from compression.ffn_skip.baselines import ShareSkip, block_inputs_watched
-from compression.ffn_skip.rule import SkipRule, similarity
+from compression.ffn_skip.rule import FeedForward, SkipRule, similarity
 from compression.ffn_skip.substitute import Fitted, Moments, choose_substitute
 from compression.ffn_skip.teacher_forced import (
     AdaptiveSkip,
-    FeedForward,
     Policy,
     feed_forwards_replaced,
 )

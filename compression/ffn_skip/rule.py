@@ -7,14 +7,18 @@ h and the raw output of the feed-forward is near zero everywhere and tells nothi
 Calibration over whole texts and the engine's decode steps share these functions: a row's decisions depend on its own
 states alone, so a text run at once makes those of a text run token by token.
 
-Shapes: ... any rows, H hidden channels.
+Shapes: ... any rows, H hidden channels, R selected rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+FeedForward = Callable[[Tensor], Tensor]
+"""Normed rows (R, H) to outputs (R, H), without the residual."""
 
 NEVER = 2.0
 """A tau above every cosine: rows that have it are computed as the dense model does."""
@@ -63,3 +67,22 @@ def next_remaining(remaining: Tensor, is_skipped: Tensor, is_hit: Tensor, k: int
     """
     computed = torch.where(is_hit, k, 0).to(remaining.dtype)
     return torch.where(is_skipped, remaining - 1, computed)
+
+
+def apply_skipped(
+    is_skipped: Tensor, normed: Tensor, feed_forward: FeedForward, substitute: FeedForward | None
+) -> Tensor:
+    """Outputs (..., H): rows that skip are gathered for the substitute, the others for the feed-forward.
+
+    Args:
+        is_skipped: bool (...).
+        normed: what the feed-forward takes (..., H).
+        substitute: None adds nothing.
+    """
+    output = torch.zeros_like(normed)
+    is_run = ~is_skipped
+    if is_run.any():
+        output[is_run] = feed_forward(normed[is_run]).to(output.dtype)
+    if substitute is not None and is_skipped.any():
+        output[is_skipped] = substitute(normed[is_skipped]).to(output.dtype)
+    return output

@@ -7,16 +7,20 @@ by is a `Policy`; FFN-SkipLLM's own is `AdaptiveSkip`, the baselines are in `bas
 Shapes: B texts, S tokens, H hidden channels, R selected rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from compression.ffn_skip.rule import SkipRule, next_remaining, similarity
-
-FeedForward = Callable[[Tensor], Tensor]
+from compression.ffn_skip.rule import (
+    FeedForward,
+    SkipRule,
+    apply_skipped,
+    next_remaining,
+    similarity,
+)
 
 
 class Policy(Protocol):
@@ -112,19 +116,6 @@ class AdaptiveSkip:
         self._remaining_BS = next_remaining(self._remaining_BS, is_skipped_BS, is_hit_BS, rule.k)
         self.num_skipped[layer] += int(is_skipped_BS.sum())
         return output_BSH
-
-
-def apply_skipped(
-    is_skipped_BS: Tensor, normed_BSH: Tensor, mlp: FeedForward, substitute: FeedForward | None
-) -> Tensor:
-    """Outputs (B, S, H): of the feed-forward, and of its substitute in rows that skip it."""
-    output_BSH = torch.zeros_like(normed_BSH)
-    is_run_BS = ~is_skipped_BS
-    if is_run_BS.any():
-        output_BSH[is_run_BS] = mlp(normed_BSH[is_run_BS])
-    if substitute is not None and is_skipped_BS.any():
-        output_BSH[is_skipped_BS] = substitute(normed_BSH[is_skipped_BS]).to(output_BSH)
-    return output_BSH
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def skipping_llama(num_layers: int = 7, vocab_size: int = 61) -> Any:
+def skipping_llama(num_layers: int = 7, vocab_size: int = 61, *, ties: bool = True) -> Any:
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -16,7 +16,7 @@ def skipping_llama(num_layers: int = 7, vocab_size: int = 61) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=ties,
         eos_token_id=2,
         bos_token_id=1,
     )

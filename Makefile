@@ -57,5 +57,6 @@ lint: dev  ## format check, ruff, mypy --strict
 
 check: lint test  ## what a commit must pass: lint and test
 
-bench: install  ## measure INT4 beside the original and record it in benchmarks/results
+bench: install  ## measure INT4 and the engines, and record it in benchmarks/results
 	$(BIN)/python benchmarks/int4_quality.py
+	$(BIN)/python benchmarks/decode_bench.py

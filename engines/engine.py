@@ -313,12 +313,11 @@ class NativeEngine:
                 outputs += self._failed_pass(chunks, error)
             else:
                 outputs += self._take_step(self._model, chunks, hidden_TH)
+                self._last_output_at = time.time()
         for output in outputs:
             if output.finish_reason is not None:
                 self.abort(output.request_id)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
-        if outputs:
-            self._last_output_at = time.time()
         return outputs
 
     def _forward(self, model: DecoderModel, chunks: Sequence[Chunk]) -> Tensor:
@@ -675,11 +674,8 @@ def _kernel(cpu_step: CpuStep | str) -> str:
 
 
 def _resident_bytes(model: DecoderModel) -> int:
-    """Bytes of all tensors as held, shared storage counted once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in model.tensors()
-    }
-    return sum(storage.nbytes() for storage in storages.values())
+    """Bytes of all tensors as held; one that two hold counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.tensors()}.values())
 
 
 def _kernels(model: DecoderModel) -> dict[str, str]:

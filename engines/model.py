@@ -12,7 +12,6 @@ heads, A = N + 2 K, D head dim, F feed-forward width, V vocabulary.
 """
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from compression.checkpoint import (
 from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
 from engines.ffn_skip import FfnSkip, LayerSubstitute, SkipPass, load_ffn_skip
-from engines.kernels.huge_pages import in_huge_pages
+from engines.kernels.huge_pages import in_huge_pages, map_memory
 from engines.kernels.linear import Linear, build_linear, share_weight
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.paged_attention import (
@@ -259,8 +258,8 @@ def build_kv_cache(model: DecoderModel, num_blocks: int) -> list[LayerCache]:
         # Zeros, because what is masked is still multiplied by zero, and a NaN would stay one.
         if model.device.type != "cpu":
             return torch.zeros(shape, dtype=model.dtype, device=model.device)
-        pages = mmap.mmap(-1, math.prod(shape) * model.dtype.itemsize)
-        return torch.frombuffer(pages, dtype=model.dtype).view(shape)
+        memory = map_memory(math.prod(shape) * model.dtype.itemsize)
+        return memory.view(model.dtype).view(shape)
 
     return [(part(layer), part(layer)) for layer in model.layers]
 

@@ -228,12 +228,12 @@ def mixed_embeddings(
 ) -> Tensor:
     """Embeddings (S, H) of ids, with an embedding row at each placeholder."""
     ids_S = torch.tensor(token_ids, device=device)
-    embeddings_SH = embed(ids_S.clamp(min=0))
-    is_row_S = ids_S == ROW_PLACEHOLDER
-    if rows:
-        rows_RH = torch.frombuffer(bytearray(rows), dtype=torch.float32)
-        embeddings_SH = embeddings_SH.clone()
-        embeddings_SH[is_row_S] = rows_RH.view(-1, embeddings_SH.shape[1]).to(embeddings_SH)
+    if not rows:
+        return embed(ids_S)
+    embeddings_SH = embed(ids_S.clamp(min=0)).clone()
+    rows_RH = torch.frombuffer(bytearray(rows), dtype=torch.float32)
+    rows_RH = rows_RH.view(-1, embeddings_SH.shape[1]).to(embeddings_SH)
+    embeddings_SH[ids_S == ROW_PLACEHOLDER] = rows_RH
     return embeddings_SH
 
 

@@ -94,8 +94,8 @@ void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch
 void lathe_linear(LatheContext* context, const LatheLinear* linear, const void* x_TI, int32_t x_is_bf16,
                   int32_t num_rows, void* output_TO, int32_t output_is_bf16);
 
-// The values of an INT4 or INT8 segment's weights, row-major (O, I), bfloat16 or float32.
-void lathe_dequantize(LatheContext* context, const LatheSegment* segment, void* weight_OI, int32_t is_bf16);
+// The values of an INT4 or INT8 segment's weights, row-major (O, I), bfloat16.
+void lathe_dequantize(LatheContext* context, const LatheSegment* segment, uint16_t* weight_OI);
 
 // The parts of a step, one by one, in float32.
 void lathe_rms_norm(LatheContext* context, const float* x_TH, const float* weight_H, int32_t num_rows,

@@ -71,7 +71,7 @@ void quantized_unit(const LatheSegment& segment, int unit, const Rows& rows,
     f32x16 sums[kNumRows] = {};
     for (int group = 0; group < groups; group++) {
         i32x16 shift = i32x16{} + kShift;
-        if (zero) shift += __builtin_convertvector(load<i8x16>(zero + group * kLanes), i32x16);
+        if (zero) shift += widen(load<i8x16>(zero + group * kLanes));
         i32x16 low[kNumRows], high[kNumRows];  // two chains, because the instruction takes five cycles
         for (int row = 0; row < kNumRows; row++) {
             low[row] = -(shift * rows.sum_TG[row * groups + group]);
@@ -249,14 +249,6 @@ void write_unit(const LatheSegment& segment, int unit, f32x16 total, float* outp
     }
 }
 
-void store_value(float* to, float value) {
-    *to = value;
-}
-
-void store_value(uint16_t* to, float value) {
-    *to = to_bf16(value);
-}
-
 // One row's features in symmetric INT8, a scale to a group.
 void quantize_row(const float* x, int num_features, int group_size, int8_t* codes, float* scales,
                   int32_t* sums) {
@@ -270,7 +262,7 @@ void quantize_row(const float* x, int num_features, int group_size, int8_t* code
         for (int i = 0; i < group_size; i += kLanes) {
             const i32x16 rounded = round_to_int(load_lanes(x + first + i) * inverse);
             total += rounded;
-            store(codes + first + i, __builtin_convertvector(rounded, i8x16));
+            store(codes + first + i, narrow(rounded));
         }
         *scales++ = limit / 127;
         *sums++ = sum(total);
@@ -408,41 +400,44 @@ void multiply(Pool& pool, const LatheLinear& linear, LinearScratch& scratch, flo
     multiply_stage(pool, linear, 1, scratch.middle_inputs, nullptr, output, output_stride, add);
 }
 
-template <class Out>
-void dequantize(Pool& pool, const LatheSegment& segment, Out* weight_OI) {
+void dequantize(Pool& pool, const LatheSegment& segment, uint16_t* weight_OI) {
     const bool int4 = segment.kind == LATHE_INT4;
+    const size_t in_features = segment.in_features;
     const int groups = segment.in_features / segment.group_size;
-    const int loads = segment.group_size / (int4 ? 8 : 4);
+    const int bytes_per_eight = int4 ? 64 : 128;
     pool.run(ceil_div(segment.out_features, kUnit), [&](int unit) {
         const int count = std::min(kUnit, segment.out_features - unit * kUnit);
-        const size_t first = size_t(unit) * groups;
-        const auto* weight = static_cast<const uint8_t*>(segment.weight) + first * loads * 64;
-        for (int lane = 0; lane < count; lane++) {
-            Out* row = weight_OI + (size_t(unit) * kUnit + lane) * segment.in_features;
-            for (int group = 0; group < groups; group++) {
-                const size_t at = (first + group) * kLanes + lane;
-                const float scale = segment.scale_is_fp32
-                                        ? static_cast<const float*>(segment.scale)[at]
-                                        : from_bf16(static_cast<const uint16_t*>(segment.scale)[at]);
-                const int shift = (int4 ? 8 : 128) + (segment.zero_point ? segment.zero_point[at] : 0);
-                for (int j = 0; j < loads; j++) {
-                    const uint8_t* bytes = weight + (size_t(group) * loads + j) * 64 + 4 * lane;
-                    for (int i = 0; i < 4; i++) {
-                        if (int4) {
-                            store_value(row++, ((bytes[i] & 15) - shift) * scale);
-                        } else {
-                            store_value(row++, (bytes[i] - shift) * scale);
-                        }
-                    }
-                    if (!int4) continue;
-                    for (int i = 0; i < 4; i++) store_value(row++, ((bytes[i] >> 4) - shift) * scale);
+        const auto* weight = static_cast<const uint8_t*>(segment.weight) +
+                             unit * in_features / 8 * bytes_per_eight;
+        uint16_t* rows = weight_OI + unit * kUnit * in_features;
+        for (size_t i = 0; i < in_features; i += 8, weight += bytes_per_eight) {
+            const size_t at = (size_t(unit) * groups + i / segment.group_size) * kLanes;
+            const f32x16 scale = segment.scale_is_fp32
+                                     ? load_lanes(static_cast<const float*>(segment.scale) + at)
+                                     : load_lanes(static_cast<const uint16_t*>(segment.scale) + at);
+            i32x16 shift = i32x16{} + (int4 ? 8 : 128);
+            if (segment.zero_point)
+                shift += widen(load<i8x16>(segment.zero_point + at));
+            u32x16 pairs[4];  // of neighbouring inputs; a lane is an output
+            for (int pair = 0; pair < 4; pair++) {
+                u32x16 halves[2];
+                for (int half = 0; half < 2; half++) {
+                    const int input = 2 * pair + half;
+                    const u32x16 word = load<u32x16>(weight + (int4 ? 0 : input / 4 * 64));
+                    const int bit = 8 * (input % 4) + (int4 ? input / 4 * 4 : 0);
+                    const i32x16 code = (i32x16)(word >> bit & (int4 ? 15u : 255u));
+                    const f32x16 value = __builtin_convertvector(code - shift, f32x16) * scale;
+                    halves[half] = widen(to_bf16(value));
                 }
+                pairs[pair] = halves[0] | halves[1] << 16;
             }
+            u32x16 outputs[4];  // four pairs each of outputs k, 4 + k, 8 + k, 12 + k
+            transpose_fours(pairs, outputs);
+            for (int output = 0; output < count; output++)
+                std::memcpy(rows + output * in_features + i,
+                            reinterpret_cast<const char*>(&outputs[output % 4]) + output / 4 * 16, 16);
         }
     });
 }
-
-template void dequantize(Pool&, const LatheSegment&, uint16_t*);
-template void dequantize(Pool&, const LatheSegment&, float*);
 
 }  // namespace lathe

@@ -161,12 +161,9 @@ void lathe_linear(LatheContext* context, const LatheLinear* linear, const void* 
     if (output_is_bf16) from_floats(output, true, num_rows * out_size, output_TO);
 }
 
-void lathe_dequantize(LatheContext* context, const LatheSegment* segment, void* weight_OI, int32_t is_bf16) {
+void lathe_dequantize(LatheContext* context, const LatheSegment* segment, uint16_t* weight_OI) {
     const std::lock_guard<std::mutex> lock(context->mutex);
-    if (is_bf16)
-        dequantize(context->pool, *segment, static_cast<uint16_t*>(weight_OI));
-    else
-        dequantize(context->pool, *segment, static_cast<float*>(weight_OI));
+    dequantize(context->pool, *segment, weight_OI);
 }
 
 void lathe_rms_norm(LatheContext* context, const float* x_TH, const float* weight_H, int32_t num_rows,

@@ -152,7 +152,7 @@ def test_weights_side_by_side(library: NativeLibrary, name: str) -> None:
         ):
             expected = [_expected(weight, x_TI, quantizes_rows) for weight in weights]
             widths = [part.shape[1] for part in expected]
-            for actual, exact in zip(outputs.split(widths, dim=1), expected, strict=True):
+            for actual, exact in zip(torch.split(outputs, widths, dim=1), expected, strict=True):
                 assert _error(actual, exact) < bound
 
 

@@ -85,8 +85,8 @@ class _OneLayer:
         self.batch = cpu_step._batch(self.metadata)
         angles_PR = torch.outer(torch.arange(640.0), 0.5 ** torch.arange(head_dim // 2))
         self.cos_PR, self.sin_PR = angles_PR.cos(), angles_PR.sin()
-        self.norms = [_random(head_dim) for _ in range(2)] if norms else []
-        pointers = [norm.data_ptr() for norm in self.norms] or [None, None]
+        self.query_norm, self.key_norm = _random(head_dim), _random(head_dim) + 1
+        pointers = [norm.data_ptr() if norms else None for norm in (self.query_norm, self.key_norm)]
         self._layer = native.Layer(
             query_norm_D=pointers[0],
             key_norm_D=pointers[1],
@@ -157,11 +157,11 @@ def test_rotate_and_write(
     )
     positions_T = layer.metadata.positions_T
     qkv_TAD = _random(len(positions_T), num_heads + 2 * num_kv_heads, head_dim)
-    queries_TND, keys_TKD, values_TKD = qkv_TAD.double().split(
-        [num_heads, num_kv_heads, num_kv_heads], dim=1
+    queries_TND, keys_TKD, values_TKD = torch.split(
+        qkv_TAD.double(), [num_heads, num_kv_heads, num_kv_heads], dim=1
     )
     if norms:
-        query_norm_D, key_norm_D = (norm.double() for norm in layer.norms)
+        query_norm_D, key_norm_D = layer.query_norm.double(), layer.key_norm.double()
         queries_TND = F.rms_norm(queries_TND, (head_dim,), query_norm_D, EPSILON)
         keys_TKD = F.rms_norm(keys_TKD, (head_dim,), key_norm_D, EPSILON)
     cos_TR, sin_TR = layer.cos_PR[positions_T].double(), layer.sin_PR[positions_T].double()
@@ -217,7 +217,7 @@ def _pass(decoder: DecoderModel, step: CpuStep, chunks: list[tuple[int, int, int
     ids_T = torch.cat([_ids(*PROMPTS[prompt])[start:end] for prompt, start, end in chunks])
     metadata = build_metadata(rows, CPU)
     hidden_TH = step.forward(decoder.embed(ids_T), metadata)
-    return torch.cat([decoder.logits(rows) for rows in hidden_TH.split(MAX_ROWS)])
+    return torch.cat([decoder.logits(rows) for rows in torch.split(hidden_TH, MAX_ROWS)])
 
 
 def _step(decoder: DecoderModel) -> CpuStep:

@@ -333,8 +333,8 @@ class NativeEngine:
         hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
         metadata = build_metadata(rows, model.device)
         skip = self._skip_pass(model, chunks)
-        if skip is None and isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= MAX_ROWS:
-            hidden_TH = self._cpu_step.forward(hidden_TH, metadata)
+        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= MAX_ROWS:
+            hidden_TH = self._cpu_step.forward(hidden_TH, metadata, skip)
         else:
             hidden_TH = model.forward(hidden_TH, metadata, self._kv_cache, skip)
         if model.ffn_skip is not None:

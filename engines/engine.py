@@ -309,10 +309,11 @@ class NativeEngine:
         if chunks:
             try:
                 hidden_TH = self._forward(self._model, chunks)
+                logits_SV = self._logits(self._model, chunks, hidden_TH)
             except Exception as error:
                 outputs += self._failed_pass(chunks, error)
             else:
-                outputs += self._take_step(self._model, chunks, hidden_TH)
+                outputs += self._take_step(self._model, chunks, hidden_TH, logits_SV)
                 self._last_output_at = time.time()
         for output in outputs:
             if output.finish_reason is not None:
@@ -393,32 +394,39 @@ class NativeEngine:
             for chunk in chunks
         ]
 
+    def _samples(self, chunk: Chunk) -> bool:
+        """Whether a request gets a token from this step."""
+        return chunk.is_last and self._generations[chunk.request.request_id].params.max_tokens > 0
+
+    def _logits(self, model: DecoderModel, chunks: Sequence[Chunk], hidden_TH: Tensor) -> Tensor:
+        """Of the last rows (S, V) of those that get a token."""
+        ends = itertools.accumulate(chunk.num_tokens for chunk in chunks)
+        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if self._samples(chunk)]
+        return model.logits(hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows])
+
     def _take_step(
-        self, model: DecoderModel, chunks: Sequence[Chunk], hidden_TH: Tensor
+        self,
+        model: DecoderModel,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        logits_SV: Tensor,
     ) -> list[TokenOutput]:
         """Note what is computed, and give a token to every request whose known tokens all are."""
         outputs: list[TokenOutput] = []
         sampled: list[tuple[ScheduledRequest, Generation]] = []
-        last_rows: list[int] = []
         end = 0
         for chunk in chunks:
             start, end = end, end + chunk.num_tokens
             request = chunk.request
             generation = self._generations[request.request_id]
             generation.num_cached_tokens = request.num_cached_tokens or 0
-            is_last = chunk.is_last
             if generation.params.prompt_logprobs is not None:
                 self._add_prompt_logprobs(model, generation, request, hidden_TH[start:end])
-            self._scheduler.advance(chunk)
-            if is_last and generation.params.max_tokens == 0:
-                outputs.append(generation.prompt_only_output())
-            elif is_last:
+            if self._samples(chunk):
                 sampled.append((request, generation))
-                last_rows.append(end - 1)
-        if not sampled:
-            return outputs
-        is_all = len(last_rows) == len(hidden_TH)
-        logits_SV = model.logits(hidden_TH if is_all else hidden_TH[last_rows])
+            elif chunk.is_last:
+                outputs.append(generation.prompt_only_output())
+            self._scheduler.advance(chunk)
         taken = sample([generation for _, generation in sampled], logits_SV)
         for (request, _), output in zip(sampled, taken, strict=True):
             if output.finish_reason == "error":

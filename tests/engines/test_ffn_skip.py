@@ -15,6 +15,7 @@ from compression.ffn_skip.substitute import Fitted
 from compression.safetensors_header import CheckpointError
 from engines.engine import NativeEngine
 from engines.ffn_skip import row_taus
+from engines.kernels.cpu_step import CpuStep
 from engines.protocol import EngineError, SamplingParams, Skip, TokenOutput
 from engines.requests import EngineLimits
 from tests.compression.ffn_skip.models import skipping_llama
@@ -227,3 +228,16 @@ def test_taus_of_rows() -> None:
     assert row_taus(0.9, 3, 4, 5) == [NEVER, NEVER, 0.9, 0.9]
     assert row_taus(0.9, 7, 1, 5) == [0.9]
     assert row_taus(0.9, 0, 2, 9) == [NEVER, NEVER]
+
+
+def test_the_native_call_and_plain_ops_decide_alike(skipping: Skipping, build: Build) -> None:
+    requests = [build_request(f"r{i}", prompt_of(i), LONG, skip=PROFILE) for i in range(4)]
+    engine, plain = build(), build()
+    if not isinstance(engine._cpu_step, CpuStep):
+        pytest.skip(f"no native library: {engine._cpu_step}")
+    plain._cpu_step = "left out by this test"
+    ours, theirs = run(engine, requests), run(plain, requests)
+    for key in ours:
+        assert token_ids_of(ours[key]) == token_ids_of(theirs[key])
+        assert counts(ours[key]) == counts(theirs[key])
+        assert counts(ours[key])[0] > 30

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from compression.ffn_skip.rule import NEVER
 from engines.ffn_skip import SkipPass, row_taus
-from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
+from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kv_cache import BlockManager
 from engines.memory import default_kv_cache_bytes, is_out_of_memory, release_memory
@@ -334,7 +334,7 @@ class NativeEngine:
         hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
         metadata = build_metadata(rows, model.device)
         skip = self._skip_pass(model, chunks)
-        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= MAX_ROWS:
+        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= self._cpu_step.max_rows:
             hidden_TH = self._cpu_step.forward(hidden_TH, metadata, skip)
         else:
             hidden_TH = model.forward(hidden_TH, metadata, self._kv_cache, skip)

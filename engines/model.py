@@ -32,7 +32,7 @@ from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
 from engines.ffn_skip import FfnSkip, LayerSubstitute, SkipPass, load_ffn_skip
 from engines.kernels.huge_pages import in_huge_pages, map_memory
-from engines.kernels.linear import Linear, build_linear, share_weight
+from engines.kernels.linear import Linear, build_linear, build_tied_head
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.paged_attention import (
     LayerCache,
@@ -350,7 +350,7 @@ def load_decoder(
     if weights.has_linear("lm_head"):
         lm_head = weights.linear("lm_head")
     elif config.ties_embeddings:
-        lm_head = share_weight(embedding_VH)
+        lm_head = build_tied_head(embedding_VH, is_int4=weights.has_int4)
     else:
         raise CheckpointError(f"{folder.name}: no lm_head, and embeddings are not tied")
     final_norm_H = weights.other("model.norm.weight")
@@ -383,6 +383,7 @@ class _Weights:
         self._checkpoint = checkpoint
         self._matrices = {matrix.name: matrix for matrix in checkpoint.manifest.matrices}
         self._others = set(checkpoint.manifest.other_tensors)
+        self.has_int4 = any(matrix.linear.bits == 4 for matrix in checkpoint.manifest.matrices)
         self._dtype = dtype
         self._device = device
 

@@ -1,7 +1,7 @@
 """Linear layers of any kind for the native library: how weights lie in memory, and which rows go where.
 
 Few rows go through the native products, which read each weight once; INT4 weights then meet inputs that are quantized
-to INT8 as they come, symmetric, a scale to each of the weight's groups. More rows than `NATIVE_ROWS` go through torch's
+to INT8 as they come, symmetric, a scale to 32 inputs. More rows than `NATIVE_ROWS` go through torch's
 matrix product, INT4 weights dequantized for it one matrix at a time. The weight is held once: dense ones as torch has
 them, INT4 ones in the layout that `cpu/product.cpp` describes.
 
@@ -35,8 +35,13 @@ GROUP_MULTIPLE = 32
 HEAD_GROUP_SIZE = 64
 DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 
-NATIVE_ROWS = {native.FP32: 16, native.BF16: 16, native.INT4: 32, native.INT8: 32}
-"""Most rows that the native product is used for, by kind. benchmarks/decode_kernels.py measures the crossover."""
+NATIVE_ROWS = {native.FP32: 32, native.BF16: 32, native.INT4: 64, native.INT8: 64}
+"""Most rows that the native product is used for, by kind.
+
+Measured on Sapphire Rapids, whose AMX units torch's product uses (benchmarks/results/native_cpu_2026-11-24.md): passes
+of SmolLM2-135M took equally long at 24 (one request's rows) to 48 rows (one row each) in bfloat16, and at about 100 in
+INT4.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,8 +220,8 @@ def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
     return CpuLinear([_Part(matrix=weight_OI)], dtype=weight_OI.dtype, library=library)
 
 
-def quantized_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
-    """See `linear.quantize_head`."""
+def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
+    """In INT8; see `linear.build_tied_head`."""
     packed = pack_int8(weight_OI, HEAD_GROUP_SIZE)
     return CpuLinear([_Part(matrix=packed)], dtype=weight_OI.dtype, library=library)
 
@@ -232,6 +237,7 @@ class CpuLinear:
 
     Attributes:
         native_linear: the same for the native library; valid as long as this object.
+        native_rows: most rows that go through it.
     """
 
     def __init__(
@@ -250,7 +256,7 @@ class CpuLinear:
             middle_features=sum(p.out_features for p in self._parts if p.into_middle),
             out_features=sum(p.out_features for p in self._parts if not p.into_middle),
         )
-        self._native_rows = min(NATIVE_ROWS[part.kind] for part in self._parts)
+        self.native_rows = min(NATIVE_ROWS[part.kind] for part in self._parts)
         names = {
             native.FP32: "fp32",
             native.BF16: "bf16",
@@ -260,12 +266,12 @@ class CpuLinear:
         kinds = " + ".join(dict.fromkeys(names[part.kind] for part in self._parts))
         low_rank = "low rank " if self.native_linear.middle_features else ""
         self.kernel = (
-            f"native {low_rank}{kinds} up to {self._native_rows} rows, then torch {dtype}"
+            f"native {low_rank}{kinds} up to {self.native_rows} rows, then torch {dtype}"
         ).replace("torch.", "")
 
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or x_TI.dtype
-        if len(x_TI) <= self._native_rows:
+        if len(x_TI) <= self.native_rows:
             return self.few_rows(x_TI, dtype)
         return self.many_rows(x_TI.to(self._dtype)).to(dtype)
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "simd.h"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int kPartTokens = 256;
 constexpr int kBlock = 16;      // tokens of a cache block: one lane each
 constexpr int kMaxVectors = 16;  // head_dim / 16
+constexpr double kValuesPerNanosecond = 8;  // of keys and as many of values, that a thread attends to
 constexpr float kMasked = -1e30f;
 
 float to_float(float value) {
@@ -132,19 +134,18 @@ void Attention::run(Pool& pool, const LatheModel& model, const LatheLayer& layer
                     const LatheBatch& batch, const float* qkv_TA, int qkv_stride) {
     const int num_tasks = int(pieces_.size()) * layer.num_kv_heads;
     const int group = layer.num_heads / layer.num_kv_heads;
-    const int per_chunk = std::max(1, num_tasks / (8 * pool.num_threads()));
-    pool.run((num_tasks + per_chunk - 1) / per_chunk, [&](int chunk) {
-        const int end = std::min((chunk + 1) * per_chunk, num_tasks);
-        for (int task = chunk * per_chunk; task < end; task++) {
-            const int index = task / layer.num_kv_heads, kv_head = task % layer.num_kv_heads;
-            const Piece& one = pieces_[index];
-            const float* queries = qkv_TA + size_t(one.row) * qkv_stride +
-                                   size_t(kv_head) * group * model.head_dim;
-            if (model.is_bf16)
-                piece_of<uint16_t>(model, layer, batch, one, index, kv_head, queries);
-            else
-                piece_of<float>(model, layer, batch, one, index, kv_head, queries);
-        }
+    const double context = std::accumulate(
+        batch.positions_T, batch.positions_T + batch.num_rows, double(batch.num_rows));
+    const double values = context * layer.num_heads * model.head_dim;
+    pool.run_items(num_tasks, values / num_tasks / kValuesPerNanosecond, [&](int task) {
+        const int index = task / layer.num_kv_heads, kv_head = task % layer.num_kv_heads;
+        const Piece& one = pieces_[index];
+        const float* queries =
+            qkv_TA + size_t(one.row) * qkv_stride + size_t(kv_head) * group * model.head_dim;
+        if (model.is_bf16)
+            piece_of<uint16_t>(model, layer, batch, one, index, kv_head, queries);
+        else
+            piece_of<float>(model, layer, batch, one, index, kv_head, queries);
     });
 }
 

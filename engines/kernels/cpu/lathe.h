@@ -26,7 +26,7 @@ struct LatheSegment {
     int32_t scale_is_fp32;
     int32_t out_features;
     int32_t in_features;
-    int32_t group_size;          // 32, 64 or 128; INT4 and INT8 only
+    int32_t group_size;          // a multiple of 32; INT4 and INT8 only
     int32_t stage;
     int32_t into_middle;         // 1: writes the middle, 0: writes the output
     int32_t in_offset;

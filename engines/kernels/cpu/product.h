@@ -19,7 +19,7 @@ class Inputs {
     void prepare_row(int row, const float* x);
 
     struct Form {
-        int32_t kind, in_offset, in_features, group_size;
+        int32_t kind, in_offset, in_features;
         int32_t stride;  // elements from row to row; features padded to 32 with zeros
         std::vector<float> floats;
         std::vector<int8_t> codes;

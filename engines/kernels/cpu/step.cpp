@@ -79,7 +79,7 @@ void prepare_normed(LatheContext& context, const LatheModel& model, const LatheL
     const size_t hidden_size = model.hidden_size;
     float* narrow = grown(context.narrow, num_rows * hidden_size);
     context.scratch.inputs.reset(linear, 0, num_rows);
-    context.pool.run(num_rows, [&](int i) {
+    context.pool.run_items(num_rows, model.hidden_size, [&](int i) {
         float* normed = narrow + i * hidden_size;
         rms_norm_row(hidden_TH + (rows ? rows[i] : i) * hidden_size, weight_H, model.hidden_size,
                      model.rms_norm_epsilon, normed);
@@ -96,7 +96,7 @@ void feed_forward(LatheContext& context, const LatheModel& model, const LatheLay
     float* narrow = grown(context.narrow, num_rows * ffn_size);
     multiply(context.pool, layer.gate_up, context.scratch, wide, 2 * layer.down.in_features, false);
     context.scratch.inputs.reset(layer.down, 0, num_rows);
-    context.pool.run(num_rows, [&](int i) {
+    context.pool.run_items(num_rows, 2 * layer.down.in_features, [&](int i) {
         float* active = narrow + i * ffn_size;
         swiglu_row(wide + i * 2 * ffn_size, layer.down.in_features, active);
         context.scratch.inputs.prepare_row(i, active);
@@ -140,7 +140,7 @@ void feed_forward_or_skip(LatheContext& context, const LatheModel& model, const 
     float* output = grown(context.output, num_rows * hidden_size);
     if (num_run) {
         feed_forward(context, model, layer, hidden_TH, context.run.data(), num_run, output, false);
-        context.pool.run(num_run, [&](int i) {
+        context.pool.run_items(num_run, model.hidden_size, [&](int i) {
             const int row = context.run[i];
             const float similarity = add_and_compare(hidden_TH + row * hidden_size,
                                                      output + i * hidden_size, model.hidden_size);
@@ -152,7 +152,7 @@ void feed_forward_or_skip(LatheContext& context, const LatheModel& model, const 
                        context.skipped.data(), num_skipped);
         multiply(context.pool, instead.linear, context.scratch, output, model.hidden_size, false);
     }
-    context.pool.run(num_skipped, [&](int i) {
+    context.pool.run_items(num_skipped, model.hidden_size, [&](int i) {
         const int row = context.skipped[i];
         float* hidden = hidden_TH + row * hidden_size;
         const float* added = instead.linear.num_segments ? output + i * hidden_size : instead.mean_H;
@@ -172,12 +172,12 @@ void run_attention(LatheContext& context, const LatheModel& model, const LatheLa
     float* wide = grown(context.wide, size_t(num_rows) * qkv_size);
     float* narrow = grown(context.narrow, size_t(num_rows) * attended_size);
     multiply(pool, layer.qkv, scratch, wide, qkv_size, false);
-    pool.run(num_rows, [&](int row) {
+    pool.run_items(num_rows, qkv_size, [&](int row) {
         rotate_and_write_row(model, layer, batch, row, wide + size_t(row) * qkv_size);
     });
     context.attention.run(pool, model, layer, batch, wide, qkv_size);
     scratch.inputs.reset(layer.o, 0, num_rows);
-    pool.run(num_rows, [&](int row) {
+    pool.run_items(num_rows, attended_size, [&](int row) {
         float* attended = narrow + size_t(row) * attended_size;
         context.attention.gather_row(model, layer, row, attended);
         scratch.inputs.prepare_row(row, attended);
@@ -213,7 +213,7 @@ void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch
         else
             feed_forward(*context, *model, layer, hidden, nullptr, batch->num_rows, hidden, true);
     }
-    context->pool.run(batch->num_rows, [&](int row) {
+    context->pool.run_items(batch->num_rows, model->hidden_size, [&](int row) {
         float* values = hidden + size_t(row) * model->hidden_size;
         rms_norm_row(values, model->final_norm_H, model->hidden_size, model->rms_norm_epsilon, values);
     });
@@ -227,7 +227,7 @@ void lathe_linear(LatheContext* context, const LatheLinear* linear, const void* 
     const size_t in_size = linear->in_features, out_size = linear->out_features;
     float* x = grown(context->narrow, num_rows * in_size);
     scratch.inputs.reset(*linear, 0, num_rows);
-    context->pool.run(num_rows, [&](int row) {
+    context->pool.run_items(num_rows, in_size, [&](int row) {
         const char* from = static_cast<const char*>(x_TI) + row * in_size * (x_is_bf16 ? 2 : 4);
         to_floats(from, x_is_bf16, in_size, x + row * in_size);
         scratch.inputs.prepare_row(row, x + row * in_size);

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.hf import load_model
 from engines.kernels import cpu_step, linear, native
-from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
+from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kernels.native import NativeLibrary
 from engines.kernels.rotary import rotate
@@ -217,7 +217,7 @@ def _pass(decoder: DecoderModel, step: CpuStep, chunks: list[tuple[int, int, int
     ids_T = torch.cat([_ids(*PROMPTS[prompt])[start:end] for prompt, start, end in chunks])
     metadata = build_metadata(rows, CPU)
     hidden_TH = step.forward(decoder.embed(ids_T), metadata)
-    return torch.cat([decoder.logits(rows) for rows in torch.split(hidden_TH, MAX_ROWS)])
+    return torch.cat([decoder.logits(rows) for rows in torch.split(hidden_TH, step.max_rows)])
 
 
 def _step(decoder: DecoderModel) -> CpuStep:
@@ -274,7 +274,9 @@ def test_a_row_alone_is_the_row_in_a_batch(
 
 
 def test_what_it_does_not_run_is_named(
-    decoder_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    library: NativeLibrary,
+    decoder_checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without the library a model has torch's products, and is as right with them."""
     monkeypatch.setattr(cpu_step, "native_library", lambda: "no C++ compiler")
@@ -283,11 +285,34 @@ def test_what_it_does_not_run_is_named(
     assert {linear.kernel for linear in decoder.linears()} == {"torch float32"}
     cache = build_kv_cache(decoder, 4)
     assert build_cpu_step(decoder, cache) == "no C++ compiler"
-    monkeypatch.undo()
-    if isinstance(native.native_library(), NativeLibrary):
-        assert build_cpu_step(decoder, cache) == "a layer runs on torch float32"
+    monkeypatch.setattr(cpu_step, "native_library", lambda: library)
+    assert build_cpu_step(decoder, cache) == "a layer runs on torch float32"
     ids_T = _ids(*PROMPTS[0])
     metadata = build_metadata([RequestRows(start=0, num_tokens=40, block_table=[1, 2, 3])], CPU)
     actual = decoder.logits(decoder.forward(decoder.embed(ids_T), metadata, cache))
     expected = load_model(decoder_checkpoint("llama"), dtype=torch.float32)(ids_T[None]).logits[0]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.real_model
+def test_the_real_model(real_model_dir: Path) -> None:
+    """SmolLM2 in passes of few rows: float32 equals transformers', bfloat16 is as close as transformers' own."""
+    ids_T = torch.tensor([504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 253, 2838, 351] * 3)
+    model = load_model(real_model_dir, dtype=torch.float32)
+    with torch.inference_mode():
+        exact_TV = model(ids_T[None]).logits[0]
+        in_bf16 = load_model(real_model_dir, dtype=torch.bfloat16)(ids_T[None]).logits[0].float()
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = load_decoder(real_model_dir, dtype=dtype)
+        step = build_cpu_step(decoder, build_kv_cache(decoder, 4))
+        if isinstance(step, str):
+            pytest.skip(step)
+        logits = []
+        for start, end in ((0, 17), (17, 18), (18, 36)):
+            rows = RequestRows(start=start, num_tokens=end - start, block_table=[3, 1, 2])
+            hidden_TH = step.forward(decoder.embed(ids_T[start:end]), build_metadata([rows], CPU))
+            logits.append(decoder.logits(hidden_TH))
+        errors.append(float((torch.cat(logits) - exact_TV).norm() / exact_TV.norm()))
+    assert errors[0] < 1e-5
+    assert errors[1] < 2 * float((in_bf16 - exact_TV).norm() / exact_TV.norm())

@@ -124,7 +124,11 @@ def to_markdown(title: str, report: JsonObject) -> str:
                 f"| {target['target_ratio']:.0%} | {name} | {skipped} | {1 - target['saved']:.1%} |"
                 f" {row['perplexity']:.2f} | {row['ratio']:.3f} |"
             )
-    lines += ["", "Policies of one target read the same share of the weights per decoded token:"]
+    lines += [
+        "",
+        "Policies of one target read the same share of the weights per decoded token, as counted on the calibration"
+        " text; adaptive ones skip what they skip on the held-out text, which the third column says:",
+    ]
     lines += [f"- {name}: {text}." for name, text in POLICIES.items()]
     lines += [
         "",

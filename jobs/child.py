@@ -20,7 +20,10 @@ from engines.process import die_with_parent, set_openmp_environment
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext, finite
 from jobs.store import JsonObject
 
-RUNNERS = {"compress": "jobs.runners.compress:run"}
+RUNNERS = {
+    "calibrate_skip": "jobs.runners.calibrate_skip:run",
+    "compress": "jobs.runners.compress:run",
+}
 MAX_MESSAGE_CHARS = 500
 
 

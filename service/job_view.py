@@ -57,7 +57,9 @@ def human_bytes(count: float) -> str:
 
 
 def report_lines(report: JsonObject) -> list[str]:
-    """A compression report: what changed, by how much, and how it was measured."""
+    """A compression report, what changed, by how much, and how it was measured; or that of a skip calibration."""
+    if "targets" in report:
+        return _skip_lines(report)
     speed = report["speed"]
     rows = [
         ["", "before", "after", "after / before"],
@@ -87,6 +89,26 @@ def report_lines(report: JsonObject) -> list[str]:
         f"{protocol['device']}.",
         f"Speed: {speed['note']}.",
     ]
+
+
+def _skip_lines(report: JsonObject) -> list[str]:
+    rows = [["target", "policy", "skipped", "weight bytes", "perplexity", "ratio"]]
+    for target in report["targets"]:
+        for name, row in target["policies"].items():
+            skipped = f"{row['skip_ratio']:.1%}" if "skip_ratio" in row else None
+            rows.append(
+                [
+                    f"{target['target_ratio']:.0%}",
+                    name,
+                    skipped or f"{row['num_blocks']:.1f} blocks",
+                    f"{1 - target['saved']:.1%}",
+                    f"{row['perplexity']:.3f}",
+                    f"{row['ratio']:.3f}",
+                ]
+            )
+    offered = ", ".join(f"{ratio:.0%}" for ratio in report["offered"]) or "nothing"
+    limit = report["max_perplexity_ratio"]
+    return [*table(rows), f"Offered: {offered}, of a perplexity ratio of at most {limit}."]
 
 
 def _row(name: str, pair: JsonObject, form: str) -> list[str]:

@@ -180,7 +180,10 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    expected = "up serve engine worker models import compress jobs chat verify export doctor keys"
+    expected = (
+        "up serve engine worker models import compress calibrate-skip jobs chat verify export doctor"
+        " keys"
+    )
     assert set(main.commands) == set(expected.split())
 
 
@@ -318,6 +321,36 @@ def test_compress_submits_follows_and_reports(lathe: Lathe, stub: Stub) -> None:
     # The first stream ended before the job did: the second one went on where it broke off.
     follows = [h for r, _, h in stub.requests if r == f"GET /v1/jobs/{JOB_ID}/events"]
     assert [headers["Last-Event-ID"] for headers in follows] == ["0", "2"]
+
+
+def test_calibrate_skip_submits_and_reports(lathe: Lathe, stub: Stub) -> None:
+    stub.on("POST /v1/jobs", Answer(job("queued"), 201))
+    stub.on(f"GET /v1/jobs/{JOB_ID}/events", events(event(1, "status", "succeeded")))
+    policy = {"skip_ratio": 0.2, "perplexity": 15.0, "ratio": 1.5}
+    whole = {"num_blocks": 1.5, "perplexity": 20.0, "ratio": 2.0}
+    target = {
+        "target_ratio": 0.2,
+        "saved": 0.125,
+        "policies": {"adaptive": policy, "shortgpt": whole},
+    }
+    report = {"targets": [target], "offered": [], "max_perplexity_ratio": 1.25}
+    done = job("succeeded", result={"model": "o", "report": report})
+    stub.on(f"GET /v1/jobs/{JOB_ID}", Answer(done))
+    result = lathe("calibrate-skip", "tiny", "--output", "o", "--target-ratio", "0.2",
+                   "--max-perplexity-ratio", "1.25", "--no-substitutes")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert stub.sent("POST /v1/jobs") == {
+        "type": "calibrate_skip",
+        "model": "tiny",
+        "output": "o",
+        "target_ratios": [0.2],
+        "gate": {"max_perplexity_ratio": 1.25},
+        "substitutes": False,
+    }
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["20%", "adaptive", "20.0%", "87.5%", "15.000", "1.500"] in lines
+    assert ["20%", "shortgpt", "1.5", "blocks", "87.5%", "20.000", "2.000"] in lines
+    assert "Offered: nothing" in result.output
 
 
 def test_compress_takes_a_recipe_from_a_file_and_calibration(

@@ -1,6 +1,6 @@
 """One method of llm-compressor on a checkpoint, as one JSON line; `compression_peers.py` runs it in a venv of its own.
 
-    PEER/bin/python benchmarks/llmcompressor_peer.py METHOD CHECKPOINT TOKENS OUTPUT
+    PEER/bin/python -m benchmarks.llmcompressor_peer METHOD CHECKPOINT TOKENS OUTPUT
 
 METHOD is a key of `RECIPES`. TOKENS is a JSON list of lists of token ids, what the method is calibrated with. OUTPUT
 becomes a folder with the weights that the method left, dense (INT4 as its codes stand for), for our own measurement.

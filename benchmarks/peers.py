@@ -37,8 +37,8 @@ from typing import Any
 
 import httpx
 import psutil
-from serve_bench import Level, Target, closed_loop
 
+from benchmarks.serve_bench import Level, Target, closed_loop
 from compression.registry import ModelNotFoundError, ModelRegistry
 from service.settings import DEFAULT_MODEL, Settings
 

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from engines.process import set_openmp_environment
+
+# Before torch is imported: with a busy neighbour, threads that spin make small products ten times as slow.
+set_openmp_environment()
 REPOSITORY = Path(__file__).parent.parent
 
 

@@ -33,7 +33,7 @@ LANES = 16
 GROUP_MULTIPLE = 32
 DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 
-NATIVE_ROWS = {native.FP32: 8, native.BF16: 8, native.INT4: 32}
+NATIVE_ROWS = {native.FP32: 16, native.BF16: 16, native.INT4: 32}
 """Most rows that the native product is used for, by kind. benchmarks/decode_kernels.py measures the crossover."""
 
 
@@ -231,13 +231,14 @@ class CpuLinear:
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or x_TI.dtype
         if len(x_TI) <= self._native_rows:
-            return self._native(x_TI, dtype)
-        return self._torch(x_TI.to(self._dtype)).to(dtype)
+            return self.few_rows(x_TI, dtype)
+        return self.many_rows(x_TI.to(self._dtype)).to(dtype)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self._parts for tensor in part.tensors()]
 
-    def _native(self, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
+    def few_rows(self, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
+        """By the native products, in `dtype`, however many rows there are."""
         x_TI = x_TI.contiguous()
         y_TO = torch.empty(len(x_TI), self.native_linear.out_features, dtype=dtype)
         self._library.functions.lathe_linear(
@@ -248,7 +249,8 @@ class CpuLinear:
         )
         return y_TO
 
-    def _torch(self, x_TI: Tensor) -> Tensor:
+    def many_rows(self, x_TI: Tensor) -> Tensor:
+        """By torch's products, in the model's dtype."""
         middle_TR = torch.empty(len(x_TI), self.native_linear.middle_features, dtype=self._dtype)
         y_TO = torch.empty(len(x_TI), self.native_linear.out_features, dtype=self._dtype)
         for index, part in enumerate(self._parts):

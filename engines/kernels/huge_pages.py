@@ -34,9 +34,7 @@ class _Regions:
 
 def _map(num_bytes: int) -> Tensor:
     # One page more than asked for, to start at a multiple. Private: shared memory has no huge pages.
-    region = mmap.mmap(
-        -1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )
+    region = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(region))

@@ -147,13 +147,13 @@ def native_library() -> NativeLibrary | str:
     import torch
 
     try:
-        return open_library(flags=(NATIVE,), num_threads=torch.get_num_threads())
+        return open_library(_cache_folder(), flags=(NATIVE,), num_threads=torch.get_num_threads())
     except NativeUnavailableError as error:
         return str(error)
 
 
-def open_library(*, flags: Sequence[str], num_threads: int) -> NativeLibrary:
-    """Build (once) and load the library with additional compiler flags.
+def open_library(folder: Path, *, flags: Sequence[str], num_threads: int) -> NativeLibrary:
+    """Build the library (once) in `folder` with additional compiler flags, and load it.
 
     Raises:
         NativeUnavailableError: wrong CPU, no compiler, or it failed.
@@ -162,7 +162,7 @@ def open_library(*, flags: Sequence[str], num_threads: int) -> NativeLibrary:
     lacking = REQUIRED_FEATURES - features
     if lacking:
         raise NativeUnavailableError(f"the CPU has no {', '.join(sorted(lacking))}")
-    functions = ctypes.CDLL(str(build(_cache_folder(), flags=flags)))
+    functions = ctypes.CDLL(str(build(folder, flags=flags)))
     for name, arguments in _SIGNATURES.items():
         getattr(functions, name).argtypes = arguments
         getattr(functions, name).restype = None

@@ -544,6 +544,6 @@ def _kernels(model: DecoderModel) -> dict[str, str]:
     """The implementation of each op; of linear layers, how many have it."""
     counts = Counter(linear.kernel for linear in model.linears())
     return {
-        "attention": "torch: SDPA over gathered blocks",
+        **model.ops.kernels,
         **{f"linear: {kernel}": f"{count} products" for kernel, count in counts.items()},
     }

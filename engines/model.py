@@ -24,18 +24,13 @@ from torch import Tensor
 from compression.checkpoint import Checkpoint, Matrix, open_checkpoint
 from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
+from engines.kernels.attention import PassFacts
 from engines.kernels.huge_pages import in_huge_pages
 from engines.kernels.linear import Linear, build_linear, share_weight
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
-from engines.kernels.paged_attention import (
-    LayerCache,
-    paged_attention,
-    plan_attention,
-    write_cache,
-)
-from engines.kernels.rms_norm import add_rms_norm, rms_norm
-from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables, rotate
-from engines.kernels.swiglu import swiglu
+from engines.kernels.ops import TORCH_OPS, choose_ops
+from engines.kernels.paged_attention import LayerCache
+from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables
 from engines.kernels.weights import LinearWeight
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -98,6 +93,7 @@ class DecoderModel:
     Attributes:
         cos_PR, sin_PR: float32 rotary tables for every position up to `max_position_embeddings`.
         lm_head: holds `embedding_VH` itself where embeddings are tied.
+        ops: what its passes over a cache run on, beside the products.
     """
 
     def __init__(
@@ -118,7 +114,8 @@ class DecoderModel:
         self.lm_head = lm_head
         self.cos_PR = cos_PR
         self.sin_PR = sin_PR
-        self._windows = set(config.windows)
+        self.ops = choose_ops(self.device, self.dtype, config.head_dim)
+        self._windows = frozenset(config.windows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,54 +139,32 @@ class DecoderModel:
             kv_cache: one pair per layer. Without it each request must be whole in this pass, and
                 slots and block tables are not read.
         """
-        plan = plan_attention(metadata, self._windows)
-        cos_TR = self.cos_PR[metadata.positions_T]
-        sin_TR = self.sin_PR[metadata.positions_T]
+        ops = TORCH_OPS if kv_cache is None else self.ops
         epsilon = self.config.rms_norm_epsilon
+        attention = ops.attention(
+            PassFacts(
+                metadata=metadata,
+                cos_TR=self.cos_PR[metadata.positions_T],
+                sin_TR=self.sin_PR[metadata.positions_T],
+                epsilon=epsilon,
+                windows=self._windows,
+            )
+        )
         residual_TH = hidden_TH
-        normed_TH = rms_norm(hidden_TH, self.layers[0].input_norm_H, epsilon)
+        normed_TH = ops.rms_norm(hidden_TH, self.layers[0].input_norm_H, epsilon)
         for index, layer in enumerate(self.layers):
             cache = None if kv_cache is None else kv_cache[index]
-            queries_TND, keys_TKD, values_TKD = self._heads(layer, normed_TH, cos_TR, sin_TR)
-            if cache is not None:
-                write_cache(cache, keys_TKD, values_TKD, metadata.slot_mapping_T)
-            attended_TND = paged_attention(
-                queries_TND, keys_TKD, values_TKD, cache, plan, layer.window
-            )
-            normed_TH, residual_TH = add_rms_norm(
+            heads_TAD = layer.qkv(normed_TH).view(len(normed_TH), -1, self.config.head_dim)
+            attended_TND = attention(heads_TAD, layer, cache)
+            normed_TH, residual_TH = ops.add_rms_norm(
                 layer.o(attended_TND.flatten(1)), residual_TH, layer.post_norm_H, epsilon
             )
             is_last = index + 1 == len(self.layers)
             next_norm_H = self.final_norm_H if is_last else self.layers[index + 1].input_norm_H
-            normed_TH, residual_TH = add_rms_norm(
-                layer.down(swiglu(layer.gate_up(normed_TH))), residual_TH, next_norm_H, epsilon
+            normed_TH, residual_TH = ops.add_rms_norm(
+                layer.down(ops.swiglu(layer.gate_up(normed_TH))), residual_TH, next_norm_H, epsilon
             )
         return normed_TH
-
-    def _heads(
-        self, layer: DecoderLayer, normed_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values."""
-        num_rotated = layer.num_heads + layer.num_kv_heads
-        heads_TAD = layer.qkv(normed_TH).view(len(normed_TH), -1, self.config.head_dim)
-        rotated_TAD = heads_TAD[:, :num_rotated]
-        if layer.query_norm_D is not None and layer.key_norm_D is not None:
-            queries_TND = rotated_TAD[:, : layer.num_heads]
-            keys_TKD = rotated_TAD[:, layer.num_heads :]
-            epsilon = self.config.rms_norm_epsilon
-            rotated_TAD = torch.cat(
-                [
-                    rms_norm(queries_TND, layer.query_norm_D, epsilon),
-                    rms_norm(keys_TKD, layer.key_norm_D, epsilon),
-                ],
-                dim=1,
-            )
-        rotated_TAD = rotate(rotated_TAD, cos_TR, sin_TR)
-        return (
-            rotated_TAD[:, : layer.num_heads],
-            rotated_TAD[:, layer.num_heads :],
-            heads_TAD[:, num_rotated:],
-        )
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """float32 (R, V) of rows that `forward` returned."""
@@ -319,7 +294,9 @@ def load_decoder(
     transformers_config = _transformers_config(folder)
     config = _decoder_config(folder, transformers_config)
     weights = _Weights(open_checkpoint(folder), dtype, torch.device(device))
-    embedding_VH = in_huge_pages(weights.other("model.embed_tokens.weight"))
+    embedding_VH = weights.other("model.embed_tokens.weight")
+    if embedding_VH.device.type == "cpu":
+        embedding_VH = in_huge_pages(embedding_VH)
     layers = [_load_layer(weights, index, config) for index in range(config.num_layers)]
     if weights.has_linear("lm_head"):
         lm_head = weights.linear("lm_head")

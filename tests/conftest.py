@@ -1,11 +1,28 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several rooms share, and how the tests meet a GPU.
+
+Where there is none, Triton kernels run in its interpreter, on CPU tensors; where there is one, the same tests run
+them compiled, and those marked `cuda` run too.
+"""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
+HAS_GPU = Path("/proc/driver/nvidia/gpus").exists() or Path("/dev/nvidia0").exists()
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; docs/gpu.md says how"))
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
+from engines.kernels.cuda_graphs import DecodeGraphs, build_decode_graphs
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kv_cache import BlockManager
 from engines.memory import default_kv_cache_bytes, is_out_of_memory, release_memory
@@ -106,7 +107,11 @@ class NativeEngine:
             resident_bytes=_resident_bytes(model),
             load_seconds=time.monotonic() - start,
             unsupported=UNSUPPORTED,
-            kernels=_kernels(model) | {"pass of few rows": _kernel(self._cpu_step)},
+            kernels=_kernels(model)
+            | {
+                "pass of few rows": _kernel(self._cpu_step),
+                "decode step": _kernel(self._decode_graphs),
+            },
         )
 
     @classmethod
@@ -151,12 +156,17 @@ class NativeEngine:
             raise ValueError(
                 f"kv_cache_bytes is {kv_cache_bytes}, less than one block of {bytes_per_block(model)}"
             )
-        per_request = -(-model.config.max_position_embeddings // BLOCK_SIZE)
-        return min(fitting, self._limits.max_num_seqs * per_request) + 1
+        return min(fitting, self._limits.max_num_seqs * _blocks_per_request(model)) + 1
 
     def _take_model(self, model: DecoderModel) -> None:
         self._kv_cache = build_kv_cache(model, self._num_blocks)
         self._cpu_step = build_cpu_step(model, self._kv_cache)
+        self._decode_graphs = build_decode_graphs(
+            model,
+            self._kv_cache,
+            max_num_seqs=self._limits.max_num_seqs,
+            max_blocks=min(_blocks_per_request(model), self._num_blocks - 1),
+        )
         self._model: DecoderModel | None = model
 
     def _build_scheduler(self) -> Scheduler:
@@ -240,7 +250,7 @@ class NativeEngine:
         return outputs
 
     def _forward(self, model: DecoderModel, chunks: Sequence[Chunk]) -> Tensor:
-        """Hidden states (T, H) of the chunks' rows."""
+        """Hidden states (T, H) of the chunks' rows, valid until the next pass."""
         rows = [_rows(chunk) for chunk in chunks]
         token_ids: list[int] = []
         embedding_rows = b""
@@ -249,6 +259,9 @@ class NativeEngine:
             start = request.num_computed_tokens
             token_ids += request.token_ids[start : start + chunk.num_tokens]
             embedding_rows += request.rows_between(start, start + chunk.num_tokens)
+        graphs = self._decode_graphs
+        if isinstance(graphs, DecodeGraphs) and graphs.takes(token_ids, rows):
+            return graphs.forward(token_ids, rows)
         hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
         metadata = build_metadata(rows, model.device)
         if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= MAX_ROWS:
@@ -489,6 +502,7 @@ class NativeEngine:
         self._scheduler.reset(BlockManager(self._num_blocks))
         self._kv_cache = []
         self._cpu_step = "asleep"
+        self._decode_graphs = "asleep"
         self._model = None
         release_memory()
 
@@ -528,8 +542,13 @@ def _rows(chunk: Chunk) -> RequestRows:
     )
 
 
-def _kernel(cpu_step: CpuStep | str) -> str:
-    return cpu_step.kernel if isinstance(cpu_step, CpuStep) else f"torch ops: {cpu_step}"
+def _blocks_per_request(model: DecoderModel) -> int:
+    return -(-model.config.max_position_embeddings // BLOCK_SIZE)
+
+
+def _kernel(whole_pass: CpuStep | DecodeGraphs | str) -> str:
+    """Of a pass in one piece; a string says why there is none."""
+    return f"op by op: {whole_pass}" if isinstance(whole_pass, str) else whole_pass.kernel
 
 
 def _resident_bytes(model: DecoderModel) -> int:

@@ -148,6 +148,7 @@ class DecoderModel:
                 sin_TR=self.sin_PR[metadata.positions_T],
                 epsilon=epsilon,
                 windows=self._windows,
+                max_context_len=self.config.max_position_embeddings,
             )
         )
         residual_TH = hidden_TH

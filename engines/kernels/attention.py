@@ -51,6 +51,7 @@ class PassFacts:
     Attributes:
         cos_TR, sin_TR: float32, the rows' angles.
         windows: every sliding window that a layer of the model has; None for full attention.
+        max_context_len: of any request that the model takes.
     """
 
     metadata: BatchMetadata
@@ -58,6 +59,7 @@ class PassFacts:
     sin_TR: Tensor
     epsilon: float
     windows: frozenset[int | None]
+    max_context_len: int
 
 
 class Attention(Protocol):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from compression.quantization.int4 import CODE_MIN, QuantizedWeight
 from engines.kernels.triton.launch import dot_dtype, tile
+from engines.kernels.triton.support import INT4_GROUP_SIZES
 
-GROUP_SIZES = (32, 64, 128, 256)
 MAX_ROWS = 64
 """Most rows that the packed product is used for; the crossover is not measured yet."""
 TILE_O = 64
@@ -52,8 +52,8 @@ class PackedInt4:
 def pack_int4(quantized: QuantizedWeight, device: torch.device) -> PackedInt4:
     """Raises: ValueError: a group size that the kernel does not take."""
     group_size = quantized.group_size
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size {group_size}, one of {GROUP_SIZES} is needed")
+    if group_size not in INT4_GROUP_SIZES:
+        raise ValueError(f"group_size {group_size}, taken are {INT4_GROUP_SIZES}")
     num_outputs = len(quantized.codes_OI)
     unsigned_OI = (quantized.codes_OI.to(device) - CODE_MIN).to(torch.uint8)
     halves_OG2J = unsigned_OI.view(num_outputs, -1, 2, group_size // 2)

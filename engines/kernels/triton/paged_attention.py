@@ -6,9 +6,8 @@ positions, found through the block table (arXiv:2309.06180), with an online soft
 arXiv:1805.02867).
 
 In a pure decode step the context is split among programs, since few requests would leave most of the GPU idle
-(Flash-Decoding, Dao et al. 2023): parts of `SPLIT_LEN` positions, merged by a second launch. Parts are cut by position
-and not by how many programs there are, so that a row's result does not depend on the batch. A mixed pass has rows
-enough and is not split.
+(Flash-Decoding, Dao et al. 2023), and merged by a second launch. Parts are of one length for a model, not as many as
+suit the batch, so that a row's result does not depend on it. A mixed pass has rows enough and is not split.
 
 Nothing here waits for the device: what a program works on is computed there.
 
@@ -29,7 +28,9 @@ from engines.kernels.paged_attention import LayerCache
 from engines.kernels.triton.launch import dot_dtype, tile
 from engines.kernels.triton.turn_heads import turn_heads
 
-SPLIT_LEN = 256
+MIN_SPLIT_LEN = 256
+MAX_PARTS = 128
+"""Of a context; with room for all of them, since a recorded pass has the longest context's programs."""
 MIN_DOT = 16
 """Least side of a matrix product on the GPU's matrix units."""
 TILE_BYTES = 16384
@@ -220,6 +221,7 @@ class TritonAttention:
             cache,
             metadata,
             window=layer.window,
+            split_len=max(tile(self._facts.max_context_len) // MAX_PARTS, MIN_SPLIT_LEN),
             tiles=self._tiles[rows_per_tile],
             tile_m=tile_m,
         )
@@ -257,18 +259,20 @@ def paged_attention(
     metadata: BatchMetadata,
     *,
     window: int | None,
+    split_len: int,
     tiles: tuple[Tensor, Tensor],
     tile_m: int,
 ) -> Tensor:
     """Attention of a pass's rows (T, N, D), whose keys and values are in the cache already.
 
     Args:
+        split_len: of a part of the context in decode; a multiple of every tile of positions.
         tiles: of `request_tiles`, for tiles of `tile_m` // G rows.
     """
     num_rows, num_heads, head_dim = queries_TND.shape
     num_kv_heads = cache[0].shape[2]
     max_blocks = metadata.block_tables_SB.shape[1]
-    num_parts = triton.cdiv(max_blocks * BLOCK_SIZE, SPLIT_LEN)
+    num_parts = triton.cdiv(max_blocks * BLOCK_SIZE, split_len)
     is_split = metadata.max_query_len == 1 and num_parts > 1
     tile_d = tile(head_dim, MIN_DOT)
     fitting = TILE_BYTES // (tile_d * queries_TND.dtype.itemsize)
@@ -289,7 +293,7 @@ def paged_attention(
         BLOCK_SIZE=BLOCK_SIZE,
         HAS_WINDOW=window is not None,
         IS_SPLIT=is_split,
-        SPLIT_LEN=SPLIT_LEN,
+        SPLIT_LEN=split_len,
         TILE_M=tile_m,
         TILE_C=min(max(fitting, MIN_DOT), 64),
         TILE_D=tile_d,
@@ -302,7 +306,7 @@ def paged_attention(
             *(parts_TNLD, log_sum_TNL, metadata.context_lens_S, out_TND, num_parts),
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
-            SPLIT_LEN=SPLIT_LEN,
+            SPLIT_LEN=split_len,
             TILE_L=MERGED_PARTS,
             TILE_D=tile_d,
             num_warps=4,

@@ -121,6 +121,7 @@ def _facts(requests: list[RequestRows], head_dim: int, window: int | None = None
         sin_TR=angles_TR.sin(),
         epsilon=EPSILON,
         windows=frozenset({window}),
+        max_context_len=MAX_POSITIONS,
     )
 
 

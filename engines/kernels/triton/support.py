@@ -10,7 +10,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 256
-INT4_GROUP_SIZES = (32, 64, 128, 256)
+INT4_GROUP_SIZES = (32, 64, 128)
+"""The next, 256, would need more shared memory than some cards have."""
 MIN_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16 in its matrix units."""
 

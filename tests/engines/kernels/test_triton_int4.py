@@ -36,7 +36,7 @@ def _quantized(sizes: tuple[int, int], group_size: int, *, symmetric: bool) -> Q
         ((70, 64), 64, True, False),
         ((65, 384), 64, False, True),
         ((100, 256), 128, False, False),
-        ((33, 512), 256, True, True),
+        ((33, 512), 128, True, True),
         ((16, 96), 32, False, False),
     ],
 )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from engines.kernels.attention import PassFacts, turn_heads
-from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
+from engines.kernels.attention import LayerHeads, PassFacts, turn_heads
+from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata, RequestRows, build_metadata
 from engines.kernels.paged_attention import LayerCache, write_cache
 from engines.kernels.triton import paged_attention as attention
 from engines.kernels.triton import turn_heads as heads
@@ -86,6 +86,18 @@ class _Layer:
     window: int | None = None
 
 
+def build_layer(
+    num_heads: int, num_kv_heads: int, *, window: int | None, norm_D: Tensor | None
+) -> LayerHeads:
+    return _Layer(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        query_norm_D=norm_D,
+        key_norm_D=norm_D,
+        window=window,
+    )
+
+
 def _requests(spans: list[tuple[int, int]]) -> list[RequestRows]:
     """Requests of (start, rows) whose blocks are scattered; blocks 0 and 1 are nobody's."""
     num_blocks = sum(-(-(start + count) // BLOCK_SIZE) for start, count in spans)
@@ -112,9 +124,12 @@ def _cache(requests: list[RequestRows], num_kv_heads: int, head_dim: int) -> Lay
 
 
 def _facts(requests: list[RequestRows], head_dim: int, window: int | None = None) -> PassFacts:
-    metadata = build_metadata(requests, DEVICE)
+    return build_facts(build_metadata(requests, DEVICE), head_dim, window)
+
+
+def build_facts(metadata: BatchMetadata, head_dim: int, window: int | None) -> PassFacts:
     angles_PR = torch.outer(torch.arange(float(MAX_POSITIONS)), 0.5 ** torch.arange(head_dim // 2))
-    angles_TR = angles_PR.to(DEVICE)[metadata.positions_T]
+    angles_TR = angles_PR.to(metadata.positions_T.device)[metadata.positions_T]
     return PassFacts(
         metadata=metadata,
         cos_TR=angles_TR.cos(),

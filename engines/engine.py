@@ -150,7 +150,7 @@ class NativeEngine:
         Raises:
             ValueError: not even one.
         """
-        kv_cache_bytes = self._limits.kv_cache_bytes or default_kv_cache_bytes()
+        kv_cache_bytes = self._limits.kv_cache_bytes or default_kv_cache_bytes(model.device)
         fitting = kv_cache_bytes // bytes_per_block(model)
         if fitting < 1:
             raise ValueError(

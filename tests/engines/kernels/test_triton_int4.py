@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
+from engines.kernels.linear import Int4Linear, build_linear
 from engines.kernels.triton import int4_matmul
 from engines.kernels.triton.int4_matmul import MAX_ROWS, TritonInt4Linear
+from engines.kernels.weights import LinearWeight
 from tests.conftest import HAS_GPU
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -104,3 +106,18 @@ def test_other_group_sizes_are_refused_by_name() -> None:
     quantized = _quantized((4, 48), 48, symmetric=True)
     with pytest.raises(ValueError, match="group_size 48"):
         TritonInt4Linear(quantized, None, device=DEVICE)
+
+
+@pytest.mark.cuda
+def test_a_gpu_multiplies_with_it_where_it_can() -> None:
+    for group_size, kind in ((64, TritonInt4Linear), (256, Int4Linear)):
+        quantized = _quantized((70, 512), group_size, symmetric=False)
+        linear = build_linear(
+            [LinearWeight(weight=quantized)], dtype=torch.bfloat16, device=torch.device("cuda")
+        )
+        assert isinstance(linear, kind)
+        x_TI = _random(3, 512).bfloat16()
+        exact_TO = x_TI.double() @ dequantize(quantized).double().T
+        actual_TO = linear(x_TI.cuda(), torch.float32).cpu()
+        torch.testing.assert_close(actual_TO.double(), exact_TO, rtol=2**-6, atol=0.5)
+    assert "group_size 256" in linear.kernel

@@ -3,7 +3,7 @@
 Shapes: T rows, S requests, H hidden, F feed-forward width, N query heads, K key/value heads, A = N + 2 K, D head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 EPSILON = 1e-5
-MAX_POSITIONS = 1200
+MAX_POSITIONS = 8192
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -184,6 +184,7 @@ def _attention_cases() -> list[tuple[tuple[int, int, int], Spans, int | None, to
     ]
     cases += [(sizes, spans, None) for sizes in HEADS for spans in (MIXED, DECODE)]
     windows = (7, 300)
+    cases += [(HEADS[0], [(8100, 1), (3, 1)], None)]  # parts enough to be merged in two goes
     cases += [(HEADS[0], spans, window) for spans in (MIXED, DECODE) for window in windows]
     # The interpreter multiplies bfloat16 in float32, so that one size says all it has to say.
     in_bfloat16 = [case for case in cases if HAS_GPU or case[0] == HEADS[0]]
@@ -232,6 +233,18 @@ def test_a_row_does_not_depend_on_its_company() -> None:
             heads_TAD[index : index + 1], layer, cache
         )
         assert torch.equal(alone_TND[0], together_TND[index])
+
+
+def test_parts_of_a_context_are_longer_where_contexts_can_be() -> None:
+    layer = _Layer(num_heads=3, num_kv_heads=1)
+    requests = _requests([(1400, 1), (9, 1)])
+    cache = _cache(requests, 1, 8)
+    heads_TAD = _random(2, 5, 8)
+    short = _facts(requests, 8)
+    long = replace(short, max_context_len=2**17)
+    outputs = [attention.TritonAttention(facts)(heads_TAD, layer, cache) for facts in (short, long)]
+    assert not torch.equal(outputs[0][0], outputs[1][0])  # cut elsewhere, so rounded otherwise
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows_per_tile", [1, 5, 16])

@@ -5,6 +5,8 @@ Triton is imported, the same kernels run on CPU tensors in NumPy, which is how t
 """
 
 import importlib.util
+import os
+import shutil
 
 import torch
 
@@ -37,6 +39,8 @@ def _why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"no kernels for {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if not os.environ.get("CC") and not any(shutil.which(name) for name in ("gcc", "clang")):
+        return "no C compiler (gcc or clang), which Triton launches its kernels with"
     if torch.version.cuda is None:
         return "this torch is not built for NVIDIA's GPUs"
     capability = torch.cuda.get_device_capability(device)

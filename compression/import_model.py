@@ -30,6 +30,7 @@ from compression.safetensors_header import CheckpointError, read_header
 
 Report = Callable[[str], None]
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MAX_REASON = 300
 _STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -192,14 +193,23 @@ def _write(
     kind: ModelKind,
     source: dict[str, Any],
 ) -> Manifest:
-    linears, tied = _linear_layers(config, kind)
+    model = _empty_model(config, kind)
+    linears, tied = _linear_layers(model)
     writer = CheckpointWriter(destination)
     stored: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in weights:
-        for name in read_header(file):
+        for name, info in read_header(file).items():
             if name in stored:
                 raise CheckpointError(f"{file.name}: {name} is in another file already")
             stored[name] = file
+            shapes[name] = info.shape
+    from compression.calibration import ARCHITECTURES  # needs torch
+
+    if (
+        config["model_type"] in ARCHITECTURES
+    ):  # of others transformers may rename tensors as it loads
+        _check_config(model, tied, shapes)
     pending: dict[str, dict[str, Any]] = {}
     for name, tensor in _tensors(weights, stored):
         module, _, suffix = name.rpartition(".")
@@ -246,16 +256,47 @@ def _add_linear(writer: CheckpointWriter, name: str, tensors: dict[str, Any]) ->
     writer.add_linear(Matrix(name=name, linear=linear), tensors)
 
 
-def _linear_layers(config: dict[str, Any], kind: ModelKind) -> tuple[dict[str, set[str]], set[str]]:
-    """Suffixes of every linear layer by module path, and tensors that only repeat a tied one."""
+def _empty_model(config: dict[str, Any], kind: ModelKind) -> Any:
+    """The model that the configuration describes, without memory."""
     import torch
-    from torch import nn
     from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
     auto_class = AutoModel if kind == "encoder" else AutoModelForCausalLM
-    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    with torch.device("meta"):
-        model = auto_class.from_config(parsed, trust_remote_code=False)
+    try:
+        parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        with torch.device("meta"):
+            return auto_class.from_config(parsed, trust_remote_code=False)
+    except (
+        Exception
+    ) as error:  # an impossible configuration breaks anywhere in transformers, in any way
+        raise CheckpointError(f"config.json describes no model: {error}"[:MAX_REASON]) from error
+
+
+def _check_config(model: Any, tied: set[str], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Transformers would leave what is missing random, and ignore blocks that it was not told of.
+
+    Raises:
+        CheckpointError: a tensor of the configuration's model is missing or has another shape, or a block is too many.
+    """
+    described = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in described.items():
+        if name not in shapes and name not in tied:
+            raise CheckpointError(f"config.json promises {name}, which is missing")
+        if shapes.get(name, shape) != shape:
+            raise CheckpointError(f"{name} is {shapes[name]}, config.json promises {shape}")
+    surplus = sorted(
+        name
+        for name in shapes.keys() - described.keys() - tied
+        if name.endswith(("proj.weight", "norm.weight"))
+    )
+    if surplus:
+        raise CheckpointError(f"{surplus[0]} is in no layer that config.json promises")
+
+
+def _linear_layers(model: Any) -> tuple[dict[str, set[str]], set[str]]:
+    """Suffixes of every linear layer by module path, and tensors that only repeat a tied one."""
+    from torch import nn
+
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     linears = {
         name: {suffix for suffix, parameter in module.named_parameters() if parameter is not None}

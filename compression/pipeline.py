@@ -344,7 +344,7 @@ def _configure(
             shape["intermediate_size"] = plan["intermediate_size"]
     kinds = {matrix.linear.kind for matrix in matrices}
     if "low_rank" in kinds:
-        # Without it transformers would load the rest and leave these layers random.
+        # Others refuse a method that they do not know, or at least (transformers) warn of layers left random.
         config["quantization_config"] = {"quant_method": "lathe"}
     elif isinstance(stage, Int4):
         ignore = [matrix.name for matrix in matrices if matrix.linear.kind == "dense"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from compression.block import Block, BlockNames, Linear, load_block
 from compression.calibration import BlockRunner, require_gram
 from compression.checkpoint import Checkpoint
-from compression.low_rank.factors import break_even_rank, factor, spectrum
+from compression.low_rank.factors import break_even_rank, factor, singular_values, spectrum
 from compression.low_rank.ranks import RankChoice, choose_ranks, uniform_ranks
 from compression.pruning.magnitude import magnitude_keep_mask
 from compression.pruning.masks import NM, Sparsity
@@ -179,16 +179,14 @@ def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
         runner = context.new_runner()
     for names in context.blocks:
         block = load_block(context.checkpoint, names)
-        statistics = {} if runner is None else runner.statistics(block, gram=True)
+        statistics = {} if runner is None else runner.statistics(block, gram=True, advance=True)
         for name, linear in block.dense_linears():
             context.check()
             if runner is None:
                 spectra[linear.name] = _cached_singular_values(linear.weight, context.cache)
             else:
                 gram_II = require_gram(statistics, name)
-                spectra[linear.name] = spectrum(linear.weight, gram_II).singular_values_R
-        if runner is not None:
-            runner.advance(block)
+                spectra[linear.name] = singular_values(linear.weight, gram_II)
     choice = _choose(stage, spectra)
     numpy.savez(context.work / SPECTRA_NAME, **{n: s.numpy() for n, s in spectra.items()})  # type: ignore[arg-type]
     return {
@@ -211,13 +209,13 @@ def _choose(stage: WeLore, spectra: Mapping[str, Tensor]) -> RankChoice:
 
 def _cached_singular_values(weight_OI: Tensor, cache: Path | None) -> Tensor:
     if cache is None:
-        return spectrum(weight_OI).singular_values_R
+        return singular_values(weight_OI)
     digest = hashlib.sha256(str(tuple(weight_OI.shape)).encode())
     digest.update(weight_OI.contiguous().numpy().tobytes())
     path = cache / f"{digest.hexdigest()}.npy"
     if path.is_file():
         return torch.from_numpy(numpy.load(path, allow_pickle=False))
-    values_R = spectrum(weight_OI).singular_values_R
+    values_R = singular_values(weight_OI)
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npy")
     numpy.save(temporary, values_R.numpy())

@@ -16,13 +16,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
+from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.cuda_graphs import DecodeGraphs, build_decode_graphs
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kv_cache import BlockManager
@@ -54,11 +56,23 @@ from engines.requests import (
     score_tokens,
 )
 from engines.scheduler import Chunk, ScheduledRequest, Scheduler, rank
+from engines.structured import ConstraintCompiler, TokenMatcher
 from engines.vectors import check_texts, embed_result, length_batches, rss_bytes
 
-UNSUPPORTED = ("skip", "response_format", "regex")
+COMPILE_SECONDS = 10.0
+"""A constraint that is not compiled by then costs its request."""
+COMPILE_POLL_SECONDS = 0.01
 
 logger = logging.getLogger("lathe.engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compiling:
+    """A request whose constraint is being compiled. Attributes: deadline: on the monotonic clock."""
+
+    scheduled: ScheduledRequest
+    matcher: Future[TokenMatcher]
+    deadline: float
 
 
 class NativeEngine:
@@ -66,6 +80,7 @@ class NativeEngine:
 
     Args:
         load: makes the model; called now, and again by `wake`.
+        tokenizer: the model's tokenizer.json; without it structured output is refused.
     """
 
     def __init__(
@@ -74,6 +89,7 @@ class NativeEngine:
         *,
         model_id: str,
         checkpoint_hash: str = "",
+        tokenizer: Path | None = None,
         limits: EngineLimits | None = None,
     ) -> None:
         start = time.monotonic()
@@ -81,6 +97,7 @@ class NativeEngine:
         self._limits = limits or EngineLimits()
         self._numbers = itertools.count()
         self._generations: dict[str, Generation] = {}
+        self._compiling: dict[str, _Compiling] = {}
         self._ended: list[TokenOutput] = []
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -89,6 +106,7 @@ class NativeEngine:
         self._num_blocks = self._count_blocks(model)
         self._scheduler = self._build_scheduler()
         self._take_model(model)
+        self._compiler = _build_compiler(tokenizer, model)
         self._info = EngineInfo(
             model=model_id,
             kind="decoder",
@@ -106,7 +124,9 @@ class NativeEngine:
             dtype=str(model.dtype).removeprefix("torch."),
             resident_bytes=_resident_bytes(model),
             load_seconds=time.monotonic() - start,
-            unsupported=UNSUPPORTED,
+            unsupported=("skip", "response_format", "regex")
+            if isinstance(self._compiler, str)
+            else ("skip",),
             kernels=_kernels(model)
             | {
                 "pass of few rows": _kernel(self._cpu_step),
@@ -137,6 +157,7 @@ class NativeEngine:
             lambda: load_decoder(folder, dtype=dtype, device=device),
             model_id=model_id,
             checkpoint_hash=checkpoint_hash(read_manifest(folder)),
+            tokenizer=folder / "tokenizer.json",
             limits=limits,
         )
 
@@ -184,18 +205,26 @@ class NativeEngine:
         self._awake_model()
         self._check_supported(request)
         check_generate(self._info, request)
+        self._scheduler.check_queue(len(self._compiling))
         generation = Generation.start(self._info, request)
-        self._scheduler.add(
-            ScheduledRequest(
-                request_id=generation.key,
-                token_ids=list(request.token_ids),
-                rank=rank(request.priority, time.monotonic(), next(self._numbers)),
-                tenant=request.tenant,
-                embedding_rows=request.embedding_rows or b"",
-                row_bytes=self._info.hidden_size * 4,
-                finds_prefix=request.params.prompt_logprobs is None,
-            )
+        scheduled = ScheduledRequest(
+            request_id=generation.key,
+            token_ids=list(request.token_ids),
+            rank=rank(request.priority, time.monotonic(), next(self._numbers)),
+            tenant=request.tenant,
+            embedding_rows=request.embedding_rows or b"",
+            row_bytes=self._info.hidden_size * 4,
+            finds_prefix=request.params.prompt_logprobs is None,
         )
+        if request.constraint is None:
+            self._scheduler.add(scheduled)
+        else:
+            assert not isinstance(self._compiler, str)
+            self._compiling[generation.key] = _Compiling(
+                scheduled=scheduled,
+                matcher=self._compiler.submit(request.constraint),
+                deadline=time.monotonic() + COMPILE_SECONDS,
+            )
         self._generations[generation.key] = generation
         self._prompt_tokens += len(request.token_ids)
 
@@ -211,17 +240,52 @@ class NativeEngine:
                 f"skip is {request.skip.mode!r}; {self._info.model} has no skip profile",
                 "skip",
             )
-        if request.constraint is not None:
+        if request.constraint is not None and isinstance(self._compiler, str):
             param = "regex" if request.constraint.kind == "regex" else "response_format"
             raise EngineError(
                 "unsupported_parameter",
-                f"{self._info.model} runs on an engine without structured output",
+                f"{self._info.model} has no structured output: {self._compiler}",
                 param,
             )
 
     def abort(self, request_id: str) -> None:
-        if self._generations.pop(request_id, None) is not None:
+        if self._generations.pop(request_id, None) is None:
+            return
+        compiling = self._compiling.pop(request_id, None)
+        if compiling is None:
             self._scheduler.remove(request_id)
+        else:
+            compiling.matcher.cancel()
+
+    def _admit_compiled(self) -> list[TokenOutput]:
+        """Let requests wait for their turn whose constraint is compiled; end those that have none to wait for."""
+        outputs: list[TokenOutput] = []
+        for key, compiling in list(self._compiling.items()):
+            generation = self._generations[key]
+            try:
+                generation.matcher = compiling.matcher.result(timeout=0)
+            except TimeoutError:
+                if time.monotonic() > compiling.deadline:
+                    message = f"the constraint is not compiled after {COMPILE_SECONDS:g} s"
+                    outputs.append(generation.error_output("invalid_value", message))
+            except EngineError as error:
+                outputs.append(generation.error_output(error.code, error.message))
+            except Exception as error:
+                logger.error("a constraint was not compiled", exc_info=error)
+                message = "the engine failed to compile the constraint"
+                outputs.append(generation.error_output("internal_error", message))
+            else:
+                del self._compiling[key]
+                self._scheduler.add(compiling.scheduled)
+        return outputs
+
+    def _wait_for_compiler(self) -> None:
+        """Nothing else can be done: sleep rather than spin, though not for long, since requests may come."""
+        wait(
+            [compiling.matcher for compiling in self._compiling.values()],
+            timeout=COMPILE_POLL_SECONDS,
+            return_when=FIRST_COMPLETED,
+        )
 
     # Steps
 
@@ -233,20 +297,23 @@ class NativeEngine:
         outputs, self._ended = self._ended, []
         if self._model is None:
             return outputs
+        outputs += self._admit_compiled()
         chunks = self._scheduler.schedule()
+        if not chunks and self._compiling and not outputs:
+            self._wait_for_compiler()
         if chunks:
             try:
                 hidden_TH = self._forward(self._model, chunks)
+                logits_SV = self._logits(self._model, chunks, hidden_TH)
             except Exception as error:
                 outputs += self._failed_pass(chunks, error)
             else:
-                outputs += self._take_step(self._model, chunks, hidden_TH)
+                outputs += self._take_step(self._model, chunks, hidden_TH, logits_SV)
+                self._last_output_at = time.time()
         for output in outputs:
             if output.finish_reason is not None:
                 self.abort(output.request_id)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
-        if outputs:
-            self._last_output_at = time.time()
         return outputs
 
     def _forward(self, model: DecoderModel, chunks: Sequence[Chunk]) -> Tensor:
@@ -264,7 +331,7 @@ class NativeEngine:
             return graphs.forward(token_ids, rows)
         hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
         metadata = build_metadata(rows, model.device)
-        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= MAX_ROWS:
+        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= self._cpu_step.max_rows:
             return self._cpu_step.forward(hidden_TH, metadata)
         return model.forward(hidden_TH, metadata, self._kv_cache)
 
@@ -282,32 +349,39 @@ class NativeEngine:
             for chunk in chunks
         ]
 
+    def _samples(self, chunk: Chunk) -> bool:
+        """Whether a request gets a token from this step."""
+        return chunk.is_last and self._generations[chunk.request.request_id].params.max_tokens > 0
+
+    def _logits(self, model: DecoderModel, chunks: Sequence[Chunk], hidden_TH: Tensor) -> Tensor:
+        """Of the last rows (S, V) of those that get a token."""
+        ends = itertools.accumulate(chunk.num_tokens for chunk in chunks)
+        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if self._samples(chunk)]
+        return model.logits(hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows])
+
     def _take_step(
-        self, model: DecoderModel, chunks: Sequence[Chunk], hidden_TH: Tensor
+        self,
+        model: DecoderModel,
+        chunks: Sequence[Chunk],
+        hidden_TH: Tensor,
+        logits_SV: Tensor,
     ) -> list[TokenOutput]:
         """Note what is computed, and give a token to every request whose known tokens all are."""
         outputs: list[TokenOutput] = []
         sampled: list[tuple[ScheduledRequest, Generation]] = []
-        last_rows: list[int] = []
         end = 0
         for chunk in chunks:
             start, end = end, end + chunk.num_tokens
             request = chunk.request
             generation = self._generations[request.request_id]
             generation.num_cached_tokens = request.num_cached_tokens or 0
-            is_last = chunk.is_last
             if generation.params.prompt_logprobs is not None:
                 self._add_prompt_logprobs(model, generation, request, hidden_TH[start:end])
-            self._scheduler.advance(chunk)
-            if is_last and generation.params.max_tokens == 0:
-                outputs.append(generation.prompt_only_output())
-            elif is_last:
+            if self._samples(chunk):
                 sampled.append((request, generation))
-                last_rows.append(end - 1)
-        if not sampled:
-            return outputs
-        is_all = len(last_rows) == len(hidden_TH)
-        logits_SV = model.logits(hidden_TH if is_all else hidden_TH[last_rows])
+            elif chunk.is_last:
+                outputs.append(generation.prompt_only_output())
+            self._scheduler.advance(chunk)
         taken = sample([generation for _, generation in sampled], logits_SV)
         for (request, _), output in zip(sampled, taken, strict=True):
             if output.finish_reason == "error":
@@ -499,6 +573,7 @@ class NativeEngine:
             for generation in self._generations.values()
         ]
         self._generations = {}
+        self._compiling = {}
         self._scheduler.reset(BlockManager(self._num_blocks))
         self._kv_cache = []
         self._cpu_step = "asleep"
@@ -514,7 +589,7 @@ class NativeEngine:
         blocks = self._scheduler.blocks
         return EngineStats(
             num_requests_running=self._scheduler.num_running,
-            num_requests_waiting=self._scheduler.num_waiting,
+            num_requests_waiting=self._scheduler.num_waiting + len(self._compiling),
             kv_cache_usage_ratio=1 - blocks.num_free / blocks.num_usable,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
@@ -529,7 +604,18 @@ class NativeEngine:
         )
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        if isinstance(self._compiler, ConstraintCompiler):
+            self._compiler.close()
+
+
+def _build_compiler(tokenizer: Path | None, model: DecoderModel) -> ConstraintCompiler | str:
+    if tokenizer is None:
+        return "no tokenizer"
+    config = model.config
+    compiler = ConstraintCompiler.load(tokenizer, config.vocab_size, config.eos_token_ids)
+    if isinstance(compiler, str):
+        logger.warning("structured output is off: %s", compiler)
+    return compiler
 
 
 def _rows(chunk: Chunk) -> RequestRows:
@@ -552,11 +638,8 @@ def _kernel(whole_pass: CpuStep | DecodeGraphs | str) -> str:
 
 
 def _resident_bytes(model: DecoderModel) -> int:
-    """Bytes of all tensors as held, shared storage counted once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in model.tensors()
-    }
-    return sum(storage.nbytes() for storage in storages.values())
+    """Bytes of all tensors as held; one that two hold counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.tensors()}.values())
 
 
 def _kernels(model: DecoderModel) -> dict[str, str]:

@@ -646,7 +646,7 @@ def _load_engine(arguments: argparse.Namespace, report: Progress) -> Engine:
     from engines.requests import EngineLimits
 
     load: Callable[..., Engine]
-    if _chooses_native(arguments.engine, arguments.checkpoint):
+    if chooses_native(arguments.engine, arguments.checkpoint):
         from engines.engine import NativeEngine
 
         load = NativeEngine.load
@@ -671,7 +671,7 @@ def _load_engine(arguments: argparse.Namespace, report: Progress) -> Engine:
     return engine
 
 
-def _chooses_native(wish: str, checkpoint: Path) -> bool:
+def chooses_native(wish: str, checkpoint: Path) -> bool:
     """Whether the native engine serves a decoder; "auto" leaves it what it supports, and the rest to transformers.
 
     Raises:

@@ -12,7 +12,6 @@ heads, A = N + 2 K, D head dim, F feed-forward width, V vocabulary.
 """
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.checkpoint import Checkpoint, Matrix, open_checkpoint
+from compression.checkpoint import (
+    Checkpoint,
+    FactorKind,
+    LowRankLinear,
+    Matrix,
+    factor_suffix,
+    open_checkpoint,
+)
 from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
 from engines.kernels.attention import PassFacts
-from engines.kernels.huge_pages import in_huge_pages
-from engines.kernels.linear import Linear, build_linear, share_weight
+from engines.kernels.huge_pages import in_huge_pages, map_memory
+from engines.kernels.linear import Linear, build_linear, build_tied_head
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.ops import TORCH_OPS, choose_ops
 from engines.kernels.paged_attention import LayerCache
 from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables
-from engines.kernels.weights import LinearWeight
+from engines.kernels.weights import LinearWeight, LowRankWeight, MatrixWeight
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """transformers' model types; SmolLM and SmolLM2 are of type llama."""
@@ -209,8 +215,8 @@ def build_kv_cache(model: DecoderModel, num_blocks: int) -> list[LayerCache]:
         # Zeros, because what is masked is still multiplied by zero, and a NaN would stay one.
         if model.device.type != "cpu":
             return torch.zeros(shape, dtype=model.dtype, device=model.device)
-        pages = mmap.mmap(-1, math.prod(shape) * model.dtype.itemsize)
-        return torch.frombuffer(pages, dtype=model.dtype).view(shape)
+        memory = map_memory(math.prod(shape) * model.dtype.itemsize)
+        return memory.view(model.dtype).view(shape)
 
     return [(part(layer), part(layer)) for layer in model.layers]
 
@@ -302,7 +308,7 @@ def load_decoder(
     if weights.has_linear("lm_head"):
         lm_head = weights.linear("lm_head")
     elif config.ties_embeddings:
-        lm_head = share_weight(embedding_VH)
+        lm_head = build_tied_head(embedding_VH, is_int4=weights.has_int4)
     else:
         raise CheckpointError(f"{folder.name}: no lm_head, and embeddings are not tied")
     final_norm_H = weights.other("model.norm.weight")
@@ -328,6 +334,7 @@ class _Weights:
         self._checkpoint = checkpoint
         self._matrices = {matrix.name: matrix for matrix in checkpoint.manifest.matrices}
         self._others = set(checkpoint.manifest.other_tensors)
+        self.has_int4 = any(matrix.linear.bits == 4 for matrix in checkpoint.manifest.matrices)
         self._dtype = dtype
         self._device = device
 
@@ -365,14 +372,25 @@ class _Weights:
     def _linear_weight(self, matrix: Matrix) -> LinearWeight:
         names = {f"{matrix.name}.{suffix}": suffix for suffix in matrix.linear.tensors()}
         stored = {names[name]: tensor for name, tensor in self._checkpoint.tensors(list(names))}
-        bias_O = stored.pop("bias", None)
-        if matrix.linear.kind == "int4":
-            return LinearWeight(weight=from_tensors(stored), bias_O=bias_O)
-        return LinearWeight(weight=stored["weight"], bias_O=bias_O)
+        bias_O = stored.get("bias")
+        linear = matrix.linear
+        if not isinstance(linear, LowRankLinear):
+            return LinearWeight(weight=_matrix_weight(linear, stored), bias_O=bias_O)
+        u = {suffix: stored[factor_suffix("u", suffix)] for suffix in linear.weight_u.tensors()}
+        v = {suffix: stored[factor_suffix("v", suffix)] for suffix in linear.weight_v.tensors()}
+        weight = LowRankWeight(
+            weight_u=_matrix_weight(linear.weight_u, u), weight_v=_matrix_weight(linear.weight_v, v)
+        )
+        return LinearWeight(weight=weight, bias_O=bias_O)
 
     def check_all_used(self, folder: Path) -> None:
         for name in [*self._matrices, *self._others]:
             raise CheckpointError(f"{folder.name}: {name} has no place in the architecture")
+
+
+def _matrix_weight(linear: FactorKind, stored: dict[str, Tensor]) -> MatrixWeight:
+    """Args: stored: the matrix's tensors, by suffix."""
+    return from_tensors(stored) if linear.kind == "int4" else stored["weight"]
 
 
 def _load_layer(weights: _Weights, index: int, config: DecoderConfig) -> DecoderLayer:

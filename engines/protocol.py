@@ -268,7 +268,11 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Counters since load (…_total) and gauges now. Times are Unix seconds."""
+    """Counters since load (…_total) and gauges now. Times are Unix seconds.
+
+    Attributes:
+        last_output_at: when a step, an embed or a score last ended well; a step of prompt tokens counts.
+    """
 
     num_requests_running: int
     num_requests_waiting: int

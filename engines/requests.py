@@ -96,6 +96,10 @@ class Generation(SamplingState):
         self.output_ids.append(token_id)
         is_end = token_id in self.end_ids
         finish_reason: FinishReason | None = "stop" if is_end else None
+        if self.matcher is not None:
+            self.matcher.take(token_id)
+            if self.matcher.is_finished:
+                finish_reason = "stop"
         if finish_reason is None and len(self.output_ids) >= params.max_tokens:
             finish_reason = "length"
         has_prompt_logprobs = is_first and params.prompt_logprobs is not None
@@ -142,6 +146,13 @@ def check_generate(info: EngineInfo, request: GenerateRequest) -> None:
                 f"logit_bias names token {token_id}, allowed are 0 to {info.vocab_size - 1}",
                 "logit_bias",
             )
+
+    if request.constraint is not None and (params.ignore_eos or params.min_tokens):
+        raise EngineError(
+            "invalid_value",
+            "a constrained output ends where its language does: ignore_eos and min_tokens cannot go with it",
+            "ignore_eos" if params.ignore_eos else "min_tokens",
+        )
 
 
 def check_score(info: EngineInfo, request: ScoreRequest) -> None:
@@ -205,12 +216,12 @@ def mixed_embeddings(
 ) -> Tensor:
     """Embeddings (S, H) of ids, with an embedding row at each placeholder."""
     ids_S = torch.tensor(token_ids, device=device)
-    embeddings_SH = embed(ids_S.clamp(min=0))
-    is_row_S = ids_S == ROW_PLACEHOLDER
-    if rows:
-        rows_RH = torch.frombuffer(bytearray(rows), dtype=torch.float32)
-        embeddings_SH = embeddings_SH.clone()
-        embeddings_SH[is_row_S] = rows_RH.view(-1, embeddings_SH.shape[1]).to(embeddings_SH)
+    if not rows:
+        return embed(ids_S)
+    embeddings_SH = embed(ids_S.clamp(min=0)).clone()
+    rows_RH = torch.frombuffer(bytearray(rows), dtype=torch.float32)
+    rows_RH = rows_RH.view(-1, embeddings_SH.shape[1]).to(embeddings_SH)
+    embeddings_SH[ids_S == ROW_PLACEHOLDER] = rows_RH
     return embeddings_SH
 
 
@@ -223,18 +234,23 @@ def sample(generations: Sequence[Generation], logits_SV: Tensor) -> list[TokenOu
         chosen = [error] * len(generations)
     outputs = []
     for generation, token_id, logits_V in zip(generations, chosen, logits_SV, strict=True):
-        if not isinstance(token_id, Exception):
+        try:
+            if isinstance(token_id, Exception):
+                raise token_id
             outputs.append(generation.take(token_id, logits_V))
-            continue
-        logger.error("no token was chosen", exc_info=token_id)
-        code: ErrorCode = "internal_error"
-        message = "the engine failed while it chose a token"
-        if isinstance(token_id, ValueError):  # `choose_token` says what is wrong
-            message = str(token_id)
-        elif is_out_of_memory(token_id):
-            code, message = "out_of_memory", "not enough memory for this request"
-        outputs.append(generation.error_output(code, message))
+        except Exception as error:
+            logger.error("no token was chosen", exc_info=error)
+            outputs.append(_sampling_failure(generation, error))
     return outputs
+
+
+def _sampling_failure(generation: Generation, error: Exception) -> TokenOutput:
+    if isinstance(error, ValueError):  # it says what is wrong with the request
+        return generation.error_output("internal_error", str(error))
+    if is_out_of_memory(error):
+        return generation.error_output("out_of_memory", "not enough memory for this request")
+    message = "the engine failed while it chose a token"
+    return generation.error_output("internal_error", message)
 
 
 def prompt_logprobs(logits_SV: Tensor, next_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:

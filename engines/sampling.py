@@ -16,14 +16,28 @@ import math
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.protocol import SamplingParams, TokenLogprob
 
 NUM_TOP_P_CANDIDATES = 256
 """Top-p first looks among so many of the likeliest tokens; sorting the whole vocabulary takes milliseconds."""
+
+
+class Matcher(Protocol):
+    """What keeps a text in a language; see `structured.TokenMatcher`."""
+
+    def allowed(self) -> NDArray[np.bool_]: ...
+
+    def take(self, token_id: int) -> None: ...
+
+    @property
+    def is_finished(self) -> bool: ...
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -34,6 +48,7 @@ class SamplingState:
         prompt_ids: as sent, without placeholders.
         output_ids: generated so far.
         end_ids: EOS and stop tokens, banned before `params.min_tokens` tokens.
+        matcher: of structured output; None where any text will do.
     """
 
     params: SamplingParams
@@ -41,13 +56,15 @@ class SamplingState:
     end_ids: Collection[int]
     generator: torch.Generator
     output_ids: list[int] = field(default_factory=list)
+    matcher: Matcher | None = None
 
     @property
     def is_plain(self) -> bool:
         """Greedy, or temperature with top-k and top-p and nothing else."""
         params = self.params
         return (
-            params.repetition_penalty == 1
+            self.matcher is None
+            and params.repetition_penalty == 1
             and params.presence_penalty == 0
             and params.frequency_penalty == 0
             and not params.logit_bias
@@ -104,6 +121,7 @@ def _choose_alone(logits_V: Tensor, state: SamplingState) -> int | ValueError:
             output_ids=state.output_ids,
             end_ids=state.end_ids,
             generator=state.generator,
+            allowed=None if state.matcher is None else state.matcher.allowed(),
         )
     except ValueError as error:
         return error
@@ -201,6 +219,7 @@ def choose_token(
     output_ids: Sequence[int],
     end_ids: Collection[int],
     generator: torch.Generator,
+    allowed: NDArray[np.bool_] | None = None,
 ) -> int:
     """The next token of a request.
 
@@ -209,6 +228,7 @@ def choose_token(
         prompt_ids: as sent, without placeholders.
         output_ids: generated so far.
         end_ids: EOS and stop tokens, banned before `params.min_tokens` tokens.
+        allowed: (V,), what structured output leaves to choose from; None leaves all.
 
     Raises:
         ValueError: the logits leave no token to choose: not a number, or all ruled out.
@@ -219,11 +239,16 @@ def choose_token(
     logits_V = apply_logit_bias(logits_V, params.logit_bias)
     if len(output_ids) < params.min_tokens:
         logits_V = ban_tokens(logits_V, end_ids)
+    if allowed is not None:
+        allowed_V = torch.from_numpy(allowed).to(logits_V.device)
+        logits_V = logits_V.masked_fill(~allowed_V, -torch.inf)
     highest = float(logits_V.max())
     if math.isnan(highest):
         raise ValueError("the model's logits are not numbers")
     if highest == -math.inf:
-        raise ValueError("logit_bias and min_tokens together rule out every token")
+        raise ValueError(
+            "logit_bias, min_tokens and the output's constraint together rule out every token"
+        )
     if params.temperature == 0:
         return int(logits_V.argmax())  # the lowest id among equals
     ids: Tensor | None = None

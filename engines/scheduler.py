@@ -124,17 +124,24 @@ class Scheduler:
         self._running = []
 
     def add(self, request: ScheduledRequest) -> None:
-        """Let a request wait. The whole of it must fit an otherwise empty cache.
+        """Let a request wait. The whole of it must fit an otherwise empty cache."""
+        self.extend_keys(request)
+        heapq.heappush(self._waiting, (request.rank, request))
+
+    def check_queue(self, num_others: int = 0) -> None:
+        """See whether one more may wait.
+
+        Args:
+            num_others: requests that will wait here later.
 
         Raises:
             EngineError: "queue_full".
         """
-        if len(self._waiting) >= self._max_num_waiting:
+        num_waiting = len(self._waiting) + num_others
+        if num_waiting >= self._max_num_waiting:
             raise EngineError(
-                "queue_full", f"{len(self._waiting)} requests wait already, no more are taken"
+                "queue_full", f"{num_waiting} requests wait already, no more are taken"
             )
-        self.extend_keys(request)
-        heapq.heappush(self._waiting, (request.rank, request))
 
     def remove(self, request_id: str) -> None:
         """Forget a request that waits or runs; its blocks are free at once."""

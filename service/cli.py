@@ -274,6 +274,33 @@ def verify(model: str, logits: bool, home: Path | None) -> None:
 
 
 @main.command()
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@home_option
+def export(model: str, folder: Path, home: Path | None) -> None:
+    """Write a model as a plain dense folder that transformers loads, whatever was done to it.
+
+    \b
+    Example:
+      lathe export smollm2-135m-int4 ./exported
+    """
+    from compression.export import export_dense
+    from compression.registry import ModelNotFoundError, ModelRegistry
+    from compression.safetensors_header import CheckpointError
+
+    try:
+        source = ModelRegistry(load_settings(home=home).models_dir).get(model).path
+        manifest = export_dense(source, folder, source_id=model)
+    except ModelNotFoundError:
+        raise click.ClickException(
+            f"there is no model {model!r}; see `lathe models list`"
+        ) from None
+    except (CheckpointError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"exported {model} to {folder}: {manifest.tensor_bytes:,} bytes")
+
+
+@main.command()
 @home_option
 def doctor(home: Path | None) -> None:
     """Say what this machine offers, and what is missing. Exit code 1 when something needed is.

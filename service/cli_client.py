@@ -133,48 +133,103 @@ def delete_model(model: str, yes: bool, url: str) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("--output", required=True, help="Id of the compressed model.")
+@click.option("--output", help="Id of the compressed model; needed unless --plan is given.")
 @click.option(
-    "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True
-)
-@click.option(
-    "--symmetric/--asymmetric",
-    default=True,
+    "--recipe",
+    default='[{"int4": {"group_size": 64}}]',
     show_default=True,
-    help="Without zero points (loads in plain transformers), or with them (closer to the original).",
+    help="Stages as YAML or JSON, or the path of a file that holds them.",
 )
+@click.option("--calibration", help='YAML or JSON, such as \'{"corpus": "state-of-the-union"}\'.')
 @click.option("--max-perplexity-ratio", type=float, help="Refuse the result if it loses more.")
+@click.option("--min-top1-agreement", type=float, help="Refuse it if it agrees less often.")
+@click.option("--plan", is_flag=True, help="Only say what it would give, before any work.")
 @click.option("--detach", is_flag=True, help="Print the job's id and return.")
 @url_option
 def compress(
     model: str,
-    output: str,
-    group_size: str,
-    symmetric: bool,
+    output: str | None,
+    recipe: str,
+    calibration: str | None,
     max_perplexity_ratio: float | None,
+    min_top1_agreement: float | None,
+    plan: bool,
     detach: bool,
     url: str,
 ) -> None:
-    """Compress a model to INT4 as a job of the service, and report what was gained and lost.
+    """Compress a model as a job of the service, and report what was gained and lost.
 
     \b
-    Example:
-      lathe compress smollm2-135m --output smollm2-135m-int4 --group-size 64
+    Examples:
+      lathe compress smollm2-135m --output smollm2-135m-int4
+      lathe compress smollm2-135m --recipe '[{welore: {err: 0.2}}, {int4: {method: gptq}}]' --plan
+      lathe compress smollm2-135m --output small --recipe recipe.yaml --max-perplexity-ratio 1.5
     """
-    int4 = {"group_size": int(group_size), "method": "rtn", "symmetric": symmetric}
-    body: dict[str, Any] = {
-        "type": "compress",
-        "model": model,
-        "output": output,
-        "recipe": [{"int4": int4}],
+    stages = _yaml(recipe, "--recipe")
+    settings = None if calibration is None else _yaml(calibration, "--calibration")
+    if plan:
+        with connected(url) as client:
+            _echo(_plan_lines(client.get(f"/v1/models/{_segment(model)}"), stages, settings))
+        return
+    if output is None:
+        raise click.UsageError("--output is needed")
+    limits = {
+        "max_perplexity_ratio": max_perplexity_ratio,
+        "min_top1_agreement": min_top1_agreement,
     }
-    if max_perplexity_ratio is not None:
-        body["gate"] = {"max_perplexity_ratio": max_perplexity_ratio}
+    gate = {name: limit for name, limit in limits.items() if limit is not None}
+    body: dict[str, Any] = {"type": "compress", "model": model, "output": output, "recipe": stages}
+    body |= {"calibration": settings} if settings is not None else {}
+    body |= {"gate": gate} if gate else {}
     with connected(url) as client:
         job = client.post("/v1/jobs", body)
         click.echo(job["id"])
         if not detach:
             _follow_to_the_end(client, job["id"])
+
+
+def _yaml(text: str, option: str) -> Any:
+    """What an option says, itself or in the file that it names."""
+    import yaml
+
+    path = Path(text)
+    try:
+        if path.suffix in {".yaml", ".yml", ".json"}:
+            text = path.read_text()
+        return yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+def _plan_lines(model: dict[str, Any], stages: Any, calibration: Any) -> list[str]:
+    from compression.plan import plan
+    from compression.recipe import Calibration, RecipeError, parse_recipe
+    from service.job_view import human_bytes, table
+
+    try:
+        recipe = parse_recipe(stages, done=model["recipe"])
+    except RecipeError as error:
+        raise click.ClickException(f"{error.param}: {error.message}") from None
+    found = plan(model, recipe, Calibration(**calibration or {}))
+
+    def shown(least: str, most: str) -> str:
+        return least if least == most else f"{least} to {most}"
+
+    parameters, size = found.parameters, found.bytes
+    rows = [
+        ["", "before", "after (predicted)"],
+        [
+            "parameters",
+            f"{found.parameters_before:,}",
+            shown(f"{parameters.least:,}", f"{parameters.most:,}"),
+        ],
+        [
+            "bytes on disk",
+            human_bytes(found.bytes_before),
+            shown(human_bytes(size.least), human_bytes(size.most)),
+        ],
+    ]
+    return [*table(rows), f"peak memory of the job: about {human_bytes(found.peak_memory_bytes)}"]
 
 
 @click.group()

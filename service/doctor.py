@@ -52,7 +52,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    from compression.linear import CPU_GROUP_SIZES, CPU_OUTPUT_MULTIPLE, CpuInt4Linear, Int4Linear
+    from engines.kernels.native import NativeLibrary, native_library
 
     capability = torch.backends.cpu.get_cpu_capability()
     yield Finding(name="cpu", text=f"{torch.get_num_threads()} threads, {capability}")
@@ -63,10 +63,12 @@ def _devices() -> Iterator[Finding]:
             yield Finding(name=f"cuda:{index}", text=text)
     else:
         yield Finding(name="cuda", text="no GPU; everything runs on the CPU")
-    groups = ", ".join(map(str, CPU_GROUP_SIZES))
-    kernel = CpuInt4Linear.kernel.removeprefix("int4: ")
-    text = f"bf16 on CPU, groups {groups}, outputs in {CPU_OUTPUT_MULTIPLE}s: {kernel}"
-    yield Finding(name="int4", text=f"{text}; else {Int4Linear.kernel.removeprefix('int4: ')}")
+    library = native_library()
+    if isinstance(library, NativeLibrary):
+        text = f"{library.description}: dense and INT4 products, whole passes of few rows"
+        yield Finding(name="kernels", text=text)
+    else:
+        yield Finding(name="kernels", text=f"torch's operations, because {library}")
 
 
 def _version(package: str) -> str | None:

@@ -37,6 +37,8 @@ FinishReason = Literal["stop", "length"]
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
 INT64 = 2**63
+CONSTRAINT_SECONDS = 5.0
+"""A schema or an expression is checked for so long; llguidance's own limits stop it long before."""
 
 
 class PromptTokensDetails(ResponseModel):
@@ -186,6 +188,24 @@ class _Choice:
         )
 
 
+async def _check_constraint(constraint: Constraint) -> None:
+    """Find out beside the event loop whether the engine could enforce it.
+
+    Raises:
+        ApiError: invalid_value, it could not, or the answer takes too long.
+    """
+    from engines.structured import PARAMS, check_constraint
+
+    try:
+        async with asyncio.timeout(CONSTRAINT_SECONDS):
+            await asyncio.to_thread(check_constraint, constraint)
+    except EngineError as error:
+        raise from_engine_error(error) from None
+    except TimeoutError:
+        param = PARAMS[constraint.kind]
+        raise ApiError("invalid_value", f"{param} takes too long to compile", param) from None
+
+
 class Generation:
     """All choices of one HTTP request. Belongs to one event loop."""
 
@@ -226,6 +246,8 @@ class Generation:
         return generation
 
     async def _submit(self) -> None:
+        if self.spec.constraint is not None:
+            await _check_constraint(self.spec.constraint)
         tasks = [asyncio.ensure_future(self._submit_one(choice)) for choice in self._choices]
         try:
             results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,12 +1,13 @@
 """Request fields that completions and chat have in common, checked so that a refusal names the field."""
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from engines.protocol import EngineInfo, SamplingParams, Skip
+from engines.protocol import Constraint, EngineInfo, SamplingParams, Skip
 from service.deps import RequestModel
 from service.errors import ApiError
 
@@ -18,6 +19,8 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOKEN_ID = 2**31 - 1
 MAX_COUNT = 2**31 - 1
+MAX_SCHEMA_CHARS = 2**16
+MAX_REGEX_CHARS = 4096
 INT64 = 2**63
 _TOKEN_ID = re.compile(r"[0-9]{1,10}\Z")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -161,6 +164,20 @@ class StreamOptions(RequestModel):
     )
 
 
+class JsonSchemaFormat(RequestModel):
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: Annotated[str, Field(max_length=1024)] | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(RequestModel):
+    """Anything but `text` needs an engine that can constrain its output."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
 class GenerationBody(RequestModel):
     """Sampling and streaming. `null` is the default everywhere."""
 
@@ -206,6 +223,10 @@ class GenerationBody(RequestModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     skip_special_tokens: bool | None = Field(
         default=True, description="Leave special tokens out of the text."
+    )
+    response_format: ResponseFormat | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARS)] | None = Field(
+        default=None, description="The whole output matches it; no look-around, no back-references."
     )
     skip: SkipField = Field(
         default=Skip(), description="Feed-forward skipping (FFN-SkipLLM), where the engine has it."
@@ -282,9 +303,35 @@ class GenerationBody(RequestModel):
 
     def asks_for(self, name: str) -> bool:
         """Whether a field is there and says something else than its default."""
+        if name == "response_format":
+            return self.response_format is not None and self.response_format.type != "text"
         field = type(self).model_fields.get(name)
         value = getattr(self, name, None)
         return field is not None and value is not None and value != field.default
+
+    def constraint(self) -> Constraint | None:
+        """Raises: ApiError: invalid_value, two constraints, no schema, or one that is too large."""
+        if self.regex is not None:
+            if self.asks_for("response_format"):
+                raise ApiError("invalid_value", "regex cannot go with response_format", "regex")
+            return Constraint(kind="regex", text=check_text(self.regex, "regex"))
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return Constraint(kind="json_object")
+        if form.json_schema is None or form.json_schema.schema_ is None:
+            raise ApiError(
+                "invalid_value", "json_schema.schema is needed", "response_format.json_schema"
+            )
+        text = json.dumps(form.json_schema.schema_)
+        if len(text) > MAX_SCHEMA_CHARS:
+            raise ApiError(
+                "invalid_value",
+                f"a schema has at most {MAX_SCHEMA_CHARS} characters, got {len(text)}",
+                "response_format.json_schema",
+            )
+        return Constraint(kind="json_schema", text=text)
 
 
 def _given(value: float | None, default: float) -> float:

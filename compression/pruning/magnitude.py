@@ -6,32 +6,22 @@ Shapes: O output channels, I input channels.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compression.pruning.masks import (
-    NM,
-    Sparsity,
-    check_weight,
-    keep_mask_n_m,
-    keep_mask_per_matrix,
-    keep_mask_per_row,
-    num_dropped,
-)
+from compression.pruning.masks import Scope, Sparsity, check_sparsity, check_weight, keep_mask
 
 _DIGIT = 1 << 16
 
 
 def magnitude_keep_mask(
-    weight_OI: Tensor, sparsity: Sparsity, *, scope: Literal["row", "matrix"] = "matrix"
+    weight_OI: Tensor, sparsity: Sparsity, *, scope: Scope = "matrix"
 ) -> Tensor:
     """Choose which weights of one linear layer survive.
 
     Args:
         weight_OI: any floating dtype.
-        scope: within what a fraction is counted; N:M has its own.
 
     Returns:
         bool (O, I), True survives.
@@ -40,11 +30,7 @@ def magnitude_keep_mask(
         ValueError: sparsity is out of range, the pattern does not fit, or a weight is not finite.
     """
     check_weight(weight_OI)
-    score_OI = weight_OI.float().abs()
-    if isinstance(sparsity, NM):
-        return keep_mask_n_m(score_OI, sparsity)
-    keep_mask = keep_mask_per_row if scope == "row" else keep_mask_per_matrix
-    return keep_mask(score_OI, sparsity)
+    return keep_mask(weight_OI.float().abs(), sparsity, scope=scope)
 
 
 def global_keep_masks(weights: Sequence[Tensor], sparsity: float) -> Iterator[Tensor]:
@@ -56,11 +42,12 @@ def global_keep_masks(weights: Sequence[Tensor], sparsity: float) -> Iterator[Te
     Raises:
         ValueError: sparsity is out of range, or a weight is not finite.
     """
+    check_sparsity(sparsity, 1)
     upper_counts = torch.zeros(_DIGIT, dtype=torch.int64)
     for weight_OI in weights:
         check_weight(weight_OI)
         upper_counts += torch.bincount(_magnitude_bits(weight_OI) >> 16, minlength=_DIGIT).cpu()
-    remaining = num_dropped(int(upper_counts.sum()), sparsity)
+    remaining = round(sparsity * int(upper_counts.sum()))
     if not remaining:
         yield from (torch.ones_like(weight_OI, dtype=torch.bool) for weight_OI in weights)
         return

@@ -7,6 +7,7 @@ Shapes: O output channels, I input channels.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,40 +31,40 @@ class NM:
 Sparsity = float | NM
 """Fraction of weights that go, in [0, 1), or a pattern."""
 
+Scope = Literal["row", "matrix"]
+"""Within what a fraction is counted; a pattern has its own scope."""
 
-def num_dropped(count: int, sparsity: float) -> int:
-    """How many of `count` weights go.
 
-    Raises:
-        ValueError: sparsity is out of range.
-    """
-    if not 0 <= sparsity < 1:
+def check_sparsity(sparsity: Sparsity, num_channels: int) -> None:
+    """Raises: ValueError: a fraction out of range, or input channels that the pattern does not divide."""
+    if isinstance(sparsity, NM):
+        if num_channels % sparsity.m:
+            raise ValueError(
+                f"in_features {num_channels} is no multiple of {sparsity.m} ({sparsity})"
+            )
+    elif not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
-    return round(sparsity * count)
 
 
-def keep_mask_per_row(score_OI: Tensor, sparsity: float) -> Tensor:
-    """Drop the same number of weights from every row. Bool (O, I), True survives."""
-    count = num_dropped(score_OI.shape[1], sparsity)
-    drop_OP = score_OI.argsort(dim=1, stable=True)[:, :count]
-    return torch.ones_like(score_OI, dtype=torch.bool).scatter_(1, drop_OP, False)
+def keep_mask(score_OI: Tensor, sparsity: Sparsity, *, scope: Scope) -> Tensor:
+    """Drop the lowest scores of every row, of the matrix, or of every M consecutive inputs.
 
-
-def keep_mask_per_matrix(score_OI: Tensor, sparsity: float) -> Tensor:
-    """Drop the lowest scores of the whole matrix, so that rows may differ."""
-    return keep_mask_per_row(score_OI.reshape(1, -1), sparsity).reshape(score_OI.shape)
-
-
-def keep_mask_n_m(score_OI: Tensor, n_m: NM) -> Tensor:
-    """Drop the M - N lowest scores of every M consecutive inputs.
+    Returns:
+        bool (O, I), True survives.
 
     Raises:
-        ValueError: the inputs are no multiple of M.
+        ValueError: as `check_sparsity`.
     """
-    if score_OI.shape[1] % n_m.m:
-        raise ValueError(f"in_features {score_OI.shape[1]} is no multiple of {n_m.m} ({n_m})")
-    score_GM = score_OI.reshape(-1, n_m.m)
-    return keep_mask_per_row(score_GM, (n_m.m - n_m.n) / n_m.m).reshape(score_OI.shape)
+    check_sparsity(sparsity, score_OI.shape[1])
+    if isinstance(sparsity, NM):
+        compared = score_OI.reshape(-1, sparsity.m)
+        count = sparsity.m - sparsity.n
+    else:
+        compared = score_OI if scope == "row" else score_OI.reshape(1, -1)
+        count = round(sparsity * compared.shape[1])
+    drop = compared.argsort(dim=1, stable=True)[:, :count]
+    keep = torch.ones_like(compared, dtype=torch.bool).scatter_(1, drop, False)
+    return keep.reshape(score_OI.shape)
 
 
 def check_weight(weight_OI: Tensor) -> None:

@@ -19,14 +19,7 @@ from compression.inverse_hessian import (
     fix_columns,
     inverse_factor,
 )
-from compression.pruning.masks import (
-    NM,
-    Sparsity,
-    check_weight,
-    keep_mask_n_m,
-    keep_mask_per_matrix,
-    num_dropped,
-)
+from compression.pruning.masks import NM, Sparsity, check_sparsity, check_weight, keep_mask
 
 
 def sparsegpt(
@@ -47,27 +40,19 @@ def sparsegpt(
     """
     check_weight(weight_OI)
     num_rows, num_channels = weight_OI.shape
-    if isinstance(sparsity, NM):
-        if num_channels % sparsity.m:
-            raise ValueError(f"in_features {num_channels} is no multiple of {sparsity.m}")
-        span = sparsity.m
-    else:
-        num_dropped(1, sparsity)
-        span = BLOCK_SIZE
+    check_sparsity(sparsity, num_channels)
+    span = sparsity.m if isinstance(sparsity, NM) else BLOCK_SIZE
+    if gram_II.shape[0] != num_channels:
+        raise ValueError(f"gram is of {gram_II.shape[0]} channels, the weight has {num_channels}")
     factor_II = inverse_factor(gram_II, dampening=dampening)
-    if factor_II.shape[0] != num_channels:
-        raise ValueError(f"gram is of {factor_II.shape[0]} channels, the weight has {num_channels}")
     price_I = factor_II.diagonal().square().reciprocal()
     price_I[dead_inputs(gram_II)] = 0
     keep_IO = torch.empty(num_channels, num_rows, dtype=torch.bool, device=weight_OI.device)
 
     def choose(j: int, current_BO: Tensor) -> Tensor:
         if j % span == 0:
-            score_BO = current_BO[:span].square() * price_I[j : j + span, None]
-            if isinstance(sparsity, NM):
-                keep_IO[j : j + span] = keep_mask_n_m(score_BO.T, sparsity).T
-            else:
-                keep_IO[j : j + span] = keep_mask_per_matrix(score_BO, sparsity)
+            score_OB = (current_BO[:span].square() * price_I[j : j + span, None]).T
+            keep_IO[j : j + span] = keep_mask(score_OB, sparsity, scope="matrix").T
         return current_BO[0] * keep_IO[j]
 
     block_size = max(BLOCK_SIZE // span, 1) * span

@@ -8,13 +8,7 @@ Shapes: O output channels, I input channels.
 import torch
 from torch import Tensor
 
-from compression.pruning.masks import (
-    NM,
-    Sparsity,
-    check_weight,
-    keep_mask_n_m,
-    keep_mask_per_row,
-)
+from compression.pruning.masks import Sparsity, check_weight, keep_mask
 
 
 def wanda_keep_mask(weight_OI: Tensor, input_norm_I: Tensor, sparsity: Sparsity) -> Tensor:
@@ -33,7 +27,4 @@ def wanda_keep_mask(weight_OI: Tensor, input_norm_I: Tensor, sparsity: Sparsity)
     check_weight(weight_OI)
     if input_norm_I.shape != weight_OI.shape[1:] or not torch.isfinite(input_norm_I).all():
         raise ValueError(f"input_norm must hold {weight_OI.shape[1]} finite values")
-    score_OI = weight_OI.float().abs() * input_norm_I.float()
-    if isinstance(sparsity, NM):
-        return keep_mask_n_m(score_OI, sparsity)
-    return keep_mask_per_row(score_OI, sparsity)
+    return keep_mask(weight_OI.float().abs() * input_norm_I.float(), sparsity, scope="row")

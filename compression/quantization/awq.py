@@ -69,7 +69,8 @@ def search_scale(
             f"weights of {weight_OI.shape[1]} inputs, statistics of {gram_II.shape[0]} and {mean_abs_I.shape[0]}"
         )
     if source_I is None:
-        source_I = torch.arange(len(mean_abs_I), device=mean_abs_I.device)
+        source_I = torch.arange(len(mean_abs_I))
+    source_I = source_I.to(mean_abs_I.device)
     magnitude_S = _mean_by_source(mean_abs_I.double(), source_I)
     best = None
     for alpha in ALPHAS:

@@ -1,11 +1,12 @@
 """Linear layers of any kind for the native library: how weights lie in memory, and which rows go where.
 
 Few rows go through the native products, which read each weight once; INT4 weights then meet inputs that are quantized
-to INT8 as they come, symmetric, a scale to each of the weight's groups. More rows than `NATIVE_ROWS` go through torch's
+to INT8 as they come, symmetric, a scale to 32 inputs. More rows than `NATIVE_ROWS` go through torch's
 matrix product, INT4 weights dequantized for it one matrix at a time. The weight is held once: dense ones as torch has
 them, INT4 ones in the layout that `cpu/product.cpp` describes.
 
-Shapes: T rows, O output channels, I input channels, G groups, B = ceil(O / 16) blocks of outputs, J = I / 8.
+Shapes: T rows, O output channels, I input channels, G groups, B = ceil(O / 16) blocks of outputs, J
+reads of 64 bytes.
 """
 
 import ctypes
@@ -31,51 +32,78 @@ from engines.kernels.weights import (
 
 LANES = 16
 GROUP_MULTIPLE = 32
+HEAD_GROUP_SIZE = 64
 DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 
-NATIVE_ROWS = {native.FP32: 16, native.BF16: 16, native.INT4: 32}
-"""Most rows that the native product is used for, by kind. benchmarks/decode_kernels.py measures the crossover."""
+NATIVE_ROWS = {native.FP32: 32, native.BF16: 32, native.INT4: 64, native.INT8: 64}
+"""Most rows that the native product is used for, by kind.
+
+Measured on Sapphire Rapids, whose AMX units torch's product uses (benchmarks/results/native_cpu_2026-11-24.md): passes
+of SmolLM2-135M took equally long at 24 (one request's rows) to 48 rows (one row each) in bfloat16, and at about 100 in
+INT4.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedInt4:
-    """Codes plus 8 in blocks of 16 outputs; outputs past O are zeros.
+class PackedWeight:
+    """Codes plus 8 (INT4) or 128 (INT8) in blocks of 16 outputs; outputs past O are zeros.
 
     Attributes:
-        packed_BJ64: uint8; byte 4 * lane + i holds the codes of inputs 8j + i (low half) and 8j + 4 + i.
+        packed_BJ64: uint8. INT4, J = I / 8: byte 4 * lane + i holds the codes of inputs 8j + i (low half) and
+            8j + 4 + i. INT8, J = I / 4: that of input 4j + i.
         scale_BGL: bfloat16 or float32 (B, G, 16).
         zero_point_BGL: int8, or None when symmetric.
     """
 
+    kind: int
     out_features: int
+    in_features: int
     group_size: int
     packed_BJ64: Tensor
     scale_BGL: Tensor
     zero_point_BGL: Tensor | None
 
-    @property
-    def in_features(self) -> int:
-        return 8 * self.packed_BJ64.shape[1]
+
+def pack_int4(quantized: QuantizedWeight) -> PackedWeight:
+    codes_OI = quantized.codes_OI
+    unsigned_OI = _pad((codes_OI + 8).to(torch.uint8))
+    halves_BLJ24 = unsigned_OI.view(-1, LANES, codes_OI.shape[1] // 8, 2, 4)
+    bytes_BLJ4 = halves_BLJ24[:, :, :, 0] | halves_BLJ24[:, :, :, 1] << 4
+    return _packed(native.INT4, bytes_BLJ4, quantized)
 
 
-def pack_int4(quantized: QuantizedWeight) -> PackedInt4:
-    codes_OI, scale_OG = quantized.codes_OI, quantized.scale_OG
-    num_rows, num_columns = codes_OI.shape
-    padding = (0, 0, 0, -num_rows % LANES)
-    unsigned_OI = F.pad((codes_OI + 8).to(torch.uint8), padding)
-    halves_BL2J4 = unsigned_OI.view(-1, LANES, num_columns // 8, 2, 4)
-    bytes_BLJ4 = halves_BL2J4[:, :, :, 0] | halves_BL2J4[:, :, :, 1] << 4
+def pack_int8(weight_OI: Tensor, group_size: int) -> PackedWeight:
+    """Round to nearest, symmetric: codes in [-127, 127], a bfloat16 scale to each group."""
+    groups_OGI = weight_OI.float().reshape(len(weight_OI), -1, group_size)
+    scale_OG = (groups_OGI.abs().amax(dim=2) / 127).bfloat16()
+    scale_OG[scale_OG == 0] = 1
+    codes_OGI = (groups_OGI / scale_OG.float()[..., None]).round().clamp(-127, 127)
+    codes_OI = codes_OGI.to(torch.int8).flatten(1)
+    unsigned_OI = _pad(codes_OI.view(torch.uint8) ^ 128)
+    bytes_BLJ4 = unsigned_OI.view(-1, LANES, codes_OI.shape[1] // 4, 4)
+    quantized = QuantizedWeight(codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=None)
+    return _packed(native.INT8, bytes_BLJ4, quantized)
+
+
+def _pad(values_OX: Tensor) -> Tensor:
+    return F.pad(values_OX, (0, 0, 0, -len(values_OX) % LANES))
+
+
+def _packed(kind: int, bytes_BLJ4: Tensor, quantized: QuantizedWeight) -> PackedWeight:
+    scale_OG = quantized.scale_OG
 
     def blocks(values_OG: Tensor) -> Tensor:
-        padded_OG = F.pad(values_OG, padding)
+        padded_OG = _pad(values_OG)
         return in_huge_pages(padded_OG.view(-1, LANES, values_OG.shape[1]).transpose(1, 2))
 
     if scale_OG.dtype != torch.bfloat16:
         scale_OG = scale_OG.float()
     zero_point_OG = quantized.zero_point_OG
-    return PackedInt4(
-        out_features=num_rows,
-        group_size=num_columns // scale_OG.shape[1],
+    return PackedWeight(
+        kind=kind,
+        out_features=len(scale_OG),
+        in_features=quantized.codes_OI.shape[1],
+        group_size=quantized.group_size,
         packed_BJ64=in_huge_pages(bytes_BLJ4.transpose(1, 2)).flatten(2),
         scale_BGL=blocks(scale_OG),
         zero_point_BGL=None if zero_point_OG is None else blocks(zero_point_OG),
@@ -86,7 +114,7 @@ def pack_int4(quantized: QuantizedWeight) -> PackedInt4:
 class _Part:
     """One matrix and where it stands; see `LatheSegment`."""
 
-    matrix: Tensor | PackedInt4
+    matrix: Tensor | PackedWeight
     stage: int = 0
     into_middle: bool = False
     in_offset: int = 0
@@ -96,21 +124,22 @@ class _Part:
     @property
     def out_features(self) -> int:
         matrix = self.matrix
-        return matrix.out_features if isinstance(matrix, PackedInt4) else len(matrix)
+        return matrix.out_features if isinstance(matrix, PackedWeight) else len(matrix)
 
     @property
     def in_features(self) -> int:
         matrix = self.matrix
-        return matrix.in_features if isinstance(matrix, PackedInt4) else matrix.shape[1]
+        return matrix.in_features if isinstance(matrix, PackedWeight) else matrix.shape[1]
 
     @property
     def kind(self) -> int:
-        return native.INT4 if isinstance(self.matrix, PackedInt4) else DTYPES[self.matrix.dtype]
+        matrix = self.matrix
+        return matrix.kind if isinstance(matrix, PackedWeight) else DTYPES[matrix.dtype]
 
     def tensors(self) -> list[Tensor]:
         matrix = self.matrix
         held = [matrix, self.bias_O]
-        if isinstance(matrix, PackedInt4):
+        if isinstance(matrix, PackedWeight):
             held = [matrix.packed_BJ64, matrix.scale_BGL, matrix.zero_point_BGL, self.bias_O]
         return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
@@ -163,7 +192,7 @@ def build_cpu_linear(
         bias_O = None if weight.bias_O is None else weight.bias_O.float()
         if isinstance(weight.weight, LowRankWeight):
             u = _lay_out(weight.weight.weight_u, dtype)
-            rank = u.in_features if isinstance(u, PackedInt4) else u.shape[1]
+            rank = u.in_features if isinstance(u, PackedWeight) else u.shape[1]
             parts.append(
                 _Part(
                     matrix=u, stage=1, in_offset=middle_offset, out_offset=out_offset, bias_O=bias_O
@@ -191,7 +220,13 @@ def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
     return CpuLinear([_Part(matrix=weight_OI)], dtype=weight_OI.dtype, library=library)
 
 
-def _lay_out(matrix: MatrixWeight, dtype: torch.dtype) -> Tensor | PackedInt4:
+def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
+    """In INT8; see `linear.build_tied_head`."""
+    packed = pack_int8(weight_OI, HEAD_GROUP_SIZE)
+    return CpuLinear([_Part(matrix=packed)], dtype=weight_OI.dtype, library=library)
+
+
+def _lay_out(matrix: MatrixWeight, dtype: torch.dtype) -> Tensor | PackedWeight:
     if isinstance(matrix, QuantizedWeight):
         return pack_int4(matrix)
     return in_huge_pages(matrix.to(dtype))
@@ -202,6 +237,7 @@ class CpuLinear:
 
     Attributes:
         native_linear: the same for the native library; valid as long as this object.
+        native_rows: most rows that go through it.
     """
 
     def __init__(
@@ -220,17 +256,22 @@ class CpuLinear:
             middle_features=sum(p.out_features for p in self._parts if p.into_middle),
             out_features=sum(p.out_features for p in self._parts if not p.into_middle),
         )
-        self._native_rows = min(NATIVE_ROWS[part.kind] for part in self._parts)
-        names = {native.FP32: "fp32", native.BF16: "bf16", native.INT4: "int4 x int8 rows"}
+        self.native_rows = min(NATIVE_ROWS[part.kind] for part in self._parts)
+        names = {
+            native.FP32: "fp32",
+            native.BF16: "bf16",
+            native.INT4: "int4 x int8 rows",
+            native.INT8: "int8 x int8 rows",
+        }
         kinds = " + ".join(dict.fromkeys(names[part.kind] for part in self._parts))
         low_rank = "low rank " if self.native_linear.middle_features else ""
         self.kernel = (
-            f"native {low_rank}{kinds} up to {self._native_rows} rows, then torch {dtype}"
+            f"native {low_rank}{kinds} up to {self.native_rows} rows, then torch {dtype}"
         ).replace("torch.", "")
 
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or x_TI.dtype
-        if len(x_TI) <= self._native_rows:
+        if len(x_TI) <= self.native_rows:
             return self.few_rows(x_TI, dtype)
         return self.many_rows(x_TI.to(self._dtype)).to(dtype)
 
@@ -270,10 +311,10 @@ class CpuLinear:
         matrix = self._parts[index].matrix
         if isinstance(matrix, Tensor):
             return matrix
-        weight_OI = torch.empty(matrix.out_features, matrix.in_features, dtype=self._dtype)
+        weight_OI = torch.empty(matrix.out_features, matrix.in_features, dtype=torch.bfloat16)
         self._library.functions.lathe_dequantize(
             self._library.context,
             ctypes.byref(self._segments[index]),
-            *(weight_OI.data_ptr(), self._dtype == torch.bfloat16),
+            weight_OI.data_ptr(),
         )
         return weight_OI

@@ -1,7 +1,7 @@
 """A whole pass of few rows in one native call: the decoder's layers without Python between their parts.
 
 The same mathematics over the same weights and cache as `DecoderModel.forward`, with float32 between products where the
-plain path rounds to bfloat16. Passes of more than `MAX_ROWS` rows are faster the plain way, whose products are torch's.
+plain path rounds to bfloat16. Passes of more rows than `max_rows` are faster the plain way, whose products are torch's.
 A row's result does not depend on the rows beside it.
 
 Shapes: T rows, H hidden, D head dim.
@@ -24,8 +24,6 @@ from engines.kernels.paged_attention import LayerCache
 if TYPE_CHECKING:
     from engines.model import DecoderLayer, DecoderModel
 
-MAX_ROWS = 16
-"""benchmarks/decode_kernels.py measures the crossover."""
 MAX_HEAD_DIM = 256
 
 
@@ -48,13 +46,20 @@ def build_cpu_step(model: "DecoderModel", kv_cache: Sequence[LayerCache]) -> "Cp
 
 
 class CpuStep:
-    """Made by `build_cpu_step`; holds no weight, only where they are."""
+    """Made by `build_cpu_step`; holds no weight, only where they are.
+
+    Attributes:
+        max_rows: the longest pass that is faster this way.
+    """
 
     def __init__(
         self, model: "DecoderModel", kv_cache: Sequence[LayerCache], library: NativeLibrary
     ) -> None:
         self._library = library
         self._dtype = model.dtype
+        self.max_rows = min(
+            _native(linear).native_rows for layer in model.layers for linear in _linears(layer)
+        )
         self._keep: list[object] = [model, kv_cache]  # what the pointers below point into
         layers = (native.Layer * len(model.layers))(
             *(self._layer(*pair) for pair in zip(model.layers, kv_cache, strict=True))
@@ -75,7 +80,7 @@ class CpuStep:
     @property
     def kernel(self) -> str:
         """For `EngineInfo.kernels`."""
-        return f"one native call up to {MAX_ROWS} rows: {self._library.description}"
+        return f"one native call up to {self.max_rows} rows: {self._library.description}"
 
     def forward(self, hidden_TH: Tensor, metadata: BatchMetadata) -> Tensor:
         """As `DecoderModel.forward` with a cache."""
@@ -92,7 +97,7 @@ class CpuStep:
         keys, values = cache
         assert keys.is_contiguous()
         assert values.is_contiguous()
-        qkv, o, gate_up, down = (_native(linear) for linear in _linears(layer))
+        qkv, o, gate_up, down = (_native(linear).native_linear for linear in _linears(layer))
         return native.Layer(
             input_norm_H=self._floats(layer.input_norm_H),
             post_norm_H=self._floats(layer.post_norm_H),
@@ -122,9 +127,9 @@ def _linears(layer: "DecoderLayer") -> tuple[Linear, Linear, Linear, Linear]:
     return layer.qkv, layer.o, layer.gate_up, layer.down
 
 
-def _native(linear: Linear) -> native.Linear:
+def _native(linear: Linear) -> CpuLinear:
     assert isinstance(linear, CpuLinear)
-    return linear.native_linear
+    return linear
 
 
 def _batch(metadata: BatchMetadata) -> native.Batch:

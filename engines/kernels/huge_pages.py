@@ -1,4 +1,4 @@
-"""Memory for weights in huge pages: reading a weight then costs few page walks.
+"""Memory for weights and caches in huge pages: reading them then costs few page walks.
 
 A walk is dear in a virtual machine: there huge pages raised one core's bandwidth from 12 to 16-20 GB/s
 (benchmarks/results). Weights are smaller than a huge page is wasteful, so they share regions; a region lives
@@ -27,12 +27,13 @@ class _Regions:
         with self._lock:
             size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
             if size > len(self._free):
-                self._free = _map(max(REGION_BYTES, -(-size // HUGE_PAGE) * HUGE_PAGE))
+                self._free = map_memory(max(REGION_BYTES, -(-size // HUGE_PAGE) * HUGE_PAGE))
             taken, self._free = self._free[:num_bytes], self._free[size:]
             return taken
 
 
-def _map(num_bytes: int) -> Tensor:
+def map_memory(num_bytes: int) -> Tensor:
+    """uint8 zeros, not resident until they are written."""
     # One page more than asked for, to start at a multiple. Private: shared memory has no huge pages.
     region = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

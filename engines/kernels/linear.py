@@ -14,7 +14,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.linear import build_int4_linear
 from compression.quantization.int4 import QuantizedWeight
-from engines.kernels.cpu_linear import DTYPES, applies, build_cpu_linear, share_on_cpu
+from engines.kernels.cpu_linear import (
+    DTYPES,
+    HEAD_GROUP_SIZE,
+    applies,
+    build_cpu_linear,
+    quantize_on_cpu,
+    share_on_cpu,
+)
 from engines.kernels.native import NativeLibrary, native_library
 from engines.kernels.sparse_linear import SparseLinear, is_two_four
 from engines.kernels.sparse_linear import why_not as why_not_sparse
@@ -156,8 +163,20 @@ def _build_int4(
 
 def share_weight(weight_OI: Tensor) -> Linear:
     """The product with a matrix that has another owner: a head tied to the embedding."""
-    if weight_OI.device.type == "cpu" and weight_OI.dtype in DTYPES:
-        library = native_library()
-        if isinstance(library, NativeLibrary):
-            return share_on_cpu(weight_OI, library)
+    library = native_library() if weight_OI.device.type == "cpu" else None
+    if isinstance(library, NativeLibrary) and weight_OI.dtype in DTYPES:
+        return share_on_cpu(weight_OI, library)
     return DenseLinear(weight_OI, None)
+
+
+def build_tied_head(embedding_VH: Tensor, *, is_int4: bool) -> Linear:
+    """The product with the embedding itself.
+
+    Beside INT4 layers (`is_int4`) in bfloat16 the native library has a copy of it in INT8: of such a model's bytes the
+    head would be the half, and rounding it changes less than the layers' INT4 does (docs/log.md has the perplexities).
+    """
+    if is_int4 and embedding_VH.device.type == "cpu" and embedding_VH.dtype == torch.bfloat16:
+        library = native_library()
+        if isinstance(library, NativeLibrary) and embedding_VH.shape[1] % HEAD_GROUP_SIZE == 0:
+            return quantize_on_cpu(embedding_VH, library)
+    return share_weight(embedding_VH)

@@ -110,7 +110,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "lathe_context_destroy": (_POINTER,),
     "lathe_step": (_POINTER, ctypes.POINTER(Model), ctypes.POINTER(Batch), _POINTER),
     "lathe_linear": (_POINTER, ctypes.POINTER(Linear), _POINTER, _INT, _INT, _POINTER, _INT),
-    "lathe_dequantize": (_POINTER, ctypes.POINTER(Segment), _POINTER, _INT),
+    "lathe_dequantize": (_POINTER, ctypes.POINTER(Segment), _POINTER),
     "lathe_rms_norm": (_POINTER, _POINTER, _POINTER, _INT, _INT, ctypes.c_float, _POINTER),
     "lathe_swiglu": (_POINTER, _POINTER, _INT, _INT, _POINTER),
     "lathe_rotate_and_write": (

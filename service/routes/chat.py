@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: the model's own chat template around messages, OpenAI's answer."""
 
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -10,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
-from engines.protocol import Constraint, EngineInfo, TokenLogprob
+from engines.protocol import EngineInfo, TokenLogprob
 from engines.text import TextTokenizer
 from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
@@ -46,7 +45,6 @@ router = APIRouter(
 )
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
-MAX_SCHEMA_CHARS = 2**16
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -83,20 +81,6 @@ class Message(RequestModel):
     content: Annotated[Any, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
 
 
-class JsonSchemaFormat(RequestModel):
-    name: Annotated[str, Field(min_length=1, max_length=64)]
-    description: Annotated[str, Field(max_length=1024)] | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
-
-
-class ResponseFormat(RequestModel):
-    """Anything but `text` needs an engine that can constrain its output."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-
 class ChatBody(GenerationBody):
     """OpenAI's body for text: no tools, no audio, no images. The chat template is the model's own."""
 
@@ -123,7 +107,6 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         default=None, description="Alternatives to report per token; needs logprobs."
     )
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatBody":
@@ -135,31 +118,6 @@ class ChatBody(GenerationBody):
                 "invalid_value", "max_tokens and max_completion_tokens differ", "max_tokens"
             )
         return self
-
-    def asks_for(self, name: str) -> bool:
-        if name == "response_format":
-            return self.response_format is not None and self.response_format.type != "text"
-        return super().asks_for(name)
-
-    def constraint(self) -> Constraint | None:
-        """Raises: ApiError: invalid_value, no schema, or one that is too large."""
-        form = self.response_format
-        if form is None or form.type == "text":
-            return None
-        if form.type == "json_object":
-            return Constraint(kind="json_object")
-        if form.json_schema is None or form.json_schema.schema_ is None:
-            raise ApiError(
-                "invalid_value", "json_schema.schema is needed", "response_format.json_schema"
-            )
-        text = json.dumps(form.json_schema.schema_)
-        if len(text) > MAX_SCHEMA_CHARS:
-            raise ApiError(
-                "invalid_value",
-                f"a schema has at most {MAX_SCHEMA_CHARS} characters, got {len(text)}",
-                "response_format.json_schema",
-            )
-        return Constraint(kind="json_schema", text=text)
 
 
 class TopLogprob(ResponseModel):

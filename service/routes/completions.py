@@ -205,6 +205,7 @@ async def _complete(body: CompletionBody, state: AppState, identity: Identity) -
             prompt_logprobs=(body.logprobs or 0) if reads_prompt else None,
         ),
         stop=body.stop,
+        constraint=body.constraint(),
         skip=body.skip,
         tenant=identity.tenant,
         skip_special_tokens=body.skip_special_tokens is not False,

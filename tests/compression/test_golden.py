@@ -1,4 +1,5 @@
-"""Checkpoints written by version 1 of the format. They must load for ever: never write them anew."""
+"""Checkpoints written by version 1 of the format, and low-rank by version 2. They must load for ever: never write
+them anew."""
 
 from pathlib import Path
 
@@ -13,7 +14,9 @@ HASHES = {
     "dense": "0ef9f200ebd976c04827dc36a280051d154165eacd10c37e0f3203912578d9d6",
     "int4": "69aa4116405e0de995ff6ac28b69cc72799935127a5dd84dc2595e070925065b",
     "int4-asymmetric": "7c27b6dbcd1bb864464f9f27b0b1ba60e4fc527ca5b424756eb91ae4ca091526",
+    "low-rank": "31fe5f0862719111dda1561f89f5a083a3d036ba57c3a44eb95c45404a13a959",
 }
+KINDS = {"dense": {"dense"}, "low-rank": {"low_rank"}}
 
 
 def test_each_golden_checkpoint_is_known() -> None:
@@ -27,7 +30,7 @@ def test_it_verifies_and_gives_the_logits_that_it_gave(name: str) -> None:
     manifest = open_checkpoint(folder).manifest
     assert checkpoint_hash(manifest) == HASHES[name]
     kinds = {matrix.linear.kind for matrix in manifest.matrices}
-    assert kinds == ({"dense"} if name == "dense" else {"dense", "int4"})
+    assert kinds == KINDS.get(name, {"dense", "int4"})
     assert manifest.fingerprint is not None
     # Their spread is 0.1, written down with four decimals; of "dense" they were computed in bfloat16.
     model = load_model(folder, dtype=torch.float32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.low_rank.factors import break_even_rank, factor, spectrum
+from compression.low_rank.factors import break_even_rank, factor, singular_values, spectrum
 from compression.low_rank.ranks import RankChoice, choose_ranks, normalise, uniform_ranks
 from compression.recipe import RankCount
 
@@ -132,6 +132,7 @@ def test_factors_are_the_truncated_svd(shape: tuple[int, int]) -> None:
     found = spectrum(weight_OI)
     expected = torch.linalg.svdvals(weight_OI.double())
     torch.testing.assert_close(found.singular_values_R, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(singular_values(weight_OI), expected, atol=1e-6, rtol=1e-6)
     u, s, vh = torch.linalg.svd(weight_OI.double(), full_matrices=False)
     for rank in {1, (min(shape) + 1) // 2, min(shape)}:
         u_OK, v_KI = factor(weight_OI, found.basis_OR, rank)
@@ -156,6 +157,7 @@ def test_whitened_factors_are_those_of_svd_llm(shape: tuple[int, int]) -> None:
     expected = (u[:, :rank] * s[:rank]) @ vh[:rank] @ torch.linalg.inv(lower_II)
     found = spectrum(weight_OI, gram_II)
     torch.testing.assert_close(found.singular_values_R, s, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(singular_values(weight_OI, gram_II), s, atol=1e-6, rtol=1e-6)
     u_OK, v_KI = factor(weight_OI, found.basis_OR, rank)
     torch.testing.assert_close((u_OK @ v_KI).double(), expected, atol=1e-4, rtol=1e-4)
     plain_OK, plain_KI = factor(weight_OI, spectrum(weight_OI).basis_OR, rank)

@@ -74,6 +74,13 @@ def test_two_weights_worked_by_hand() -> None:
     torch.testing.assert_close(pruned_OI, torch.tensor([[0.0, 2.5]]))
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, NM(2, 4)])
+def test_uncorrelated_inputs_and_ties_give_the_magnitude_mask_exactly(sparsity: Sparsity) -> None:
+    weight_OI = torch.randint(-2, 3, (9, 64), generator=torch.Generator().manual_seed(0)).float()
+    expected = weight_OI * magnitude_keep_mask(weight_OI, sparsity)
+    assert torch.equal(sparsegpt(weight_OI, torch.eye(64), sparsity), expected)
+
+
 def test_sparsity_zero_and_zero_weights_change_nothing() -> None:
     weight_OI = random_weight(4, 32).bfloat16()
     weight_OI[1] = 0

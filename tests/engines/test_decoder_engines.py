@@ -12,7 +12,6 @@ from engines import engine as engine_module
 from engines import transformers_engine
 from engines.protocol import (
     ROW_PLACEHOLDER,
-    Constraint,
     EmbedRequest,
     Engine,
     EngineError,
@@ -368,12 +367,6 @@ def test_single_token_continuations_need_the_context_only(llama: Engine) -> None
         ({"token_ids": (-2,)}, "invalid_value", "prompt"),
         ({"token_ids": (1,) * 250}, "context_length_exceeded", "max_tokens"),
         ({"skip": Skip(mode="profile")}, "unsupported_parameter", "skip"),
-        (
-            {"constraint": Constraint(kind="json_object")},
-            "unsupported_parameter",
-            "response_format",
-        ),
-        ({"constraint": Constraint(kind="regex", text="a")}, "unsupported_parameter", "regex"),
         ({"params": SamplingParams(max_tokens=0)}, "invalid_value", "max_tokens"),
         (
             {"params": SamplingParams(max_tokens=1, logit_bias={VOCAB_SIZE: 1.0})},

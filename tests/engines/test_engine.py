@@ -237,15 +237,18 @@ def test_a_failing_pass_ends_its_requests_and_the_engine_goes_on(
     assert token_ids_of(run_one(engine, build_request("r", PROMPTS[3]))) == expected
 
 
-def test_what_is_no_number_stays_with_its_request(build: Build) -> None:
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_what_is_no_number_stays_with_its_request(in_one_call: bool, build: Build) -> None:
     """Not even the next holder of its blocks, or one padded with them, gets a NaN."""
     engine = build("rope linear", kv_cache_bytes=8 * BLOCK_BYTES)
+    if not in_one_call:
+        engine._cpu_step = "plain torch reads whole blocks, and masks what is behind the last token"
     good = build_request("good", PROMPTS[4])
     expected = token_ids_of(run_one(engine, good))
     assert engine._model is not None
     embedding_H = engine._model.embedding_VH[95].clone()
     engine._model.embedding_VH[95] = torch.nan
-    bad = build_request("bad", [95] * 40)
+    bad = build_request("bad", [95] * 120, dataclasses.replace(GREEDY, max_tokens=8))
     outputs = run(engine, [bad, good])
     assert outputs["bad"][-1].finish_reason == "error"
     assert "not numbers" in (outputs["bad"][-1].error or "")
@@ -253,6 +256,9 @@ def test_what_is_no_number_stays_with_its_request(build: Build) -> None:
     engine._model.embedding_VH[95] = embedding_H
     others = [build_request(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)]
     assert all(part[-1].finish_reason != "error" for part in run(engine, others).values())
+    engine._model.embedding_VH[95] = torch.nan
+    assert run_one(engine, bad)[-1].finish_reason == "error"
+    engine._model.embedding_VH[95] = embedding_H
     cured = run_one(engine, bad)[-1]
     assert (cured.finish_reason, cured.num_cached_tokens) == ("length", 0)
 

@@ -1,7 +1,7 @@
 """The host in this process, where a test can see what its engine was asked."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.client import EngineClient, _merge
-from engines.host import MAX_CHUNK_ITEMS, EngineHost, _chunks
+from engines.host import MAX_CHUNK_ITEMS, EngineHost, _chunks, chooses_native
 from engines.protocol import (
     EmbedRequest,
     EmbedResult,
@@ -124,3 +124,23 @@ def test_unread_outputs_come_as_one() -> None:
     assert [entry.token_id for entry in merged.logprobs] == [1, 2, 3]
     assert merged.prompt_logprobs == (first,)
     assert merged.finish_reason == "stop"
+
+
+def test_the_engine_is_chosen_by_architecture_and_said(
+    decoder_checkpoint: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import GPT2Config
+
+    from engines.model import UnsupportedModelError
+
+    caplog.set_level("INFO")
+    GPT2Config().save_pretrained(tmp_path)
+    llama = decoder_checkpoint("llama")
+    assert chooses_native("auto", llama)
+    assert "native, which supports model type llama" in caplog.text
+    assert not chooses_native("auto", tmp_path)
+    assert "transformers, because the native one does not support model type gpt2" in caplog.text
+    assert not chooses_native("transformers", llama)
+    assert chooses_native("native", llama)
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        chooses_native("native", tmp_path)

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from compression.hf import load_model
 from engines.client import EngineClient
-from engines.protocol import EmbedRequest, GenerateRequest, SamplingParams, ScoreRequest
+from engines.engine import NativeEngine
+from engines.protocol import EmbedRequest, Engine, GenerateRequest, SamplingParams, ScoreRequest
 from engines.transformers_engine import TransformersEngine
 from tests.engines.conftest import StartHost
 
@@ -49,7 +50,7 @@ def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:
     return result
 
 
-def _run(engine: TransformersEngine, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+def _run(engine: Engine, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     for index, prompt in enumerate(prompts):
         engine.submit(GenerateRequest(request_id=str(index), token_ids=prompt, params=GREEDY))
     generated: list[list[int]] = [[] for _ in prompts]
@@ -59,9 +60,11 @@ def _run(engine: TransformersEngine, prompts: list[tuple[int, ...]]) -> list[lis
     return generated
 
 
-def test_greedy_equals_generate_in_float32(real_model_dir: Path) -> None:
-    engine = TransformersEngine.load("smollm2-135m", real_model_dir, dtype=torch.float32)
-    assert engine.info.kernels["decode"].startswith("one pass for all")
+@pytest.mark.parametrize("engine_class", [NativeEngine, TransformersEngine])
+def test_greedy_equals_generate_in_float32(
+    engine_class: type[NativeEngine] | type[TransformersEngine], real_model_dir: Path
+) -> None:
+    engine = engine_class.load("smollm2-135m", real_model_dir, dtype=torch.float32)
     model = load_model(real_model_dir, dtype=torch.float32)
     prompts = _encode(real_model_dir, PROMPTS)
     expected = [_generate(model, prompt) for prompt in prompts]
@@ -84,6 +87,7 @@ async def test_a_host_serves_the_real_model(real_model_dir: Path, start_host: St
     fractions = [line["fraction"] for line in host.statuses if line["status"] == "loading"]
     assert fractions == sorted(fractions)
     client = await EngineClient.connect(host.socket)
+    assert client.info.engine == "native"
     assert client.info.dtype == "bfloat16"
     assert client.info.max_model_len == 8192
     (context, *cities) = _encode(real_model_dir, ["The capital of France is", " Paris", " Berlin"])

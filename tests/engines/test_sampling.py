@@ -1,6 +1,9 @@
 """Sampling against hand-worked rows, and against transformers' own processors as the naive reference."""
 
+import dataclasses
 import math
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -215,39 +218,67 @@ def test_the_candidate_shortcut_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     assert short == [_kept(keep_top_p(row, 0.8)) for row in rows]
 
 
+# Rows together
+
+
+def _state(params: SamplingParams, **fields: Any) -> SamplingState:
+    fields = {"prompt_ids": (), "end_ids": (), "output_ids": []} | fields
+    return SamplingState(params=params, generator=build_generator(params.seed), **fields)
+
+
+def _alone(logits_V: torch.Tensor, state: SamplingState) -> int:
+    return choose_token(
+        logits_V,
+        state.params,
+        prompt_ids=state.prompt_ids,
+        output_ids=state.output_ids,
+        end_ids=state.end_ids,
+        generator=build_generator(state.params.seed),
+    )
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_a_batch_chooses_what_each_row_alone_does(device: str) -> None:
-    """Greedy rows, whole and cut distributions, a row that is computed alone, and one without a token to choose."""
-    kinds: list[dict[str, object]] = [
-        {"temperature": 0},
-        {"temperature": 0.7},
-        {"temperature": 1.5, "top_p": 0.9},
-        {"temperature": 1, "top_k": 5},
-        {"temperature": 0.8, "logit_bias": {3: 2.0}},
-        {"temperature": 0},
-    ]
-    logits_SV = _random_logits(2, 6 * 1000).view(6, 1000)
-    logits_SV[0, 100] = logits_SV[0, 7] = 50  # the lower of equals
-    logits_SV[5] = math.nan
-    states = [
-        SamplingState(
-            params=_params(**fields), prompt_ids=(1,), end_ids=(), generator=build_generator(row)
-        )
-        for row, fields in enumerate(kinds)
-    ]
-    for draws in range(20):
-        *chosen, hopeless = choose_tokens(logits_SV.to(device), states)
-        assert isinstance(hopeless, ValueError)
-        assert chosen[0] == 7
-        for row, token_id in enumerate(chosen):
-            generator = build_generator(row)
-            for _ in range(draws):
-                torch.rand((), dtype=torch.float64, generator=generator)
-            assert token_id == choose_token(
-                logits_SV[row],
-                states[row].params,
-                prompt_ids=(1,),
-                output_ids=(),
-                end_ids=(),
-                generator=generator,
+@pytest.mark.parametrize("vocab_size", [7, 1000])
+def test_rows_together_get_what_each_gets_alone(vocab_size: int, device: str) -> None:
+    """Every mixture of parameters; rounded logits, so that ties are everywhere."""
+    choose = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        states = []
+        for seed in range(12):
+            params = SamplingParams(
+                max_tokens=9,
+                temperature=choose.choice([0.0, 0.5, 1.0, 2.0]),
+                top_k=choose.choice([0, 0, 1, 5, 300, 5000]),
+                top_p=choose.choice([1.0, 1.0, 0.1, 0.9, 0.999]),
+                min_p=choose.choice([0.0, 0.0, 0.0, 0.2]),
+                repetition_penalty=choose.choice([1.0, 1.0, 1.3]),
+                logit_bias=choose.choice([{}, {}, {3: 2.0}]),
+                seed=seed,
             )
+            states.append(_state(params, prompt_ids=(1, 2), output_ids=[3, 3]))
+        logits_SV = torch.randn(12, vocab_size, generator=generator) * 3
+        logits_SV = (logits_SV * 4).round() / 4
+        expected = [_alone(logits_V, s) for logits_V, s in zip(logits_SV, states, strict=True)]
+        assert choose_tokens(logits_SV.to(device), states) == expected
+
+
+def test_drawn_rows_have_the_distribution_of_the_cut_softmax() -> None:
+    logits_V = torch.linspace(3, -3, 400)
+    params = SamplingParams(max_tokens=1, temperature=1.0, top_k=8)
+    states = [_state(dataclasses.replace(params, seed=seed)) for seed in range(4000)]
+    drawn = choose_tokens(logits_V.expand(4000, -1), states)
+    counts_V = torch.bincount(torch.tensor(drawn), minlength=400)
+    assert counts_V[8:].sum() == 0
+    expected_V = logits_V[:8].softmax(0)
+    assert (counts_V[:8] / 4000 - expected_V).abs().max() < 0.03
+
+
+def test_a_row_without_a_choice_fails_alone() -> None:
+    logits_SV = torch.zeros(3, 5)
+    logits_SV[1, 2] = torch.nan
+    chosen = choose_tokens(
+        logits_SV, [_state(SamplingParams(max_tokens=1, temperature=0)) for _ in range(3)]
+    )
+    assert (chosen[0], chosen[2]) == (0, 0)
+    assert isinstance(chosen[1], ValueError)

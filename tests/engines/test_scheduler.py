@@ -133,10 +133,14 @@ def test_room_is_made_by_preemption() -> None:
 
 
 def test_limits_are_refused_by_name() -> None:
-    scheduler = _scheduler(max_num_waiting=1)
+    scheduler = _scheduler(max_num_waiting=2)
     scheduler.add(_request(0, 2))
+    scheduler.check_queue()
+    with pytest.raises(EngineError):
+        scheduler.check_queue(num_others=1)
+    scheduler.add(_request(1, 2))
     with pytest.raises(EngineError) as caught:
-        scheduler.add(_request(1, 2))
+        scheduler.check_queue()
     assert caught.value.code == "queue_full"
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
         _scheduler(max_num_seqs=9)

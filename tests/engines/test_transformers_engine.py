@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engines.decoder_caches import SlotDecoder, SoloDecoder, build_decoder
-from engines.protocol import EngineError
+from engines.protocol import Constraint, EngineError
 from engines.requests import EngineLimits
 from engines.transformers_engine import TransformersEngine
 from tests.engines.decoding import GREEDY, PROMPTS, build_request, generate, run_one, token_ids_of
@@ -113,3 +113,18 @@ def test_a_failing_pass_ends_its_requests_and_the_engine_goes_on(
         assert (outputs[-1].finish_reason, outputs[-1].error_code) == ("error", "internal_error")
         assert "told to fail" not in (outputs[-1].error or "")
     assert token_ids_of(run_one(engine, build_request("r", PROMPTS[3]))) == expected
+
+
+@pytest.mark.parametrize(
+    ("constraint", "param"),
+    [
+        (Constraint(kind="json_object"), "response_format"),
+        (Constraint(kind="regex", text="a"), "regex"),
+    ],
+)
+def test_structured_output_is_refused_by_name(constraint: Constraint, param: str) -> None:
+    engine = _engine("llama")
+    with pytest.raises(EngineError) as caught:
+        engine.submit(build_request("r", [1, 2], constraint=constraint))
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", param)
+    assert param in engine.info.unsupported

@@ -21,7 +21,7 @@ from jobs.runners import compress as runner
 from tests.compression.models import save_and_import, tiny_decoder
 
 WELORE_INT4: list[dict[str, Any]] = [
-    {"welore": {"err": 0.4, "rank_multiple": 32}},
+    {"welore": {"err": 0.3, "count": "all", "rank_multiple": 32}},
     {"int4": {"group_size": 32, "method": "gptq"}},
 ]
 CALIBRATION = {"corpus": STATE_OF_THE_UNION, "samples": 4, "length": 32}
@@ -83,7 +83,7 @@ def test_the_report_says_what_independent_measurement_says(home: Path) -> None:
     agreement = (p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean()
     assert corpus["top1_agreement"] == pytest.approx(float(agreement), abs=0.01)
     assert report["parameters"]["after"] == small.manifest.parameters < tiny.manifest.parameters
-    assert report["effective_rank_reduction"] == pytest.approx(0.4, abs=0.06)
+    assert report["effective_rank_reduction"] == pytest.approx(0.3, abs=0.05)
     assert result["model"] == "small"
     assert "matrices" not in result["report"]
     assert set(result["artifacts"]) == {path.name for path in context.artifacts.iterdir()}
@@ -95,7 +95,6 @@ def test_the_report_says_what_independent_measurement_says(home: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
     markdown = (context.artifacts / "report.md").read_text()
     assert "low rank (int4, int4)" in markdown
-    assert "no low-rank component" in markdown
     assert outcome(context)["result"]["model"] == "small"  # a second attempt finds it done
 
 
@@ -132,7 +131,7 @@ def test_a_killed_job_ends_in_the_same_bytes(home: Path) -> None:
     class KilledError(BaseException):
         pass
 
-    budget = 15
+    budget = 27
 
     def send(message: Any) -> None:
         nonlocal budget

@@ -36,7 +36,10 @@ def test_chat_whole_and_streamed_say_the_same(client: openai.OpenAI) -> None:
     )
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert usage.prompt_tokens == whole.usage.prompt_tokens
+    assert usage.completion_tokens == whole.usage.completion_tokens
+    assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
 
 
 def test_completion_with_echo_and_logprobs(client: openai.OpenAI) -> None:

@@ -20,9 +20,9 @@ def attention(query_ND: Tensor, keys_CKD: Tensor, values_CKD: Tensor, window: in
     return torch.stack(outputs)
 
 
-def int8_rows(x_TI: Tensor, group_size: int) -> Tensor:
-    """What a row is after symmetric INT8 quantization, a scale to each group of inputs: float64 (T, I)."""
-    groups_TGI = x_TI.double().unflatten(1, (-1, group_size))
+def int8_rows(x_TI: Tensor) -> Tensor:
+    """What a row is after symmetric INT8 quantization, a scale to 32 inputs: float64 (T, I)."""
+    groups_TGI = x_TI.double().reshape(len(x_TI), -1, 32)
     scale_TG1 = groups_TGI.abs().amax(dim=2, keepdim=True) / 127
     codes_TGI = torch.where(scale_TG1 > 0, groups_TGI / scale_TG1, 0.0).round()
     return (codes_TGI * scale_TG1).flatten(1)

@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from compression.checkpoint import DenseLinear, Matrix
 from service.api_client import ApiClient, ServerEvent, ServiceError, read_events
 from service.auth import KeyStore
 from service.cli import main, worker_arguments
@@ -175,7 +176,7 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    expected = "up serve engine worker models import compress jobs chat verify doctor keys"
+    expected = "up serve engine worker models import compress jobs chat verify export doctor keys"
     assert set(main.commands) == set(expected.split())
 
 
@@ -303,7 +304,7 @@ def test_compress_submits_follows_and_reports(lathe: Lathe, stub: Stub) -> None:
         "type": "compress",
         "model": "tiny",
         "output": "tiny-int4",
-        "recipe": [{"int4": {"group_size": 64, "method": "rtn", "symmetric": True}}],
+        "recipe": [{"int4": {"group_size": 64}}],
         "gate": {"max_perplexity_ratio": 1.5},
     }
     assert "running" in result.output
@@ -313,6 +314,41 @@ def test_compress_submits_follows_and_reports(lathe: Lathe, stub: Stub) -> None:
     # The first stream ended before the job did: the second one went on where it broke off.
     follows = [h for r, _, h in stub.requests if r == f"GET /v1/jobs/{JOB_ID}/events"]
     assert [headers["Last-Event-ID"] for headers in follows] == ["0", "2"]
+
+
+def test_compress_takes_a_recipe_from_a_file_and_calibration(
+    lathe: Lathe, stub: Stub, tmp_path: Path
+) -> None:
+    stub.on("POST /v1/jobs", Answer(job("queued"), 201))
+    (tmp_path / "recipe.yaml").write_text("- welore: {err: 0.2}\n- int4: {method: gptq}\n")
+    result = lathe(
+        "compress", "tiny", "--output", "o", "--detach", "--recipe", str(tmp_path / "recipe.yaml"),
+        "--calibration", "{corpus: state-of-the-union, samples: 8}", "--min-top1-agreement", "0.8",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert stub.sent("POST /v1/jobs") == {
+        "type": "compress",
+        "model": "tiny",
+        "output": "o",
+        "recipe": [{"welore": {"err": 0.2}}, {"int4": {"method": "gptq"}}],
+        "calibration": {"corpus": "state-of-the-union", "samples": 8},
+        "gate": {"min_top1_agreement": 0.8},
+    }
+
+
+def test_compress_plans_without_a_job(lathe: Lathe, stub: Stub) -> None:
+    linear = DenseLinear(out_features=64, in_features=128, dtype="BF16")
+    row = Matrix(name="model.layers.0.mlp.down_proj", linear=linear).to_json()
+    model = {"parameters": 10_000, "bytes": 20_000, "matrices": [row], "recipe": []}
+    stub.on("GET /v1/models/tiny", Answer(model))
+    result = lathe("compress", "tiny", "--plan")
+    # 8,192 weights in 4 bits, 128 scales and a shape of 16 bytes in place of 16,384 bytes
+    after = 20_000 - 16_384 + 4_096 + 256 + 16
+    assert f"{after / 1024:.1f} KiB" in result.output
+    assert "peak memory" in result.output
+    model["recipe"] = [{"int4": {}}]
+    stub.on("GET /v1/models/tiny", Answer(model))
+    assert "cannot follow int4" in lathe("compress", "tiny", "--plan").output
 
 
 def test_compress_can_leave_at_once(lathe: Lathe, stub: Stub) -> None:
@@ -424,7 +460,7 @@ def test_verify_names_what_is_wrong(lathe: Lathe, tiny_llama: Path, tmp_path: Pa
 
 def test_doctor_says_what_there_is(lathe: Lathe) -> None:
     result = lathe("doctor")
-    for name in ("python", "torch", "cpu", "int4", "openmp", "memory", "disk"):
+    for name in ("python", "torch", "cpu", "kernels", "openmp", "memory", "disk"):
         assert f"\nok   {name} " in "\n" + result.output or f"BAD  {name} " in result.output
     assert "OMP_WAIT_POLICY=passive" in result.output
 

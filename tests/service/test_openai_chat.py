@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: exact bodies and streams, roles that cannot be spoofed, refusals."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -162,8 +163,47 @@ def test_structured_output(service: Service) -> None:
     assert service.engine.requests[-1].constraint == expected
     service.chat(response_format={"type": "json_object"})
     assert service.engine.requests[-1].constraint == Constraint(kind="json_object")
-    bare = {"type": "json_schema"}
-    assert error_of(service.chat(response_format=bare))[1] == "response_format.json_schema"
+    service.chat(regex="[a-z]+")
+    assert service.engine.requests[-1].constraint == Constraint(kind="regex", text="[a-z]+")
+
+
+def test_structured_output_that_cannot_be(service: Service) -> None:
+    service.engine.info = replace(service.engine.info, unsupported=())
+
+    def form(schema: object) -> dict[str, object]:
+        return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+    bad: list[tuple[dict[str, object], str]] = [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": form({"type": "nope"})}, "response_format.json_schema"),
+        ({"response_format": form({"not": {}})}, "response_format.json_schema"),
+        ({"response_format": form({"a": "x" * 70000})}, "response_format.json_schema"),
+        ({"regex": "("}, "regex"),
+        ({"regex": "(?=x)a"}, "regex"),
+        ({"regex": "a" * 5000}, "regex"),
+        ({"regex": ""}, "regex"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
+    ]
+    for body, param in bad:
+        for extra in ({}, {"stream": True}):
+            response = service.chat(**body, **extra)
+            assert response.status_code == 400
+            assert error_of(response) == ("invalid_value", param)
+    assert not service.engine.requests
+
+
+def test_a_slow_constraint_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engines import structured
+    from service import generation
+
+    service.engine.info = replace(service.engine.info, unsupported=())
+    release = threading.Event()
+    monkeypatch.setattr(generation, "CONSTRAINT_SECONDS", 0.01)
+    monkeypatch.setattr(structured, "check_constraint", lambda constraint: release.wait(20))
+    response = service.chat(regex="a")
+    release.set()
+    assert error_of(response) == ("invalid_value", "regex")
+    assert "too long" in response.json()["error"]["message"]
 
 
 PART = {"type": "text", "text": "a"}

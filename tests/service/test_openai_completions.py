@@ -255,6 +255,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": [999_999]}, "invalid_value", "stop_token_ids"),
     ({"stream_options": {"x": 1}, "stream": True}, "unsupported_parameter", "stream_options.x"),
     ({"skip": "profile"}, "unsupported_parameter", "skip"),
+    ({"regex": "a"}, "unsupported_parameter", "regex"),
+    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
     ({"skip": {"target_ratio": 1.0}}, "invalid_value", "skip"),
     ({"suffix": "x"}, "unsupported_parameter", "suffix"),
     ({"best_of": 2}, "unsupported_parameter", "best_of"),

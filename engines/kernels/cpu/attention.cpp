@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "simd.h"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int kPartTokens = 256;
 constexpr int kBlock = 16;      // tokens of a cache block: one lane each
 constexpr int kMaxVectors = 16;  // head_dim / 16
+constexpr double kValuesPerNanosecond = 8;  // of keys and as many of values, that a thread attends to
 constexpr float kMasked = -1e30f;
 
 float to_float(float value) {
@@ -43,10 +45,13 @@ void Attention::plan(const LatheModel& model, const LatheBatch& batch) {
     if (partial_.size() < wanted) partial_.resize(wanted);
 }
 
-template <class Cache>
+// kVectors: head_dim / 16 where it is known at compile time, so that accumulators stay in registers; else 0.
+template <class Cache, int kVectors>
 void Attention::piece(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
                       const Piece& piece, int index, int kv_head, const float* queries) {
-    const int head_dim = model.head_dim, vectors = head_dim / kLanes, tail = head_dim % kLanes;
+    const int head_dim = model.head_dim;
+    const int vectors = kVectors ? kVectors : head_dim / kLanes;
+    const int tail = kVectors ? 0 : head_dim % kLanes;
     const int group = layer.num_heads / layer.num_kv_heads;
     const float scale = 1 / std::sqrt(float(head_dim));
     const int position = int(batch.positions_T[piece.row]);
@@ -67,18 +72,27 @@ void Attention::piece(const LatheModel& model, const LatheLayer& layer, const La
         const int low = std::max(begin - block * kBlock, 0);
         const int high = std::min(end - block * kBlock, kBlock);
         const size_t start = size_t(table[block]) * kBlock * token_stride;
+        if ((block + 1) * kBlock < end) {  // blocks lie anywhere: no hardware foresees the next
+            const size_t next = size_t(table[block + 1]) * kBlock * token_stride;
+            for (int token = 0; token < kBlock; token++)
+                for (int i = 0; i < head_dim; i += 64 / int(sizeof(Cache))) {
+                    __builtin_prefetch(keys + next + token * token_stride + i);
+                    __builtin_prefetch(values + next + token * token_stride + i);
+                }
+        }
         for (int head = 0; head < group; head++) {
             float* mine = partial + head * (head_dim + 2);
             const float* query = queries + size_t(head) * head_dim;
             f32x16 dots[kBlock] = {};
             for (int token = low; token < high; token++) {
                 const Cache* key = keys + start + token * token_stride;
+                f32x16 dot{};
                 for (int v = 0; v < vectors; v++)
-                    dots[token] = fma(load_lanes(query + v * kLanes), load_lanes(key + v * kLanes),
-                                      dots[token]);
+                    dot = fma(load_lanes(query + v * kLanes), load_lanes(key + v * kLanes), dot);
                 if (tail)
-                    dots[token] = fma(load_lanes(query + vectors * kLanes, tail),
-                                      load_lanes(key + vectors * kLanes, tail), dots[token]);
+                    dot = fma(load_lanes(query + vectors * kLanes, tail),
+                              load_lanes(key + vectors * kLanes, tail), dot);
+                dots[token] = dot;
             }
             f32x16 scores = sum_each(dots) * scale;
             for (int token = 0; token < low; token++) scores[token] = kMasked;
@@ -88,15 +102,15 @@ void Attention::piece(const LatheModel& model, const LatheLayer& layer, const La
             const float keep = std::exp(before - peak);
             mine[0] = peak;
             mine[1] = mine[1] * keep + sum(weights);
-            f32x16 totals[kMaxVectors];
+            f32x16 totals[kVectors ? kVectors : kMaxVectors];
             for (int v = 0; v < vectors; v++) totals[v] = load_lanes(mine + 2 + v * kLanes) * keep;
-            for (int i = vectors * kLanes; i < head_dim; i++) mine[2 + i] *= keep;
+            for (int i = 0; i < tail; i++) mine[2 + vectors * kLanes + i] *= keep;
             for (int token = low; token < high; token++) {
                 const Cache* value = values + start + token * token_stride;
                 const f32x16 weight = splat(weights[token]);
                 for (int v = 0; v < vectors; v++)
                     totals[v] = fma(weight, load_lanes(value + v * kLanes), totals[v]);
-                for (int i = vectors * kLanes; i < head_dim; i++)
+                for (int i = head_dim - tail; i < head_dim; i++)
                     mine[2 + i] = std::fma(weights[token], to_float(value[i]), mine[2 + i]);
             }
             for (int v = 0; v < vectors; v++) store_lanes(mine + 2 + v * kLanes, totals[v]);
@@ -104,23 +118,34 @@ void Attention::piece(const LatheModel& model, const LatheLayer& layer, const La
     }
 }
 
+template <class Cache>
+void Attention::piece_of(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                         const Piece& one, int index, int kv_head, const float* queries) {
+    switch (model.head_dim) {
+        case 32: return piece<Cache, 2>(model, layer, batch, one, index, kv_head, queries);
+        case 64: return piece<Cache, 4>(model, layer, batch, one, index, kv_head, queries);
+        case 80: return piece<Cache, 5>(model, layer, batch, one, index, kv_head, queries);
+        case 128: return piece<Cache, 8>(model, layer, batch, one, index, kv_head, queries);
+        default: return piece<Cache, 0>(model, layer, batch, one, index, kv_head, queries);
+    }
+}
+
 void Attention::run(Pool& pool, const LatheModel& model, const LatheLayer& layer,
                     const LatheBatch& batch, const float* qkv_TA, int qkv_stride) {
     const int num_tasks = int(pieces_.size()) * layer.num_kv_heads;
     const int group = layer.num_heads / layer.num_kv_heads;
-    const int per_chunk = std::max(1, num_tasks / (8 * pool.num_threads()));
-    pool.run((num_tasks + per_chunk - 1) / per_chunk, [&](int chunk) {
-        const int end = std::min((chunk + 1) * per_chunk, num_tasks);
-        for (int task = chunk * per_chunk; task < end; task++) {
-            const int index = task / layer.num_kv_heads, kv_head = task % layer.num_kv_heads;
-            const Piece& one = pieces_[index];
-            const float* queries = qkv_TA + size_t(one.row) * qkv_stride +
-                                   size_t(kv_head) * group * model.head_dim;
-            if (model.is_bf16)
-                piece<uint16_t>(model, layer, batch, one, index, kv_head, queries);
-            else
-                piece<float>(model, layer, batch, one, index, kv_head, queries);
-        }
+    const double context = std::accumulate(
+        batch.positions_T, batch.positions_T + batch.num_rows, double(batch.num_rows));
+    const double values = context * layer.num_heads * model.head_dim;
+    pool.run_items(num_tasks, values / num_tasks / kValuesPerNanosecond, [&](int task) {
+        const int index = task / layer.num_kv_heads, kv_head = task % layer.num_kv_heads;
+        const Piece& one = pieces_[index];
+        const float* queries =
+            qkv_TA + size_t(one.row) * qkv_stride + size_t(kv_head) * group * model.head_dim;
+        if (model.is_bf16)
+            piece_of<uint16_t>(model, layer, batch, one, index, kv_head, queries);
+        else
+            piece_of<float>(model, layer, batch, one, index, kv_head, queries);
     });
 }
 

@@ -25,6 +25,9 @@ class Attention {
         int row, request, part;
     };
     template <class Cache>
+    void piece_of(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                  const Piece& piece, int index, int kv_head, const float* queries);
+    template <class Cache, int kVectors>
     void piece(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
                const Piece& piece, int index, int kv_head, const float* queries);
 

@@ -26,7 +26,7 @@ struct LatheSegment {
     int32_t scale_is_fp32;
     int32_t out_features;
     int32_t in_features;
-    int32_t group_size;          // 32, 64 or 128; INT4 and INT8 only
+    int32_t group_size;          // a multiple of 32; INT4 and INT8 only
     int32_t stage;
     int32_t into_middle;         // 1: writes the middle, 0: writes the output
     int32_t in_offset;
@@ -94,8 +94,8 @@ void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch
 void lathe_linear(LatheContext* context, const LatheLinear* linear, const void* x_TI, int32_t x_is_bf16,
                   int32_t num_rows, void* output_TO, int32_t output_is_bf16);
 
-// The values of an INT4 or INT8 segment's weights, row-major (O, I), bfloat16 or float32.
-void lathe_dequantize(LatheContext* context, const LatheSegment* segment, void* weight_OI, int32_t is_bf16);
+// The values of an INT4 or INT8 segment's weights, row-major (O, I), bfloat16.
+void lathe_dequantize(LatheContext* context, const LatheSegment* segment, uint16_t* weight_OI);
 
 // The parts of a step, one by one, in float32.
 void lathe_rms_norm(LatheContext* context, const float* x_TH, const float* weight_H, int32_t num_rows,

@@ -6,6 +6,7 @@
 // threads is what makes OpenMP ten times slower beside one busy process.)
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -22,6 +23,19 @@ class Pool {
 
     int num_threads() const { return int(workers_.size()) + 1; }
 
+    // Call function(item) once for every item, in chunks that are worth handing over: about `kChunkNanoseconds` each at
+    // least, and no more than four to a thread, which evens out what threads lose to other processes.
+    template <class Function>
+    void run_items(int num_items, double item_nanoseconds, const Function& function) {
+        const int even = (num_items + 4 * num_threads() - 1) / (4 * num_threads());
+        const int worth = int(std::min(kChunkNanoseconds / item_nanoseconds, double(num_items))) + 1;
+        const int per_chunk = std::max(even, worth);
+        run((num_items + per_chunk - 1) / per_chunk, [&](int chunk) {
+            const int end = std::min((chunk + 1) * per_chunk, num_items);
+            for (int item = chunk * per_chunk; item < end; item++) function(item);
+        });
+    }
+
     // Call function(chunk) once for every chunk in [0, num_chunks), num_chunks < 65536; returns when all are done.
     template <class Function>
     void run(int num_chunks, const Function& function) {
@@ -36,6 +50,7 @@ class Pool {
     }
 
    private:
+    static constexpr double kChunkNanoseconds = 2000;
     using Task = void (*)(const void* context, int chunk);
 
     void run_task(int num_chunks, Task task, const void* context);

@@ -19,7 +19,7 @@ class Inputs {
     void prepare_row(int row, const float* x);
 
     struct Form {
-        int32_t kind, in_offset, in_features, group_size;
+        int32_t kind, in_offset, in_features;
         int32_t stride;  // elements from row to row; features padded to 32 with zeros
         std::vector<float> floats;
         std::vector<int8_t> codes;
@@ -49,8 +49,7 @@ struct LinearScratch {
 void multiply(Pool& pool, const LatheLinear& linear, LinearScratch& scratch, float* output,
               int output_stride, bool add);
 
-// The float32 values of INT4 or INT8 weights rows [first, last) as bfloat16 or float32, row-major (O, I).
-template <class Out>
-void dequantize(Pool& pool, const LatheSegment& segment, Out* weight_OI);
+// The values of INT4 or INT8 weights, rounded to bfloat16, row-major (O, I).
+void dequantize(Pool& pool, const LatheSegment& segment, uint16_t* weight_OI);
 
 }  // namespace lathe

@@ -81,7 +81,7 @@ void run_layer(LatheContext& context, const LatheModel& model, const LatheLayer&
     float* wide = grown(context.wide, size_t(num_rows) * std::max(qkv_size, 2 * ffn_size));
     float* narrow = grown(context.narrow, size_t(num_rows) * widest);
     const auto norm_rows = [&](const float* weight_H) {
-        pool.run(num_rows, [&](int row) {
+        pool.run_items(num_rows, hidden_size, [&](int row) {
             float* normed = narrow + row * widest;
             rms_norm_row(hidden_TH + size_t(row) * hidden_size, weight_H, hidden_size,
                          model.rms_norm_epsilon, normed);
@@ -92,12 +92,12 @@ void run_layer(LatheContext& context, const LatheModel& model, const LatheLayer&
     scratch.inputs.reset(layer.qkv, 0, num_rows);
     norm_rows(layer.input_norm_H);
     multiply(pool, layer.qkv, scratch, wide, qkv_size, false);
-    pool.run(num_rows, [&](int row) {
+    pool.run_items(num_rows, qkv_size, [&](int row) {
         rotate_and_write_row(model, layer, batch, row, wide + size_t(row) * qkv_size);
     });
     context.attention.run(pool, model, layer, batch, wide, qkv_size);
     scratch.inputs.reset(layer.o, 0, num_rows);
-    pool.run(num_rows, [&](int row) {
+    pool.run_items(num_rows, attended_size, [&](int row) {
         float* attended = narrow + row * widest;
         context.attention.gather_row(model, layer, row, attended);
         scratch.inputs.prepare_row(row, attended);
@@ -108,7 +108,7 @@ void run_layer(LatheContext& context, const LatheModel& model, const LatheLayer&
     norm_rows(layer.post_norm_H);
     multiply(pool, layer.gate_up, scratch, wide, 2 * ffn_size, false);
     scratch.inputs.reset(layer.down, 0, num_rows);
-    pool.run(num_rows, [&](int row) {
+    pool.run_items(num_rows, 2 * ffn_size, [&](int row) {
         float* active = narrow + row * widest;
         swiglu_row(wide + size_t(row) * 2 * ffn_size, ffn_size, active);
         scratch.inputs.prepare_row(row, active);
@@ -136,7 +136,7 @@ void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch
     context->attention.plan(*model, *batch);
     for (int layer = 0; layer < model->num_layers; layer++)
         run_layer(*context, *model, model->layers[layer], *batch, hidden);
-    context->pool.run(batch->num_rows, [&](int row) {
+    context->pool.run_items(batch->num_rows, model->hidden_size, [&](int row) {
         float* values = hidden + size_t(row) * model->hidden_size;
         rms_norm_row(values, model->final_norm_H, model->hidden_size, model->rms_norm_epsilon, values);
     });
@@ -150,7 +150,7 @@ void lathe_linear(LatheContext* context, const LatheLinear* linear, const void* 
     const size_t in_size = linear->in_features, out_size = linear->out_features;
     float* x = grown(context->narrow, num_rows * in_size);
     scratch.inputs.reset(*linear, 0, num_rows);
-    context->pool.run(num_rows, [&](int row) {
+    context->pool.run_items(num_rows, in_size, [&](int row) {
         const char* from = static_cast<const char*>(x_TI) + row * in_size * (x_is_bf16 ? 2 : 4);
         to_floats(from, x_is_bf16, in_size, x + row * in_size);
         scratch.inputs.prepare_row(row, x + row * in_size);
@@ -161,12 +161,9 @@ void lathe_linear(LatheContext* context, const LatheLinear* linear, const void* 
     if (output_is_bf16) from_floats(output, true, num_rows * out_size, output_TO);
 }
 
-void lathe_dequantize(LatheContext* context, const LatheSegment* segment, void* weight_OI, int32_t is_bf16) {
+void lathe_dequantize(LatheContext* context, const LatheSegment* segment, uint16_t* weight_OI) {
     const std::lock_guard<std::mutex> lock(context->mutex);
-    if (is_bf16)
-        dequantize(context->pool, *segment, static_cast<uint16_t*>(weight_OI));
-    else
-        dequantize(context->pool, *segment, static_cast<float*>(weight_OI));
+    dequantize(context->pool, *segment, weight_OI);
 }
 
 void lathe_rms_norm(LatheContext* context, const float* x_TH, const float* weight_H, int32_t num_rows,

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
-from engines.kernels.cpu_linear import NATIVE_ROWS, CpuLinear, applies, build_cpu_linear, pack_int4
+from engines.kernels.cpu_linear import (
+    NATIVE_ROWS,
+    CpuLinear,
+    applies,
+    build_cpu_linear,
+    pack_int4,
+    quantize_on_cpu,
+)
 from engines.kernels.native import NativeLibrary
 from engines.kernels.weights import LinearWeight, LowRankWeight, MatrixWeight
 from tests.reference.decoder_ops import int8_rows
@@ -86,9 +93,30 @@ def test_int4(
     for num_rows in ROWS:
         x_TI = _random(num_rows, sizes[1])
         x_TI[0, :group_size] = 0  # a group without a scale
-        rows_TI = int8_rows(x_TI, group_size)
+        rows_TI = int8_rows(x_TI)
         expected = F.linear(rows_TI, _exact(quantized), bias_O.double())
         torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(16, 64), (33, 192), (1, 128), (100, 576)])
+def test_int8_head(library: NativeLibrary, sizes: tuple[int, int]) -> None:
+    """Beside the exact product of both sides' INT8 values; and both are within a hundredth of the weight."""
+    weight_OI = _random(*sizes).bfloat16()
+    weight_OI[0, :64] = 0
+    linear = quantize_on_cpu(weight_OI, library)
+    groups_OGI = weight_OI.double().reshape(sizes[0], -1, 64)
+    scale_OG1 = (groups_OGI.abs().amax(dim=2, keepdim=True) / 127).float().bfloat16().double()
+    codes_OGI = torch.where(scale_OG1 > 0, groups_OGI / scale_OG1, 0.0).round().clamp(-127, 127)
+    held_OI = (codes_OGI * scale_OG1).flatten(1)
+    assert _error(held_OI, weight_OI.double()) < 0.01
+    for num_rows in ROWS:
+        x_TI = _random(num_rows, sizes[1])
+        expected = int8_rows(x_TI) @ held_OI.T
+        torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-4)
+    x_TI = _random(MANY_ROWS, sizes[1]).bfloat16()
+    reference = F.linear(x_TI, held_OI.bfloat16())
+    exact = x_TI.double() @ held_OI.T
+    assert _error(linear(x_TI).double(), exact) <= 2 * _error(reference.double(), exact)
 
 
 def test_int8_rows_cost_little(library: NativeLibrary) -> None:
@@ -152,7 +180,7 @@ def test_weights_side_by_side(library: NativeLibrary, name: str) -> None:
         ):
             expected = [_expected(weight, x_TI, quantizes_rows) for weight in weights]
             widths = [part.shape[1] for part in expected]
-            for actual, exact in zip(outputs.split(widths, dim=1), expected, strict=True):
+            for actual, exact in zip(torch.split(outputs, widths, dim=1), expected, strict=True):
                 assert _error(actual, exact) < bound
 
 
@@ -162,7 +190,7 @@ def _expected(weight: LinearWeight, x_TI: Tensor, quantizes_rows: bool) -> Tenso
         if isinstance(matrix, Tensor):
             y_TO = y_TO @ matrix.bfloat16().double().T
         else:
-            rows = int8_rows(y_TO, matrix.group_size) if quantizes_rows else y_TO
+            rows = int8_rows(y_TO) if quantizes_rows else y_TO
             y_TO = rows @ _exact(matrix).T
     return y_TO if weight.bias_O is None else y_TO + weight.bias_O.double()
 
@@ -174,6 +202,16 @@ def test_a_row_alone_is_the_row_in_a_batch(library: NativeLibrary, name: str) ->
     alone = torch.cat([_apply(linear, row_I[None]) for row_I in x_TI])
     for num_rows in range(1, len(x_TI) + 1):
         assert torch.equal(_apply(linear, x_TI[:num_rows]), alone[:num_rows])
+
+
+def test_threads_share_a_large_product(library: NativeLibrary) -> None:
+    """Small ones are not worth handing over; here every chunk must be done once, by whomever."""
+    weights = [LinearWeight(weight=_random(1500, 256)), LinearWeight(weight=_int4(700, 256, 64))]
+    linear = build_cpu_linear(weights, dtype=torch.bfloat16, library=library)
+    x_TI = _random(3, 256)
+    expected = torch.cat([_expected(weight, x_TI, True) for weight in weights], dim=1)
+    for _ in range(20):
+        torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_layout_by_hand() -> None:

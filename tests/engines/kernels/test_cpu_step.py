@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.hf import load_model
 from engines.kernels import cpu_step, linear, native
-from engines.kernels.cpu_step import MAX_ROWS, CpuStep, build_cpu_step
+from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kernels.native import NativeLibrary
 from engines.kernels.rotary import rotate
@@ -85,8 +85,8 @@ class _OneLayer:
         self.batch = cpu_step._batch(self.metadata)
         angles_PR = torch.outer(torch.arange(640.0), 0.5 ** torch.arange(head_dim // 2))
         self.cos_PR, self.sin_PR = angles_PR.cos(), angles_PR.sin()
-        self.norms = [_random(head_dim) for _ in range(2)] if norms else []
-        pointers = [norm.data_ptr() for norm in self.norms] or [None, None]
+        self.query_norm, self.key_norm = _random(head_dim), _random(head_dim) + 1
+        pointers = [norm.data_ptr() if norms else None for norm in (self.query_norm, self.key_norm)]
         self._layer = native.Layer(
             query_norm_D=pointers[0],
             key_norm_D=pointers[1],
@@ -157,11 +157,11 @@ def test_rotate_and_write(
     )
     positions_T = layer.metadata.positions_T
     qkv_TAD = _random(len(positions_T), num_heads + 2 * num_kv_heads, head_dim)
-    queries_TND, keys_TKD, values_TKD = qkv_TAD.double().split(
-        [num_heads, num_kv_heads, num_kv_heads], dim=1
+    queries_TND, keys_TKD, values_TKD = torch.split(
+        qkv_TAD.double(), [num_heads, num_kv_heads, num_kv_heads], dim=1
     )
     if norms:
-        query_norm_D, key_norm_D = (norm.double() for norm in layer.norms)
+        query_norm_D, key_norm_D = layer.query_norm.double(), layer.key_norm.double()
         queries_TND = F.rms_norm(queries_TND, (head_dim,), query_norm_D, EPSILON)
         keys_TKD = F.rms_norm(keys_TKD, (head_dim,), key_norm_D, EPSILON)
     cos_TR, sin_TR = layer.cos_PR[positions_T].double(), layer.sin_PR[positions_T].double()
@@ -217,7 +217,7 @@ def _pass(decoder: DecoderModel, step: CpuStep, chunks: list[tuple[int, int, int
     ids_T = torch.cat([_ids(*PROMPTS[prompt])[start:end] for prompt, start, end in chunks])
     metadata = build_metadata(rows, CPU)
     hidden_TH = step.forward(decoder.embed(ids_T), metadata)
-    return torch.cat([decoder.logits(rows) for rows in hidden_TH.split(MAX_ROWS)])
+    return torch.cat([decoder.logits(rows) for rows in torch.split(hidden_TH, step.max_rows)])
 
 
 def _step(decoder: DecoderModel) -> CpuStep:
@@ -274,7 +274,9 @@ def test_a_row_alone_is_the_row_in_a_batch(
 
 
 def test_what_it_does_not_run_is_named(
-    decoder_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    library: NativeLibrary,
+    decoder_checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without the library a model has torch's products, and is as right with them."""
     monkeypatch.setattr(cpu_step, "native_library", lambda: "no C++ compiler")
@@ -283,11 +285,34 @@ def test_what_it_does_not_run_is_named(
     assert {linear.kernel for linear in decoder.linears()} == {"torch float32"}
     cache = build_kv_cache(decoder, 4)
     assert build_cpu_step(decoder, cache) == "no C++ compiler"
-    monkeypatch.undo()
-    if isinstance(native.native_library(), NativeLibrary):
-        assert build_cpu_step(decoder, cache) == "a layer runs on torch float32"
+    monkeypatch.setattr(cpu_step, "native_library", lambda: library)
+    assert build_cpu_step(decoder, cache) == "a layer runs on torch float32"
     ids_T = _ids(*PROMPTS[0])
     metadata = build_metadata([RequestRows(start=0, num_tokens=40, block_table=[1, 2, 3])], CPU)
     actual = decoder.logits(decoder.forward(decoder.embed(ids_T), metadata, cache))
     expected = load_model(decoder_checkpoint("llama"), dtype=torch.float32)(ids_T[None]).logits[0]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.real_model
+def test_the_real_model(real_model_dir: Path) -> None:
+    """SmolLM2 in passes of few rows: float32 equals transformers', bfloat16 is as close as transformers' own."""
+    ids_T = torch.tensor([504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 253, 2838, 351] * 3)
+    model = load_model(real_model_dir, dtype=torch.float32)
+    with torch.inference_mode():
+        exact_TV = model(ids_T[None]).logits[0]
+        in_bf16 = load_model(real_model_dir, dtype=torch.bfloat16)(ids_T[None]).logits[0].float()
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = load_decoder(real_model_dir, dtype=dtype)
+        step = build_cpu_step(decoder, build_kv_cache(decoder, 4))
+        if isinstance(step, str):
+            pytest.skip(step)
+        logits = []
+        for start, end in ((0, 17), (17, 18), (18, 36)):
+            rows = RequestRows(start=start, num_tokens=end - start, block_table=[3, 1, 2])
+            hidden_TH = step.forward(decoder.embed(ids_T[start:end]), build_metadata([rows], CPU))
+            logits.append(decoder.logits(hidden_TH))
+        errors.append(float((torch.cat(logits) - exact_TV).norm() / exact_TV.norm()))
+    assert errors[0] < 1e-5
+    assert errors[1] < 2 * float((in_bf16 - exact_TV).norm() / exact_TV.norm())

@@ -12,7 +12,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from compression.pruning.masks import NM, keep_mask_n_m
+from compression.pruning.masks import NM, keep_mask
 from engines.kernels.linear import DenseLinear, build_linear
 from engines.kernels.sparse_linear import SparseLinear, is_two_four, why_not
 from engines.kernels.weights import LinearWeight
@@ -24,7 +24,7 @@ def _two_four(num_rows: int, num_columns: int) -> Tensor:
     """bfloat16 weights pruned by magnitude as a recipe does it, a few of the kept ones zero as well."""
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randn(num_rows, num_columns, generator=generator)
-    weight_OI *= keep_mask_n_m(weight_OI.abs(), NM(2, 4))
+    weight_OI *= keep_mask(weight_OI.abs(), NM(2, 4), scope="row")
     weight_OI[0] = 0
     weight_OI[:, 1] = 0
     return weight_OI.bfloat16()

@@ -1,0 +1,214 @@
+"""What a recipe will give, from the manifest's rows alone: parameters, bytes and peak memory before any work.
+
+Exact for INT4, sparsity, widths and uniform ranks. WeLore's ranks depend on singular values that nobody has seen yet,
+so its figures are the least and the most that the effective rank reduction allows. Norms of removed blocks are left in.
+Imports no torch.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from compression.checkpoint import (
+    SHARD_BYTES,
+    DenseLinear,
+    FactorKind,
+    Int4Linear,
+    LinearKind,
+    LowRankLinear,
+    Matrix,
+)
+from compression.recipe import GROUP_SIZES, Calibration, Int4, Recipe, ShortGpt, Structured, WeLore
+
+Case = Literal["least", "most"]
+RUNTIME_BYTES = 400 * 2**20  # Python, torch and transformers, loaded
+TOKENS_PER_BATCH = 2048
+_IN_BLOCK = re.compile(r"\.(\d+)\.(.+)\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Attributes: least, most: equal where the prediction is exact."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Attributes: peak_memory_bytes: of the job's process while it compresses, an estimate from above."""
+
+    parameters: Range
+    bytes: Range
+    parameters_before: int
+    bytes_before: int
+    peak_memory_bytes: int
+
+
+def plan(model: Mapping[str, Any], recipe: Recipe, calibration: Calibration) -> Plan:
+    """Predict.
+
+    Args:
+        model: `parameters`, `bytes` and `matrices` of a checkpoint, as its manifest or the API gives them.
+    """
+    before = [Matrix.from_json(dict(row)) for row in model["matrices"]]
+    others = {
+        "parameters": model["parameters"] - sum(row.parameters for row in before),
+        "bytes": model["bytes"] - sum(row.num_bytes for row in before),
+    }
+    cases: tuple[Case, ...] = ("least", "most")
+    after = {case: _predict(before, recipe, case) for case in cases}
+    parameters = [others["parameters"] + sum(m.parameters for m in after[case]) for case in cases]
+    num_bytes = [others["bytes"] + sum(m.num_bytes for m in after[case]) for case in cases]
+    return Plan(
+        parameters=Range(least=min(parameters), most=max(parameters)),
+        bytes=Range(least=min(num_bytes), most=max(num_bytes)),
+        parameters_before=model["parameters"],
+        bytes_before=model["bytes"],
+        peak_memory_bytes=_peak_memory(before, model, others["parameters"], recipe, calibration),
+    )
+
+
+def _predict(rows: list[Matrix], recipe: Recipe, case: Case) -> list[Matrix]:
+    outside = [row for row in rows if not _IN_BLOCK.search(row.name)]
+    inside = [row for row in rows if _IN_BLOCK.search(row.name)]
+    for stage in recipe.stages:
+        match stage:
+            case ShortGpt():
+                num_blocks = 1 + max(_block(row) for row in inside)
+                inside = [row for row in inside if _block(row) < num_blocks - stage.remove]
+            case Structured():
+                inside = [_with_width(row, stage.ffn_width) for row in inside]
+            case WeLore():
+                ranks = _ranks(stage, inside, case)
+                inside = [_factored(row, ranks.get(row.name)) for row in inside]
+            case Int4():
+                inside = [replace(row, linear=_quantized(stage, row.linear)) for row in inside]
+            case _:
+                pass  # zeros are stored
+    return inside + outside
+
+
+def _block(row: Matrix) -> int:
+    found = _IN_BLOCK.search(row.name)
+    assert found
+    return int(found[1])
+
+
+def _with_width(row: Matrix, width: int) -> Matrix:
+    if not isinstance(row.linear, DenseLinear):
+        return row
+    if row.name.endswith("mlp.down_proj"):
+        return replace(row, linear=replace(row.linear, in_features=width))
+    if row.name.endswith(("mlp.gate_proj", "mlp.up_proj")):
+        return replace(row, linear=replace(row.linear, out_features=width))
+    return row
+
+
+def _size(row: Matrix) -> int:
+    return min(row.linear.out_features, row.linear.in_features)
+
+
+def _ranks(stage: WeLore, rows: Sequence[Matrix], case: Case) -> dict[str, int]:
+    """Ranks that reach the target with the most or the least parameters left."""
+    dense = [row for row in rows if row.linear.kind == "dense"]
+    multiple = stage.rank_multiple
+    if stage.allocation == "uniform":
+        return {
+            row.name: min(
+                max(round((1 - stage.err) * _size(row) / multiple), 1) * multiple, _size(row)
+            )
+            for row in dense
+        }
+    # A rank of a matrix m x n, m <= n, is worth from n - m numbers (at half of the rank) to n (at none left).
+    stops: list[Callable[[Matrix], int]]
+    longest = {row.name: max(row.linear.out_features, row.linear.in_features) for row in dense}
+    if case == "least":
+        order = sorted(dense, key=lambda row: -longest[row.name])
+        stops = [lambda row: _size(row)]
+    else:
+        order = sorted(dense, key=lambda row: longest[row.name] - _size(row))
+        stops = [lambda row: _cheapest_cut(row, stage), lambda row: _size(row)]
+    remaining = round(stage.err * sum(_size(row) for row in dense))
+    removed = dict.fromkeys((row.name for row in dense), 0)
+    for stop in stops:
+        for row in order:
+            limit = min(stop(row), _size(row) - multiple)
+            more = max(min(limit - removed[row.name], remaining), 0)
+            removed[row.name] += more
+            remaining -= more
+    return {
+        row.name: max((_size(row) - removed[row.name]) // multiple, 1) * multiple
+        for row in dense
+        if removed[row.name]
+    }
+
+
+def _cheapest_cut(row: Matrix, stage: WeLore) -> int:
+    """Ranks that a matrix can lose at the least gain: up to half of them, or up to break-even where that counts too."""
+    if stage.count == "lrc_only":
+        return _size(row) // 2 + 1
+    m, n = row.linear.out_features, row.linear.in_features
+    return int(_size(row) - m * n / (m + n))
+
+
+def _factored(row: Matrix, rank: int | None) -> Matrix:
+    linear = row.linear
+    if rank is None or not isinstance(linear, DenseLinear):
+        return row
+    if (
+        rank * (linear.out_features + linear.in_features)
+        >= linear.out_features * linear.in_features
+    ):
+        return row
+    u = DenseLinear(out_features=linear.out_features, in_features=rank, dtype=linear.dtype)
+    v = DenseLinear(out_features=rank, in_features=linear.in_features, dtype=linear.dtype)
+    return replace(row, linear=LowRankLinear(weight_u=u, weight_v=v, bias=linear.bias))
+
+
+def _quantized(stage: Int4, linear: LinearKind) -> LinearKind:
+    if isinstance(linear, LowRankLinear):
+        u, v = (
+            _quantized_factor(stage, f, GROUP_SIZES) for f in (linear.weight_u, linear.weight_v)
+        )
+        return LowRankLinear(weight_u=u, weight_v=v, bias=linear.bias)
+    return _quantized_factor(stage, linear, (stage.group_size,))
+
+
+def _quantized_factor(stage: Int4, linear: FactorKind, group_sizes: Sequence[int]) -> FactorKind:
+    fitting = [s for s in group_sizes if s <= stage.group_size and linear.in_features % s == 0]
+    if not fitting:
+        return linear
+    return Int4Linear(
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        dtype=linear.dtype,
+        group_size=max(fitting),
+        symmetric=stage.symmetric,
+        bias=linear.bias,
+    )
+
+
+def _peak_memory(
+    rows: Sequence[Matrix],
+    model: Mapping[str, Any],
+    other_parameters: int,
+    recipe: Recipe,
+    calibration: Calibration,
+) -> int:
+    """The mapped source, one block in float32 with what is made of it, the shard being written, and calibration."""
+    first = [row for row in rows if _IN_BLOCK.search(row.name) and _block(row) == 0]
+    sizes = [row.linear.out_features * row.linear.in_features for row in first]
+    total: int = RUNTIME_BYTES + model["bytes"] + min(model["bytes"], SHARD_BYTES)
+    total += 2 * 4 * sum(sizes)
+    if any(isinstance(stage, WeLore) for stage in recipe.stages):
+        total += 4 * 8 * max(sizes)  # float64: weight, Gram matrix, vectors and their workspace
+    if recipe.calibrated:
+        inputs = [row.linear.in_features for row in first]
+        hidden, widest = min(inputs), max(inputs)
+        num_tokens = calibration.samples * calibration.length
+        total += 2 * 4 * num_tokens * hidden
+        total += 4 * other_parameters + 8 * TOKENS_PER_BATCH * widest * 4
+        total += 2 * 4 * sum(size**2 for size in sorted(set(inputs)) + [hidden] * 2)
+    return total

@@ -11,6 +11,7 @@ Imports no torch; `Checkpoint.tensors` and `CheckpointWriter.add` import it when
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -18,16 +19,18 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from compression.ffn_skip.profile import SKIP_FILE, SkipProfile
 from compression.safetensors_header import CheckpointError, TensorInfo, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 JsonObject = dict[str, Any]
-# Version 2 added low-rank layers, sparsity and `LAYER_SHAPES`; version 1 is read for ever.
+# Version 2 added low-rank layers, sparsity, `LAYER_SHAPES` and skip profiles; version 1 is read for ever.
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "lathe.json"
@@ -305,6 +308,7 @@ class Manifest:
         evaluations: each with its protocol.
         text: for encoders, {"max_length", "pooling", "normalize"}.
         fingerprint: fixed token ids and the logits they gave, see `hf.fingerprint`.
+        skip_profile: how feed-forwards may be skipped; its tensors are in a file of their own, `SKIP_FILE`.
     """
 
     kind: ModelKind
@@ -318,6 +322,7 @@ class Manifest:
     evaluations: list[JsonObject] = field(default_factory=list)
     text: JsonObject = field(default_factory=dict)
     fingerprint: JsonObject | None = None
+    skip_profile: SkipProfile | None = None
     files: dict[str, JsonObject] = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
     job_id: str | None = None
@@ -332,24 +337,29 @@ class Manifest:
             for size in shape:
                 count *= size
             other += count
+        other += sum(prod(info.shape) for info in self.skip_tensors().values())
         return other + sum(matrix.parameters for matrix in self.matrices)
 
     @property
     def tensor_bytes(self) -> int:
-        other = sum(TensorInfo(d, tuple(s)).num_bytes for d, s in self.other_tensors.values())
-        return other + sum(matrix.num_bytes for matrix in self.matrices)
+        return sum(info.num_bytes for info in self.promised_tensors().values())
 
     def promised_tensors(self) -> dict[str, TensorInfo]:
         promised = {n: TensorInfo(d, tuple(s)) for n, (d, s) in self.other_tensors.items()}
         for matrix in self.matrices:
             for suffix, info in matrix.linear.tensors().items():
                 promised[f"{matrix.name}.{suffix}"] = info
-        return promised
+        return promised | self.skip_tensors()
+
+    def skip_tensors(self) -> dict[str, TensorInfo]:
+        """The skip profile's, which no model has without it."""
+        return {} if self.skip_profile is None else self.skip_profile.tensors()
 
     def to_json(self) -> JsonObject:
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "matrices": [matrix.to_json() for matrix in self.matrices],
+            "skip_profile": None if self.skip_profile is None else self.skip_profile.to_json(),
             "parameters": self.parameters,
             "bytes": self.tensor_bytes,
         }
@@ -364,6 +374,8 @@ class Manifest:
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         fields["matrices"] = tuple(Matrix.from_json(row) for row in data["matrices"])
         fields["other_tensors"] = {n: (d, tuple(s)) for n, (d, s) in data["other_tensors"].items()}
+        if data.get("skip_profile") is not None:
+            fields["skip_profile"] = SkipProfile.from_json(data["skip_profile"])
         return cls(**fields)
 
 
@@ -389,8 +401,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def checkpoint_hash(manifest: Manifest) -> str:
-    """sha256 over the hashes of all files: equal exactly when every byte but the manifest's is equal."""
-    lines = (f"{name} {entry['sha256']}\n" for name, entry in sorted(manifest.files.items()))
+    """sha256 over the hashes of all files, and the skip profile: equal exactly when whatever shapes an answer is."""
+    lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(manifest.files.items())]
+    if manifest.skip_profile is not None:
+        lines.append(json.dumps(manifest.skip_profile.to_json(), sort_keys=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -586,6 +600,67 @@ class CheckpointWriter:
         )
         write_manifest(self._folder, manifest)
         return manifest
+
+
+def add_skip_profile(
+    source: Path,
+    destination: Path,
+    profile: SkipProfile,
+    tensors: Mapping[str, "Tensor"],
+    /,
+    **fields: Any,
+) -> Manifest:
+    """Write the same checkpoint again with a skip profile; its files are shared where the file system can.
+
+    Args:
+        destination: an empty folder; it is a checkpoint once this returns.
+        tensors: what `SkipProfile.tensors` declares, by full name.
+        fields: of `Manifest`, to differ from the source's.
+
+    Raises:
+        CheckpointError: the tensors are not as declared, or the source is unsound.
+    """
+    manifest = open_checkpoint(source).manifest
+    promised = profile.tensors()
+    actual = {n: TensorInfo(torch_dtype_name(t), tuple(t.shape)) for n, t in tensors.items()}
+    if actual != promised:
+        raise CheckpointError(f"skip profile promises {promised}, got {actual}")
+    destination.mkdir(parents=True, exist_ok=True)
+    if any(destination.iterdir()):
+        raise CheckpointError(f"{destination.name}: not empty")
+    files = {name: entry for name, entry in manifest.files.items() if name != SKIP_FILE}
+    for name in files:
+        _share(source / name, destination / name)
+    if tensors:
+        from safetensors.torch import save_file
+
+        path = destination / SKIP_FILE
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+        _fsync(path)
+        files[SKIP_FILE] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+    manifest = dataclasses.replace(
+        manifest,
+        **{
+            "files": files,
+            "skip_profile": profile,
+            "created_at": time.time(),
+            "format_version": FORMAT_VERSION,
+            **fields,
+        },
+    )
+    write_manifest(destination, manifest)
+    return manifest
+
+
+def _share(source: Path, destination: Path) -> None:
+    """A second name for a file that nobody changes in place; a copy on another file system."""
+    try:
+        os.link(source, destination)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, destination)
+        _fsync(destination)
 
 
 def torch_dtype_name(tensor: "Tensor") -> str:

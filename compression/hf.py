@@ -95,7 +95,8 @@ def _fill(
     model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Put the checkpoint's tensors in, replacing each compressed layer by a module that keeps it so."""
-    remaining = set(checkpoint.manifest.promised_tensors())
+    manifest = checkpoint.manifest
+    remaining = manifest.promised_tensors().keys() - manifest.skip_tensors().keys()
     replaced = [m for m in checkpoint.manifest.matrices if m.linear.kind != "dense"]
     for matrix in replaced:
         names = {f"{matrix.name}.{suffix}": suffix for suffix in matrix.linear.tensors()}

@@ -6,13 +6,15 @@ needs no cache at all.
 
 A request's greedy tokens do not depend on its company, on how its prompt was cut, on a prefix that was found or on
 preemption, up to the rounding of differently shaped products: in float32 that was not seen to change a choice, in
-bfloat16 it can where two tokens nearly tie.
+bfloat16 it can where two tokens nearly tie. The same holds of a request that skips feed-forwards (`ffn_skip.py`): what
+it generated is computed anew as it was, and its blocks are found by nobody who skips otherwise.
 
 Shapes: T rows of a step, S requests, R selected rows, V vocabulary, H hidden, B texts.
 """
 
 import itertools
 import logging
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compression.ffn_skip.rule import NEVER
+from engines.ffn_skip import SkipPass, row_taus
 from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.cuda_graphs import DecodeGraphs, build_decode_graphs
-from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
+from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata, RequestRows, build_metadata
 from engines.kv_cache import BlockManager
 from engines.memory import default_kv_cache_bytes, is_out_of_memory, release_memory
 from engines.model import DecoderModel, build_kv_cache, bytes_per_block, load_decoder
@@ -101,6 +105,8 @@ class NativeEngine:
         self._ended: list[TokenOutput] = []
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._ffn_rows_skipped = 0
+        self._ffn_rows = 0
         self._last_output_at: float | None = None
         model = load()
         self._num_blocks = self._count_blocks(model)
@@ -124,9 +130,7 @@ class NativeEngine:
             dtype=str(model.dtype).removeprefix("torch."),
             resident_bytes=_resident_bytes(model),
             load_seconds=time.monotonic() - start,
-            unsupported=("skip", "response_format", "regex")
-            if isinstance(self._compiler, str)
-            else ("skip",),
+            unsupported=("response_format", "regex") if isinstance(self._compiler, str) else (),
             kernels=_kernels(model)
             | {
                 "pass of few rows": _kernel(self._cpu_step),
@@ -202,11 +206,13 @@ class NativeEngine:
     # Accepting and ending requests
 
     def submit(self, request: GenerateRequest) -> None:
-        self._awake_model()
+        model = self._awake_model()
         self._check_supported(request)
         check_generate(self._info, request)
+        tau = self._tau(model, request)
         self._scheduler.check_queue(len(self._compiling))
         generation = Generation.start(self._info, request)
+        generation.tau = tau
         scheduled = ScheduledRequest(
             request_id=generation.key,
             token_ids=list(request.token_ids),
@@ -214,6 +220,8 @@ class NativeEngine:
             tenant=request.tenant,
             embedding_rows=request.embedding_rows or b"",
             row_bytes=self._info.hidden_size * 4,
+            num_dense_tokens=None if tau is None else len(request.token_ids),
+            skip_key=b"" if tau is None else _skip_key(tau, len(request.token_ids)),
             finds_prefix=request.params.prompt_logprobs is None,
         )
         if request.constraint is None:
@@ -234,12 +242,6 @@ class NativeEngine:
         return self._model
 
     def _check_supported(self, request: GenerateRequest) -> None:
-        if request.skip.mode != "off":
-            raise EngineError(
-                "unsupported_parameter",
-                f"skip is {request.skip.mode!r}; {self._info.model} has no skip profile",
-                "skip",
-            )
         if request.constraint is not None and isinstance(self._compiler, str):
             param = "regex" if request.constraint.kind == "regex" else "response_format"
             raise EngineError(
@@ -247,6 +249,19 @@ class NativeEngine:
                 f"{self._info.model} has no structured output: {self._compiler}",
                 param,
             )
+
+    def _tau(self, model: DecoderModel, request: GenerateRequest) -> float | None:
+        """The threshold of a request that may skip feed-forwards; None where it asks for none of that."""
+        if request.skip.mode == "off":
+            return None
+        if model.ffn_skip is None:
+            raise EngineError(
+                "unsupported_parameter",
+                f"{self._info.model} has no skip profile, so it can only be 'off'; a calibrate_skip job makes a model"
+                " that has one",
+                "skip",
+            )
+        return model.ffn_skip.tau(request.skip)
 
     def abort(self, request_id: str) -> None:
         if self._generations.pop(request_id, None) is None:
@@ -326,14 +341,65 @@ class NativeEngine:
             start = request.num_computed_tokens
             token_ids += request.token_ids[start : start + chunk.num_tokens]
             embedding_rows += request.rows_between(start, start + chunk.num_tokens)
+        skip = self._skip_pass(model, chunks)
         graphs = self._decode_graphs
-        if isinstance(graphs, DecodeGraphs) and graphs.takes(token_ids, rows):
-            return graphs.forward(token_ids, rows)
-        hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
-        metadata = build_metadata(rows, model.device)
+        if isinstance(graphs, DecodeGraphs) and skip is None and graphs.takes(token_ids, rows):
+            hidden_TH = graphs.forward(token_ids, rows)
+        else:
+            hidden_TH = self._forward_rows(
+                model,
+                mixed_embeddings(token_ids, embedding_rows, model.embed, model.device),
+                build_metadata(rows, model.device),
+                skip,
+            )
+        if model.ffn_skip is not None:
+            self._count_ffn_rows(model, chunks, skip)
+        return hidden_TH
+
+    def _forward_rows(
+        self, model: DecoderModel, hidden_TH: Tensor, metadata: BatchMetadata, skip: SkipPass | None
+    ) -> Tensor:
         if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= self._cpu_step.max_rows:
-            return self._cpu_step.forward(hidden_TH, metadata)
-        return model.forward(hidden_TH, metadata, self._kv_cache)
+            return self._cpu_step.forward(hidden_TH, metadata, skip)
+        return model.forward(hidden_TH, metadata, self._kv_cache, skip)
+
+    def _skip_pass(self, model: DecoderModel, chunks: Sequence[Chunk]) -> SkipPass | None:
+        """The pass's skipping; None where no row may skip."""
+        if model.ffn_skip is None:
+            return None
+        taus: list[float] = []
+        for chunk in chunks:
+            generation = self._generations.get(chunk.request.request_id)  # scoring has none
+            tau = None if generation is None else generation.tau
+            num_full = (chunk.request.num_dense_tokens or 0) + model.ffn_skip.rule.warm_up
+            taus += row_taus(tau, chunk.request.num_computed_tokens, chunk.num_tokens, num_full)
+        if min(taus) >= NEVER:
+            return None
+        return SkipPass(model.ffn_skip, taus, model.device)
+
+    def _count_ffn_rows(
+        self, model: DecoderModel, chunks: Sequence[Chunk], skip: SkipPass | None
+    ) -> None:
+        """Count the pass's rows of generated tokens of requests that may skip, each position once."""
+        num_skipped = None if skip is None else skip.num_skipped_T.tolist()
+        offset = 0
+        for chunk in chunks:
+            first, end = offset, offset + chunk.num_tokens
+            offset = end
+            request = chunk.request
+            generation = self._generations.get(request.request_id)
+            if generation is None or generation.tau is None:
+                continue
+            start = request.num_computed_tokens
+            num_known = max(len(generation.request.token_ids), generation.num_counted_tokens)
+            num_old = min(max(num_known - start, 0), chunk.num_tokens)
+            num_rows = (chunk.num_tokens - num_old) * model.config.num_layers
+            skipped = 0 if num_skipped is None else sum(num_skipped[first + num_old : end])
+            generation.ffn_rows_total += num_rows
+            generation.ffn_rows_skipped += skipped
+            generation.num_counted_tokens = max(num_known, start + chunk.num_tokens)
+            self._ffn_rows += num_rows
+            self._ffn_rows_skipped += skipped
 
     def _failed_pass(self, chunks: Sequence[Chunk], error: Exception) -> list[TokenOutput]:
         """Short of memory, the request of worst rank gives way and the step is tried again; else all of it fail."""
@@ -596,8 +662,8 @@ class NativeEngine:
             preemptions_total=self._scheduler.num_preemptions,
             prefix_cache_queries_total=self._scheduler.num_queried_tokens,
             prefix_cache_hits_total=self._scheduler.num_hit_tokens,
-            ffn_rows_skipped_total=0,
-            ffn_rows_total=0,
+            ffn_rows_skipped_total=self._ffn_rows_skipped,
+            ffn_rows_total=self._ffn_rows,
             last_output_at=self._last_output_at,
             sleeping=self._model is None,
             rss_bytes=rss_bytes(),
@@ -630,6 +696,11 @@ def _rows(chunk: Chunk) -> RequestRows:
 
 def _blocks_per_request(model: DecoderModel) -> int:
     return -(-model.config.max_position_embeddings // BLOCK_SIZE)
+
+
+def _skip_key(tau: float, num_prompt_tokens: int) -> bytes:
+    """What else the keys and values of a skipping request's generated tokens rest on, besides the tokens."""
+    return struct.pack("<dq", tau, num_prompt_tokens)
 
 
 def _kernel(whole_pass: CpuStep | DecodeGraphs | str) -> str:

@@ -12,7 +12,7 @@ heads, A = N + 2 K, D head dim, F feed-forward width, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from compression.checkpoint import (
 )
 from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
+from engines.ffn_skip import FfnSkip, LayerSubstitute, SkipPass, load_ffn_skip
 from engines.kernels.attention import PassFacts
 from engines.kernels.huge_pages import in_huge_pages, map_memory
 from engines.kernels.linear import Linear, build_linear, build_tied_head
@@ -37,6 +38,7 @@ from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.ops import TORCH_OPS, choose_ops
 from engines.kernels.paged_attention import LayerCache
 from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables
+from engines.kernels.swiglu import swiglu
 from engines.kernels.weights import LinearWeight, LowRankWeight, MatrixWeight
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -92,6 +94,9 @@ class DecoderLayer:
     key_norm_D: Tensor | None
     window: int | None
 
+    def feed_forward(self, normed_TH: Tensor, gate: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
+        return self.down(gate(self.gate_up(normed_TH)))
+
 
 class DecoderModel:
     """A decoder ready to run; `load_decoder` makes it.
@@ -100,6 +105,7 @@ class DecoderModel:
         cos_PR, sin_PR: float32 rotary tables for every position up to `max_position_embeddings`.
         lm_head: holds `embedding_VH` itself where embeddings are tied.
         ops: what its passes over a cache run on, beside the products.
+        ffn_skip: how feed-forwards may be skipped; None where the checkpoint has no skip profile.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class DecoderModel:
         lm_head: Linear,
         cos_PR: Tensor,
         sin_PR: Tensor,
+        ffn_skip: FfnSkip | None = None,
     ) -> None:
         self.config = config
         self.embedding_VH = embedding_VH
@@ -121,6 +128,7 @@ class DecoderModel:
         self.cos_PR = cos_PR
         self.sin_PR = sin_PR
         self.ops = choose_ops(self.device, self.dtype, config.head_dim)
+        self.ffn_skip = ffn_skip
         self._windows = frozenset(config.windows)
 
     @property
@@ -136,7 +144,11 @@ class DecoderModel:
         return self.embedding_VH[token_ids_T]
 
     def forward(
-        self, hidden_TH: Tensor, metadata: BatchMetadata, kv_cache: Sequence[LayerCache] | None
+        self,
+        hidden_TH: Tensor,
+        metadata: BatchMetadata,
+        kv_cache: Sequence[LayerCache] | None,
+        skip: SkipPass | None = None,
     ) -> Tensor:
         """Run every layer and the final norm over a pass's rows; their keys and values go into the cache.
 
@@ -144,6 +156,7 @@ class DecoderModel:
             hidden_TH: embeddings of the rows.
             kv_cache: one pair per layer. Without it each request must be whole in this pass, and
                 slots and block tables are not read.
+            skip: which rows may skip feed-forwards; counts those that do.
         """
         ops = TORCH_OPS if kv_cache is None else self.ops
         epsilon = self.config.rms_norm_epsilon
@@ -168,9 +181,12 @@ class DecoderModel:
             )
             is_last = index + 1 == len(self.layers)
             next_norm_H = self.final_norm_H if is_last else self.layers[index + 1].input_norm_H
-            normed_TH, residual_TH = ops.add_rms_norm(
-                layer.down(ops.swiglu(layer.gate_up(normed_TH))), residual_TH, next_norm_H, epsilon
+            output_TH = (
+                layer.feed_forward(normed_TH, ops.swiglu)
+                if skip is None
+                else skip.feed_forward(index, residual_TH, normed_TH, layer.feed_forward)
             )
+            normed_TH, residual_TH = ops.add_rms_norm(output_TH, residual_TH, next_norm_H, epsilon)
         return normed_TH
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
@@ -180,6 +196,9 @@ class DecoderModel:
     def linears(self) -> list[Linear]:
         blocks = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in self.layers]
         return [*(linear for block in blocks for linear in block), self.lm_head]
+
+    def _substitutes(self) -> tuple[LayerSubstitute, ...]:
+        return () if self.ffn_skip is None else self.ffn_skip.substitutes
 
     def tensors(self) -> list[Tensor]:
         """Everything it holds; a tied head names the embedding twice."""
@@ -198,6 +217,7 @@ class DecoderModel:
             *(self.embedding_VH, self.final_norm_H, self.cos_PR, self.sin_PR),
             *norms,
             *(tensor for linear in self.linears() for tensor in linear.tensors()),
+            *(t for substitute in self._substitutes() for t in substitute.tensors()),
         ]
 
 
@@ -300,7 +320,8 @@ def load_decoder(
     """
     transformers_config = _transformers_config(folder)
     config = _decoder_config(folder, transformers_config)
-    weights = _Weights(open_checkpoint(folder), dtype, torch.device(device))
+    checkpoint = open_checkpoint(folder)
+    weights = _Weights(checkpoint, dtype, torch.device(device))
     embedding_VH = weights.other("model.embed_tokens.weight")
     if embedding_VH.device.type == "cpu":
         embedding_VH = in_huge_pages(embedding_VH)
@@ -324,6 +345,13 @@ def load_decoder(
         lm_head=lm_head,
         cos_PR=cos_PR.to(device),
         sin_PR=sin_PR.to(device),
+        ffn_skip=load_ffn_skip(
+            checkpoint,
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            dtype=dtype,
+            device=torch.device(device),
+        ),
     )
 
 

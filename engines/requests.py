@@ -56,11 +56,21 @@ class EngineLimits:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Generation(SamplingState):
-    """One accepted request, and what came out of it so far."""
+    """One accepted request, and what came out of it so far.
+
+    Attributes:
+        tau: similarity from which its rows skip feed-forwards; None where none does.
+        ffn_rows_skipped, ffn_rows_total: (row, layer) pairs of generated tokens; those that are computed anew after a
+            preemption count once, which is what `num_counted_tokens`, positions so far, is for.
+    """
 
     request: GenerateRequest
+    tau: float | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_cached_tokens: int = 0
+    ffn_rows_skipped: int = 0
+    ffn_rows_total: int = 0
+    num_counted_tokens: int = 0
 
     @classmethod
     def start(cls, info: EngineInfo, request: GenerateRequest) -> Self:
@@ -111,6 +121,8 @@ class Generation(SamplingState):
             finish_reason=finish_reason,
             stop_token_id=token_id if is_end else None,
             num_cached_tokens=self.num_cached_tokens,
+            ffn_rows_skipped=self.ffn_rows_skipped,
+            ffn_rows_total=self.ffn_rows_total,
         )
 
     def prompt_only_output(self) -> TokenOutput:

@@ -26,6 +26,8 @@ class ScheduledRequest:
         token_ids: prompt and output so far.
         rank: lower runs first; `rank` makes it.
         embedding_rows: the rows of all placeholders, `row_bytes` each.
+        num_dense_tokens: tokens before it are computed as the model is; those behind it may skip parts of the model,
+            so their blocks are found under `skip_key` only. None where all are.
         finds_prefix: may take computed blocks; false where every prompt position's logits are wanted.
         num_computed_tokens: tokens whose keys and values are in `block_table`.
         num_cached_tokens: prompt tokens that were found computed when the request was first admitted; None before.
@@ -38,6 +40,8 @@ class ScheduledRequest:
     tenant: str = ""
     embedding_rows: bytes = b""
     row_bytes: int = 0
+    num_dense_tokens: int | None = None
+    skip_key: bytes = b""
     finds_prefix: bool = True
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
@@ -266,6 +270,7 @@ class Scheduler:
         for index in range(len(request.block_keys), len(request.token_ids) // size):
             start, end = index * size, (index + 1) * size
             previous = request.block_keys[-1] if index else root_key(request.tenant)
-            request.block_keys.append(
-                block_key(previous, request.token_ids[start:end], request.rows_between(start, end))
-            )
+            rows = request.rows_between(start, end)
+            if request.num_dense_tokens is not None and end > request.num_dense_tokens:
+                rows += request.skip_key
+            request.block_keys.append(block_key(previous, request.token_ids[start:end], rows))

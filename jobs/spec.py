@@ -3,16 +3,25 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
 
 from compression.checkpoint import Manifest
 from compression.recipe import DEFAULT_CALIBRATION_CORPUS, STAGES, RecipeError, parse_recipe
 from compression.registry import MODEL_ID_PATTERN
 from evaluation.corpora import CORPORA, CorpusName
 
-PLANNED_TYPES = ("finetune", "evaluate", "calibrate_skip", "train_projector", "enrich", "export")
-JOB_TYPES = ("compress",)
+PLANNED_TYPES = ("finetune", "evaluate", "train_projector", "enrich", "export")
 MAX_STAGES = 16
+MAX_TARGETS = 8
+DEFAULT_TARGETS = (0.1, 0.2, 0.25, 0.3)
 
 
 class SpecError(Exception):
@@ -87,7 +96,64 @@ class CompressSpec(_Spec):
     gate: Gate | None = None
 
 
-def parse_spec(body: Mapping[str, Any]) -> CompressSpec:
+class SkipGate(_Spec):
+    """What a share of skipped rows may cost; shares that cost more are not offered."""
+
+    max_perplexity_ratio: float = Field(default=1.5, gt=0)
+
+
+class CalibrateSkipSpec(_Spec):
+    """Find out how feed-forwards of `model` may be skipped, and register the same weights with that profile as
+    `output` (FFN-SkipLLM).
+
+    Attributes:
+        target_ratios: shares of all (row, layer) pairs behind the warm-up, in (0, 1); a request for the profile gets
+            the highest that the gate lets through.
+        k: feed-forwards to skip after a hit.
+        warm_up: generated tokens that run at full strength.
+        substitutes: fit what stands in for a skipped feed-forward; without, it adds nothing, as in the paper.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "calibrate_skip",
+                    "model": "smollm2-135m",
+                    "output": "smollm2-135m-skip",
+                    "target_ratios": [0.1, 0.2],
+                }
+            ]
+        }
+    )
+
+    type: Literal["calibrate_skip"]
+    model: str = Field(max_length=96)
+    output: str = Field(pattern=MODEL_ID_PATTERN)
+    target_ratios: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+        Field(min_length=1, max_length=MAX_TARGETS),
+    ] = DEFAULT_TARGETS
+    k: int = Field(default=1, ge=1, le=64)
+    warm_up: int = Field(default=25, ge=0, le=1024)
+    substitutes: bool = True
+    calibration: CalibrationSpec = CalibrationSpec()
+    gate: SkipGate = SkipGate()
+
+    @field_validator("target_ratios")
+    @classmethod
+    def _differ(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(ratios)) < len(ratios):
+            raise ValueError("target ratios must differ")
+        return ratios
+
+
+Spec = CompressSpec | CalibrateSkipSpec
+SPECS: dict[str, type[Spec]] = {"compress": CompressSpec, "calibrate_skip": CalibrateSkipSpec}
+JOB_TYPES = tuple(SPECS)
+
+
+def parse_spec(body: Mapping[str, Any]) -> Spec:
     """Check a job request.
 
     Raises:
@@ -110,8 +176,8 @@ def parse_spec(body: Mapping[str, Any]) -> CompressSpec:
             "unsupported_parameter",
         )
     try:
-        spec = CompressSpec.model_validate(body)
-        recipe = parse_recipe(spec.recipe)
+        spec = SPECS[job_type].model_validate(body)
+        recipe = parse_recipe(spec.recipe) if isinstance(spec, CompressSpec) else None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         unknown = first["type"] == "extra_forbidden"
@@ -123,21 +189,23 @@ def parse_spec(body: Mapping[str, Any]) -> CompressSpec:
     except RecipeError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise SpecError(error.param, error.message, code) from None
-    if spec.calibration is not None and not recipe.calibrated:
+    if recipe is not None and spec.calibration is not None and not recipe.calibrated:
         raise SpecError(
             "calibration", "no stage of this recipe is calibrated", "unsupported_parameter"
         )
     return spec
 
 
-def check_source(spec: CompressSpec, manifest: Manifest) -> None:
-    """Whether this model can go through the recipe, after what it went through already.
+def check_source(spec: Spec, manifest: Manifest) -> None:
+    """Whether this model can go through the job, after what it went through already.
 
     Raises:
         SpecError
     """
     if manifest.kind != "decoder":
-        raise SpecError("model", "only decoders can be compressed")
+        raise SpecError("model", f"{spec.type} is for decoders only")
+    if not isinstance(spec, CompressSpec):
+        return
     try:
         parse_recipe(spec.recipe, done=manifest.recipe)
     except RecipeError as error:

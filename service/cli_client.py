@@ -188,6 +188,51 @@ def compress(
             _follow_to_the_end(client, job["id"])
 
 
+@click.command("calibrate-skip")
+@click.argument("model")
+@click.option("--output", required=True, help="Id of the model with the profile.")
+@click.option(
+    "--target-ratio",
+    "target_ratios",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    multiple=True,
+    help="Share of feed-forward rows to skip; several make a profile of several. [default: 0.1 0.2 0.25 0.3]",
+)
+@click.option(
+    "--max-perplexity-ratio", type=float, help="Offer no share that loses more. [default: 1.5]"
+)
+@click.option("--no-substitutes", is_flag=True, help="Skip as published, with nothing instead.")
+@click.option("--detach", is_flag=True, help="Print the job's id and return.")
+@url_option
+def calibrate_skip(
+    model: str,
+    output: str,
+    target_ratios: tuple[float, ...],
+    max_perplexity_ratio: float | None,
+    no_substitutes: bool,
+    detach: bool,
+    url: str,
+) -> None:
+    """Find out which feed-forwards of a model may be skipped while it decodes, as a job of the service.
+
+    \b
+    Example:
+      lathe calibrate-skip smollm2-135m --output smollm2-135m-skip --target-ratio 0.1 --target-ratio 0.2
+    """
+    body: dict[str, Any] = {"type": "calibrate_skip", "model": model, "output": output}
+    if target_ratios:
+        body["target_ratios"] = list(target_ratios)
+    if max_perplexity_ratio is not None:
+        body["gate"] = {"max_perplexity_ratio": max_perplexity_ratio}
+    if no_substitutes:
+        body["substitutes"] = False
+    with connected(url) as client:
+        job = client.post("/v1/jobs", body)
+        click.echo(job["id"])
+        if not detach:
+            _follow_to_the_end(client, job["id"])
+
+
 def _yaml(text: str, option: str) -> Any:
     """What an option says, itself or in the file that it names."""
     import yaml
@@ -443,4 +488,4 @@ def _echo_json(body: Any) -> None:
     click.echo(json.dumps(body, indent=2, ensure_ascii=False))
 
 
-COMMANDS: tuple[click.Command, ...] = (models, compress, jobs, chat)
+COMMANDS: tuple[click.Command, ...] = (models, compress, calibrate_skip, jobs, chat)

@@ -229,7 +229,8 @@ class GenerationBody(RequestModel):
         default=None, description="The whole output matches it; no look-around, no back-references."
     )
     skip: SkipField = Field(
-        default=Skip(), description="Feed-forward skipping (FFN-SkipLLM), where the engine has it."
+        default=Skip(),
+        description="Feed-forward skipping (FFN-SkipLLM), where the model has a skip profile.",
     )
 
     @model_validator(mode="after")

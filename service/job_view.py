@@ -57,14 +57,19 @@ def human_bytes(count: float) -> str:
 
 
 def report_lines(report: JsonObject) -> list[str]:
-    """A compression report: what changed, by how much, and how it was measured."""
+    """A compression report, what changed, by how much, and how it was measured; or that of a skip calibration."""
+    if "targets" in report:
+        return _skip_lines(report)
     speed = report["speed"]
     rows = [
         ["", "before", "after", "after / before"],
         _row("parameters", report["parameters"], "{:,.0f}"),
         _row("bytes on disk", report["bytes"], "{:,.0f}"),
         _row("bytes in memory", report["resident_bytes"], "{:,.0f}"),
-        _row("perplexity", report["perplexity"], "{:.3f}"),
+        *(
+            _row(f"perplexity, {corpus['protocol']['corpus']}", corpus, "{:.3f}")
+            for corpus in report["corpora"]
+        ),
     ]
     for name in ("decode", "prefill"):
         key = f"{name}_tokens_per_second"
@@ -73,11 +78,37 @@ def report_lines(report: JsonObject) -> list[str]:
     protocol = report["perplexity"]["protocol"]
     return [
         *table(rows),
+        *(
+            f"Against the original on {corpus['protocol']['corpus']}: KL {corpus['kl_divergence']:.4f} nats, "
+            f"the same top token at {corpus['top1_agreement']:.1%}."
+            for corpus in report["corpora"]
+        ),
+        *report["notes"],
         f"Perplexity on {protocol['corpus']}: {protocol['num_windows']} windows of {protocol['window']} tokens, "
         f"stride {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']} on "
         f"{protocol['device']}.",
         f"Speed: {speed['note']}.",
     ]
+
+
+def _skip_lines(report: JsonObject) -> list[str]:
+    rows = [["target", "policy", "skipped", "weight bytes", "perplexity", "ratio"]]
+    for target in report["targets"]:
+        for name, row in target["policies"].items():
+            skipped = f"{row['skip_ratio']:.1%}" if "skip_ratio" in row else None
+            rows.append(
+                [
+                    f"{target['target_ratio']:.0%}",
+                    name,
+                    skipped or f"{row['num_blocks']:.1f} blocks",
+                    f"{1 - target['saved']:.1%}",
+                    f"{row['perplexity']:.3f}",
+                    f"{row['ratio']:.3f}",
+                ]
+            )
+    offered = ", ".join(f"{ratio:.0%}" for ratio in report["offered"]) or "nothing"
+    limit = report["max_perplexity_ratio"]
+    return [*table(rows), f"Offered: {offered}, of a perplexity ratio of at most {limit}."]
 
 
 def _row(name: str, pair: JsonObject, form: str) -> list[str]:

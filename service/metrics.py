@@ -78,7 +78,10 @@ class Metrics:
             registry=self.registry,
         )
         self._ffn_rows = Counter(
-            "lathe_ffn_rows", "FFN rows of answered requests.", ("model",), registry=self.registry
+            "lathe_ffn_rows",
+            "FFN rows of requests that may skip.",
+            ("model",),
+            registry=self.registry,
         )
         self._ffn_rows_skipped = Counter(
             "lathe_ffn_rows_skipped", "FFN rows skipped.", ("model",), registry=self.registry

@@ -22,6 +22,7 @@ from engines.kernels.native import NativeLibrary, native_library
 from engines.kernels.paged_attention import LayerCache
 
 if TYPE_CHECKING:
+    from engines.ffn_skip import FfnSkip, SkipPass
     from engines.model import DecoderLayer, DecoderModel
 
 MAX_HEAD_DIM = 256
@@ -77,19 +78,28 @@ class CpuStep:
             rms_norm_epsilon=model.config.rms_norm_epsilon,
         )
 
+        self._skip_layers = (native.SkipLayer * len(model.layers))()
+        if model.ffn_skip is not None:
+            for index in range(len(model.layers)):
+                self._skip_layers[index] = self._skip_layer(model.ffn_skip, index)
+
     @property
     def kernel(self) -> str:
         """For `EngineInfo.kernels`."""
         return f"one native call up to {self.max_rows} rows: {self._library.description}"
 
-    def forward(self, hidden_TH: Tensor, metadata: BatchMetadata) -> Tensor:
+    def forward(
+        self, hidden_TH: Tensor, metadata: BatchMetadata, skip: "SkipPass | None" = None
+    ) -> Tensor:
         """As `DecoderModel.forward` with a cache."""
         hidden_TH = hidden_TH.clone(memory_format=torch.contiguous_format)
         assert hidden_TH.dtype == self._dtype
         batch = _batch(metadata)
         self._library.functions.lathe_step(
             self._library.context,
-            *(ctypes.byref(self._model), ctypes.byref(batch), hidden_TH.data_ptr()),
+            *(ctypes.byref(self._model), ctypes.byref(batch)),
+            None if skip is None else ctypes.byref(self._skip(skip)),
+            hidden_TH.data_ptr(),
         )
         return hidden_TH
 
@@ -113,6 +123,26 @@ class CpuStep:
             num_kv_heads=layer.num_kv_heads,
             window=layer.window or 0,
         )
+
+    def _skip(self, skip: "SkipPass") -> native.Skip:
+        """Valid as long as the pass is."""
+        assert skip.tau_T.dtype == torch.float32
+        assert skip.num_skipped_T.dtype == torch.int32
+        return native.Skip(
+            layers=self._skip_layers,
+            tau_T=skip.tau_T.data_ptr(),
+            num_skipped_T=skip.num_skipped_T.data_ptr(),
+            k=skip.skip.rule.k,
+        )
+
+    def _skip_layer(self, skip: "FfnSkip", layer: int) -> native.SkipLayer:
+        substitute = skip.substitutes[layer]
+        one = native.SkipLayer(
+            mean_H=self._floats(substitute.mean_H), is_middle=skip.rule.is_middle(layer)
+        )
+        if substitute.linear is not None:
+            one.linear = _native(substitute.linear).native_linear
+        return one
 
     def _floats(self, tensor: Tensor | None) -> int | None:
         """Address of a float32 version, kept alive."""

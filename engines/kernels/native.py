@@ -105,10 +105,26 @@ class Batch(ctypes.Structure):
     )
 
 
+class SkipLayer(ctypes.Structure):
+    _fields_ = (("linear", Linear), ("mean_H", ctypes.c_void_p), ("is_middle", ctypes.c_int32))
+
+
+class Skip(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(SkipLayer)),
+        ("tau_T", ctypes.c_void_p),
+        ("num_skipped_T", ctypes.c_void_p),
+        ("k", ctypes.c_int32),
+    )
+
+
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "lathe_context_destroy": (_POINTER,),
-    "lathe_step": (_POINTER, ctypes.POINTER(Model), ctypes.POINTER(Batch), _POINTER),
+    "lathe_step": (
+        *(_POINTER, ctypes.POINTER(Model), ctypes.POINTER(Batch)),
+        *(ctypes.POINTER(Skip), _POINTER),
+    ),
     "lathe_linear": (_POINTER, ctypes.POINTER(Linear), _POINTER, _INT, _INT, _POINTER, _INT),
     "lathe_dequantize": (_POINTER, ctypes.POINTER(Segment), _POINTER),
     "lathe_rms_norm": (_POINTER, _POINTER, _POINTER, _INT, _INT, ctypes.c_float, _POINTER),

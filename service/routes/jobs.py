@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from compression.registry import ModelExistsError, ModelNotFoundError
-from jobs.spec import CompressSpec, SpecError, check_source, parse_spec
+from jobs.spec import SPECS, SpecError, check_source, parse_spec
 from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
 from jobs.store import Event, Job, JobNotFoundError, NewJob, RequestConflictError
 from service.auth import Identity
@@ -51,7 +51,11 @@ class JobRequest(BaseModel):
 _CREATE_BODY = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": standalone_schema(CompressSpec)}},
+        "content": {
+            "application/json": {
+                "schema": {"oneOf": [standalone_schema(s) for s in SPECS.values()]}
+            }
+        },
     }
 }
 

@@ -134,14 +134,17 @@ def job(status: str, **fields: Any) -> dict[str, Any]:
     }
 
 
-REPORT = {
+REPORT: dict[str, Any] = {
     "parameters": {"before": 1000, "after": 1000},
     "bytes": {"before": 2000, "after": 600, "ratio": 0.3},
     "resident_bytes": {"before": 2000, "after": 700, "ratio": 0.35},
+    "notes": ["a note"],
     "perplexity": {
         "before": 20.0,
         "after": 21.0,
         "ratio": 1.05,
+        "kl_divergence": 0.0123,
+        "top1_agreement": 0.875,
         "protocol": {
             "corpus": "speech",
             "num_windows": 3,
@@ -158,6 +161,7 @@ REPORT = {
         "note": "batch size 1",
     },
 }
+REPORT["corpora"] = [REPORT["perplexity"]]
 
 
 def all_commands(group: click.Group, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -176,7 +180,10 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    expected = "up serve engine worker models import compress jobs chat verify export doctor keys"
+    expected = (
+        "up serve engine worker models import compress calibrate-skip jobs chat verify export doctor"
+        " keys"
+    )
     assert set(main.commands) == set(expected.split())
 
 
@@ -314,6 +321,36 @@ def test_compress_submits_follows_and_reports(lathe: Lathe, stub: Stub) -> None:
     # The first stream ended before the job did: the second one went on where it broke off.
     follows = [h for r, _, h in stub.requests if r == f"GET /v1/jobs/{JOB_ID}/events"]
     assert [headers["Last-Event-ID"] for headers in follows] == ["0", "2"]
+
+
+def test_calibrate_skip_submits_and_reports(lathe: Lathe, stub: Stub) -> None:
+    stub.on("POST /v1/jobs", Answer(job("queued"), 201))
+    stub.on(f"GET /v1/jobs/{JOB_ID}/events", events(event(1, "status", "succeeded")))
+    policy = {"skip_ratio": 0.2, "perplexity": 15.0, "ratio": 1.5}
+    whole = {"num_blocks": 1.5, "perplexity": 20.0, "ratio": 2.0}
+    target = {
+        "target_ratio": 0.2,
+        "saved": 0.125,
+        "policies": {"adaptive": policy, "shortgpt": whole},
+    }
+    report = {"targets": [target], "offered": [], "max_perplexity_ratio": 1.25}
+    done = job("succeeded", result={"model": "o", "report": report})
+    stub.on(f"GET /v1/jobs/{JOB_ID}", Answer(done))
+    result = lathe("calibrate-skip", "tiny", "--output", "o", "--target-ratio", "0.2",
+                   "--max-perplexity-ratio", "1.25", "--no-substitutes")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert stub.sent("POST /v1/jobs") == {
+        "type": "calibrate_skip",
+        "model": "tiny",
+        "output": "o",
+        "target_ratios": [0.2],
+        "gate": {"max_perplexity_ratio": 1.25},
+        "substitutes": False,
+    }
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["20%", "adaptive", "20.0%", "87.5%", "15.000", "1.500"] in lines
+    assert ["20%", "shortgpt", "1.5", "blocks", "87.5%", "20.000", "2.000"] in lines
+    assert "Offered: nothing" in result.output
 
 
 def test_compress_takes_a_recipe_from_a_file_and_calibration(
@@ -496,10 +533,13 @@ def test_an_error_carries_its_code(stub: Stub) -> None:
 
 
 def test_report_shows_what_changed_and_how_it_was_measured() -> None:
-    text = "\n".join(report_lines(REPORT))
-    assert "bytes on disk     2,000   600     0.300" in text
-    assert "perplexity        20.000  21.000  1.050" in text
-    assert "decode tokens/s   10.0    15.0    1.500" in text
+    lines = [" ".join(line.split()) for line in report_lines(REPORT)]
+    assert "bytes on disk 2,000 600 0.300" in lines
+    assert "perplexity, speech 20.000 21.000 1.050" in lines
+    assert "decode tokens/s 10.0 15.0 1.500" in lines
+    assert "Against the original on speech: KL 0.0123 nats, the same top token at 87.5%." in lines
+    assert "a note" in lines
+    text = "\n".join(lines)
     assert "Perplexity on speech: 3 windows of 8 tokens, stride 8, 21 tokens scored" in text
 
 

@@ -81,14 +81,30 @@ struct LatheBatch {
     int32_t max_blocks;
 };
 
+// What rows that skip a layer's feed-forward get instead: a product of their normed input, a constant, or nothing.
+struct LatheSkipLayer {
+    LatheLinear linear;         // num_segments 0: none
+    const float* mean_H;        // null: none
+    int32_t is_middle;          // 0: the feed-forward always runs
+};
+
+// Which rows may skip feed-forwards; engines/ffn_skip.py tells the rule.
+struct LatheSkip {
+    const LatheSkipLayer* layers;
+    const float* tau_T;         // a row whose similarity reaches it skips the next k; above 1: never
+    int32_t* num_skipped_T;     // counted up
+    int32_t k;
+};
+
 typedef struct LatheContext LatheContext;
 
 // The threads, and the buffers of what they compute. Calls on one context wait for each other.
 LatheContext* lathe_context_create(int32_t num_threads);
 void lathe_context_destroy(LatheContext* context);
 
-// Every layer and the final norm; hidden_TH is replaced by its result.
-void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch* batch, void* hidden_TH);
+// Every layer and the final norm; hidden_TH is replaced by its result. Where skip is null, nothing is skipped.
+void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch* batch,
+                const LatheSkip* skip, void* hidden_TH);
 
 // output_TO = x_TI W^T + b, each bfloat16 or float32.
 void lathe_linear(LatheContext* context, const LatheLinear* linear, const void* x_TI, int32_t x_is_bf16,

@@ -3,6 +3,7 @@
 // Between products a row's state is float32; a step of T rows leaves Python once instead of some 400 times. Work on
 // single rows (norms, rotation, quantization) is too small to share among threads at one row and is run by rows.
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 
 #include "attention.h"
@@ -21,7 +22,9 @@ struct LatheContext {
     Pool pool;
     Attention attention;
     LinearScratch scratch;
-    std::vector<float> hidden, normed, wide, narrow;
+    std::vector<float> hidden, normed, wide, narrow, output;
+    std::vector<int32_t> remaining;  // feed-forwards that each row still skips
+    std::vector<int> run, skipped;   // rows of one layer
 };
 
 namespace {
@@ -70,27 +73,104 @@ void rotate_and_write_row(const LatheModel& model, const LatheLayer& layer, cons
     from_floats(keys + size, model.is_bf16, size, static_cast<char*>(layer.value_cache) + start);
 }
 
-void run_layer(LatheContext& context, const LatheModel& model, const LatheLayer& layer,
-               const LatheBatch& batch, float* hidden_TH) {
+// Normed rows of hidden_TH, ready to be multiplied by `linear`. rows: null for all of them, in order.
+void prepare_normed(LatheContext& context, const LatheModel& model, const LatheLinear& linear,
+                    const float* weight_H, const float* hidden_TH, const int* rows, int num_rows) {
+    const size_t hidden_size = model.hidden_size;
+    float* narrow = grown(context.narrow, num_rows * hidden_size);
+    context.scratch.inputs.reset(linear, 0, num_rows);
+    context.pool.run_items(num_rows, model.hidden_size, [&](int i) {
+        float* normed = narrow + i * hidden_size;
+        rms_norm_row(hidden_TH + (rows ? rows[i] : i) * hidden_size, weight_H, model.hidden_size,
+                     model.rms_norm_epsilon, normed);
+        context.scratch.inputs.prepare_row(i, normed);
+    });
+}
+
+// The feed-forward of some rows, one after another into `output_TH`, or added to it.
+void feed_forward(LatheContext& context, const LatheModel& model, const LatheLayer& layer,
+                  const float* hidden_TH, const int* rows, int num_rows, float* output_TH, bool add) {
+    const size_t ffn_size = layer.down.in_features;
+    prepare_normed(context, model, layer.gate_up, layer.post_norm_H, hidden_TH, rows, num_rows);
+    float* wide = grown(context.wide, num_rows * 2 * ffn_size);
+    float* narrow = grown(context.narrow, num_rows * ffn_size);
+    multiply(context.pool, layer.gate_up, context.scratch, wide, 2 * layer.down.in_features, false);
+    context.scratch.inputs.reset(layer.down, 0, num_rows);
+    context.pool.run_items(num_rows, 2 * layer.down.in_features, [&](int i) {
+        float* active = narrow + i * ffn_size;
+        swiglu_row(wide + i * 2 * ffn_size, layer.down.in_features, active);
+        context.scratch.inputs.prepare_row(i, active);
+    });
+    multiply(context.pool, layer.down, context.scratch, output_TH, model.hidden_size, add);
+}
+
+// Adds the output to the hidden state; the cosine of the state before and after.
+float add_and_compare(float* hidden, const float* output, int size) {
+    f32x16 products{}, before{}, after{};
+    float product = 0, square_before = 0, square_after = 0;
+    int i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+        const f32x16 h = load_lanes(hidden + i), y = h + load_lanes(output + i);
+        products = fma(h, y, products);
+        before = fma(h, h, before);
+        after = fma(y, y, after);
+        store_lanes(hidden + i, y);
+    }
+    for (; i < size; i++) {
+        const float h = hidden[i], y = h + output[i];
+        product += h * y;
+        square_before += h * h;
+        square_after += y * y;
+        hidden[i] = y;
+    }
+    const float squares = (sum(before) + square_before) * (sum(after) + square_after);
+    return (sum(products) + product) / std::max(std::sqrt(squares), 1e-8f);
+}
+
+// A middle layer's feed-forward: run for the rows that do not skip it, and looked at whether they skip the next.
+void feed_forward_or_skip(LatheContext& context, const LatheModel& model, const LatheLayer& layer,
+                          const LatheSkip& skip, const LatheSkipLayer& instead, int num_rows,
+                          float* hidden_TH) {
+    const size_t hidden_size = model.hidden_size;
+    context.run.clear();
+    context.skipped.clear();
+    for (int row = 0; row < num_rows; row++)
+        (context.remaining[row] > 0 ? context.skipped : context.run).push_back(row);
+    const int num_run = int(context.run.size()), num_skipped = int(context.skipped.size());
+    float* output = grown(context.output, num_rows * hidden_size);
+    if (num_run) {
+        feed_forward(context, model, layer, hidden_TH, context.run.data(), num_run, output, false);
+        context.pool.run_items(num_run, model.hidden_size, [&](int i) {
+            const int row = context.run[i];
+            const float similarity = add_and_compare(hidden_TH + row * hidden_size,
+                                                     output + i * hidden_size, model.hidden_size);
+            context.remaining[row] = similarity >= skip.tau_T[row] ? skip.k : 0;
+        });
+    }
+    if (num_skipped && instead.linear.num_segments) {
+        prepare_normed(context, model, instead.linear, layer.post_norm_H, hidden_TH,
+                       context.skipped.data(), num_skipped);
+        multiply(context.pool, instead.linear, context.scratch, output, model.hidden_size, false);
+    }
+    context.pool.run_items(num_skipped, model.hidden_size, [&](int i) {
+        const int row = context.skipped[i];
+        float* hidden = hidden_TH + row * hidden_size;
+        const float* added = instead.linear.num_segments ? output + i * hidden_size : instead.mean_H;
+        for (size_t j = 0; added && j < hidden_size; j++) hidden[j] += added[j];
+        context.remaining[row]--;
+        skip.num_skipped_T[row]++;
+    });
+}
+
+void run_attention(LatheContext& context, const LatheModel& model, const LatheLayer& layer,
+                   const LatheBatch& batch, float* hidden_TH) {
     Pool& pool = context.pool;
     LinearScratch& scratch = context.scratch;
     const int num_rows = batch.num_rows, hidden_size = model.hidden_size;
     const int qkv_size = layer.qkv.out_features, attended_size = layer.o.in_features;
-    const int ffn_size = layer.down.in_features;
-    const size_t widest = std::max({hidden_size, attended_size, ffn_size});
-    float* wide = grown(context.wide, size_t(num_rows) * std::max(qkv_size, 2 * ffn_size));
-    float* narrow = grown(context.narrow, size_t(num_rows) * widest);
-    const auto norm_rows = [&](const float* weight_H) {
-        pool.run_items(num_rows, hidden_size, [&](int row) {
-            float* normed = narrow + row * widest;
-            rms_norm_row(hidden_TH + size_t(row) * hidden_size, weight_H, hidden_size,
-                         model.rms_norm_epsilon, normed);
-            scratch.inputs.prepare_row(row, normed);
-        });
-    };
-
-    scratch.inputs.reset(layer.qkv, 0, num_rows);
-    norm_rows(layer.input_norm_H);
+    prepare_normed(context, model, layer.qkv, layer.input_norm_H, hidden_TH, nullptr, num_rows);
+    float* wide = grown(context.wide, size_t(num_rows) * qkv_size);
+    float* narrow = grown(context.narrow, size_t(num_rows) * attended_size);
     multiply(pool, layer.qkv, scratch, wide, qkv_size, false);
     pool.run_items(num_rows, qkv_size, [&](int row) {
         rotate_and_write_row(model, layer, batch, row, wide + size_t(row) * qkv_size);
@@ -98,22 +178,11 @@ void run_layer(LatheContext& context, const LatheModel& model, const LatheLayer&
     context.attention.run(pool, model, layer, batch, wide, qkv_size);
     scratch.inputs.reset(layer.o, 0, num_rows);
     pool.run_items(num_rows, attended_size, [&](int row) {
-        float* attended = narrow + row * widest;
+        float* attended = narrow + size_t(row) * attended_size;
         context.attention.gather_row(model, layer, row, attended);
         scratch.inputs.prepare_row(row, attended);
     });
     multiply(pool, layer.o, scratch, hidden_TH, hidden_size, true);
-
-    scratch.inputs.reset(layer.gate_up, 0, num_rows);
-    norm_rows(layer.post_norm_H);
-    multiply(pool, layer.gate_up, scratch, wide, 2 * ffn_size, false);
-    scratch.inputs.reset(layer.down, 0, num_rows);
-    pool.run_items(num_rows, 2 * ffn_size, [&](int row) {
-        float* active = narrow + row * widest;
-        swiglu_row(wide + size_t(row) * 2 * ffn_size, ffn_size, active);
-        scratch.inputs.prepare_row(row, active);
-    });
-    multiply(pool, layer.down, scratch, hidden_TH, hidden_size, true);
 }
 
 }  // namespace
@@ -128,14 +197,22 @@ void lathe_context_destroy(LatheContext* context) {
     delete context;
 }
 
-void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch* batch, void* hidden_TH) {
+void lathe_step(LatheContext* context, const LatheModel* model, const LatheBatch* batch,
+                const LatheSkip* skip, void* hidden_TH) {
     const std::lock_guard<std::mutex> lock(context->mutex);
     const size_t size = size_t(batch->num_rows) * model->hidden_size;
     float* hidden = grown(context->hidden, size);
     to_floats(hidden_TH, model->is_bf16, size, hidden);
     context->attention.plan(*model, *batch);
-    for (int layer = 0; layer < model->num_layers; layer++)
-        run_layer(*context, *model, model->layers[layer], *batch, hidden);
+    context->remaining.assign(batch->num_rows, 0);
+    for (int i = 0; i < model->num_layers; i++) {
+        const LatheLayer& layer = model->layers[i];
+        run_attention(*context, *model, layer, *batch, hidden);
+        if (skip && skip->layers[i].is_middle)
+            feed_forward_or_skip(*context, *model, layer, *skip, skip->layers[i], batch->num_rows, hidden);
+        else
+            feed_forward(*context, *model, layer, hidden, nullptr, batch->num_rows, hidden, true);
+    }
     context->pool.run_items(batch->num_rows, model->hidden_size, [&](int row) {
         float* values = hidden + size_t(row) * model->hidden_size;
         rms_norm_row(values, model->final_norm_H, model->hidden_size, model->rms_norm_epsilon, values);

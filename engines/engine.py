@@ -29,7 +29,8 @@ from torch import Tensor
 from compression.ffn_skip.rule import NEVER
 from engines.ffn_skip import SkipPass, row_taus
 from engines.kernels.cpu_step import CpuStep, build_cpu_step
-from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
+from engines.kernels.cuda_graphs import DecodeGraphs, build_decode_graphs
+from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata, RequestRows, build_metadata
 from engines.kv_cache import BlockManager
 from engines.memory import default_kv_cache_bytes, is_out_of_memory, release_memory
 from engines.model import DecoderModel, build_kv_cache, bytes_per_block, load_decoder
@@ -130,7 +131,11 @@ class NativeEngine:
             resident_bytes=_resident_bytes(model),
             load_seconds=time.monotonic() - start,
             unsupported=("response_format", "regex") if isinstance(self._compiler, str) else (),
-            kernels=_kernels(model) | {"pass of few rows": _kernel(self._cpu_step)},
+            kernels=_kernels(model)
+            | {
+                "pass of few rows": _kernel(self._cpu_step),
+                "decode step": _kernel(self._decode_graphs),
+            },
         )
 
     @classmethod
@@ -170,18 +175,23 @@ class NativeEngine:
         Raises:
             ValueError: not even one.
         """
-        kv_cache_bytes = self._limits.kv_cache_bytes or default_kv_cache_bytes()
+        kv_cache_bytes = self._limits.kv_cache_bytes or default_kv_cache_bytes(model.device)
         fitting = kv_cache_bytes // bytes_per_block(model)
         if fitting < 1:
             raise ValueError(
                 f"kv_cache_bytes is {kv_cache_bytes}, less than one block of {bytes_per_block(model)}"
             )
-        per_request = -(-model.config.max_position_embeddings // BLOCK_SIZE)
-        return min(fitting, self._limits.max_num_seqs * per_request) + 1
+        return min(fitting, self._limits.max_num_seqs * _blocks_per_request(model)) + 1
 
     def _take_model(self, model: DecoderModel) -> None:
         self._kv_cache = build_kv_cache(model, self._num_blocks)
         self._cpu_step = build_cpu_step(model, self._kv_cache)
+        self._decode_graphs = build_decode_graphs(
+            model,
+            self._kv_cache,
+            max_num_seqs=self._limits.max_num_seqs,
+            max_blocks=min(_blocks_per_request(model), self._num_blocks - 1),
+        )
         self._model: DecoderModel | None = model
 
     def _build_scheduler(self) -> Scheduler:
@@ -322,7 +332,7 @@ class NativeEngine:
         return outputs
 
     def _forward(self, model: DecoderModel, chunks: Sequence[Chunk]) -> Tensor:
-        """Hidden states (T, H) of the chunks' rows."""
+        """Hidden states (T, H) of the chunks' rows, valid until the next pass."""
         rows = [_rows(chunk) for chunk in chunks]
         token_ids: list[int] = []
         embedding_rows = b""
@@ -331,16 +341,27 @@ class NativeEngine:
             start = request.num_computed_tokens
             token_ids += request.token_ids[start : start + chunk.num_tokens]
             embedding_rows += request.rows_between(start, start + chunk.num_tokens)
-        hidden_TH = mixed_embeddings(token_ids, embedding_rows, model.embed, model.device)
-        metadata = build_metadata(rows, model.device)
         skip = self._skip_pass(model, chunks)
-        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= self._cpu_step.max_rows:
-            hidden_TH = self._cpu_step.forward(hidden_TH, metadata, skip)
+        graphs = self._decode_graphs
+        if isinstance(graphs, DecodeGraphs) and skip is None and graphs.takes(token_ids, rows):
+            hidden_TH = graphs.forward(token_ids, rows)
         else:
-            hidden_TH = model.forward(hidden_TH, metadata, self._kv_cache, skip)
+            hidden_TH = self._forward_rows(
+                model,
+                mixed_embeddings(token_ids, embedding_rows, model.embed, model.device),
+                build_metadata(rows, model.device),
+                skip,
+            )
         if model.ffn_skip is not None:
             self._count_ffn_rows(model, chunks, skip)
         return hidden_TH
+
+    def _forward_rows(
+        self, model: DecoderModel, hidden_TH: Tensor, metadata: BatchMetadata, skip: SkipPass | None
+    ) -> Tensor:
+        if isinstance(self._cpu_step, CpuStep) and len(hidden_TH) <= self._cpu_step.max_rows:
+            return self._cpu_step.forward(hidden_TH, metadata, skip)
+        return model.forward(hidden_TH, metadata, self._kv_cache, skip)
 
     def _skip_pass(self, model: DecoderModel, chunks: Sequence[Chunk]) -> SkipPass | None:
         """The pass's skipping; None where no row may skip."""
@@ -622,6 +643,7 @@ class NativeEngine:
         self._scheduler.reset(BlockManager(self._num_blocks))
         self._kv_cache = []
         self._cpu_step = "asleep"
+        self._decode_graphs = "asleep"
         self._model = None
         release_memory()
 
@@ -672,13 +694,18 @@ def _rows(chunk: Chunk) -> RequestRows:
     )
 
 
+def _blocks_per_request(model: DecoderModel) -> int:
+    return -(-model.config.max_position_embeddings // BLOCK_SIZE)
+
+
 def _skip_key(tau: float, num_prompt_tokens: int) -> bytes:
     """What else the keys and values of a skipping request's generated tokens rest on, besides the tokens."""
     return struct.pack("<dq", tau, num_prompt_tokens)
 
 
-def _kernel(cpu_step: CpuStep | str) -> str:
-    return cpu_step.kernel if isinstance(cpu_step, CpuStep) else f"torch ops: {cpu_step}"
+def _kernel(whole_pass: CpuStep | DecodeGraphs | str) -> str:
+    """Of a pass in one piece; a string says why there is none."""
+    return f"op by op: {whole_pass}" if isinstance(whole_pass, str) else whole_pass.kernel
 
 
 def _resident_bytes(model: DecoderModel) -> int:
@@ -690,6 +717,6 @@ def _kernels(model: DecoderModel) -> dict[str, str]:
     """The implementation of each op; of linear layers, how many have it."""
     counts = Counter(linear.kernel for linear in model.linears())
     return {
-        "attention": "torch: SDPA over gathered blocks",
+        **model.ops.kernels,
         **{f"linear: {kernel}": f"{count} products" for kernel, count in counts.items()},
     }

@@ -12,8 +12,10 @@ DEFAULT_KV_CACHE_BYTES = 2 * 2**30
 logger = logging.getLogger("lathe.engine")
 
 
-def default_kv_cache_bytes() -> int:
-    """2 GiB, or less where a quarter of the memory is less."""
+def default_kv_cache_bytes(device: torch.device) -> int:
+    """2 GiB, or less where a quarter of the memory is less; on a GPU half of what is free beside the weights."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(DEFAULT_KV_CACHE_BYTES, total // 4)
 

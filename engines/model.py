@@ -12,7 +12,7 @@ heads, A = N + 2 K, D head dim, F feed-forward width, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,13 @@ from compression.checkpoint import (
 from compression.quantization.int4 import from_tensors
 from compression.safetensors_header import CheckpointError
 from engines.ffn_skip import FfnSkip, LayerSubstitute, SkipPass, load_ffn_skip
+from engines.kernels.attention import PassFacts
 from engines.kernels.huge_pages import in_huge_pages, map_memory
 from engines.kernels.linear import Linear, build_linear, build_tied_head
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
-from engines.kernels.paged_attention import (
-    LayerCache,
-    paged_attention,
-    plan_attention,
-    write_cache,
-)
-from engines.kernels.rms_norm import add_rms_norm, rms_norm
-from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables, rotate
+from engines.kernels.ops import TORCH_OPS, choose_ops
+from engines.kernels.paged_attention import LayerCache
+from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables
 from engines.kernels.swiglu import swiglu
 from engines.kernels.weights import LinearWeight, LowRankWeight, MatrixWeight
 
@@ -98,8 +94,8 @@ class DecoderLayer:
     key_norm_D: Tensor | None
     window: int | None
 
-    def feed_forward(self, normed_TH: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(normed_TH)))
+    def feed_forward(self, normed_TH: Tensor, gate: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
+        return self.down(gate(self.gate_up(normed_TH)))
 
 
 class DecoderModel:
@@ -108,6 +104,7 @@ class DecoderModel:
     Attributes:
         cos_PR, sin_PR: float32 rotary tables for every position up to `max_position_embeddings`.
         lm_head: holds `embedding_VH` itself where embeddings are tied.
+        ops: what its passes over a cache run on, beside the products.
         ffn_skip: how feed-forwards may be skipped; None where the checkpoint has no skip profile.
     """
 
@@ -130,8 +127,9 @@ class DecoderModel:
         self.lm_head = lm_head
         self.cos_PR = cos_PR
         self.sin_PR = sin_PR
+        self.ops = choose_ops(self.device, self.dtype, config.head_dim)
         self.ffn_skip = ffn_skip
-        self._windows = set(config.windows)
+        self._windows = frozenset(config.windows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,57 +158,36 @@ class DecoderModel:
                 slots and block tables are not read.
             skip: which rows may skip feed-forwards; counts those that do.
         """
-        plan = plan_attention(metadata, self._windows)
-        cos_TR = self.cos_PR[metadata.positions_T]
-        sin_TR = self.sin_PR[metadata.positions_T]
+        ops = TORCH_OPS if kv_cache is None else self.ops
         epsilon = self.config.rms_norm_epsilon
+        attention = ops.attention(
+            PassFacts(
+                metadata=metadata,
+                cos_TR=self.cos_PR[metadata.positions_T],
+                sin_TR=self.sin_PR[metadata.positions_T],
+                epsilon=epsilon,
+                windows=self._windows,
+                max_context_len=self.config.max_position_embeddings,
+            )
+        )
         residual_TH = hidden_TH
-        normed_TH = rms_norm(hidden_TH, self.layers[0].input_norm_H, epsilon)
+        normed_TH = ops.rms_norm(hidden_TH, self.layers[0].input_norm_H, epsilon)
         for index, layer in enumerate(self.layers):
             cache = None if kv_cache is None else kv_cache[index]
-            queries_TND, keys_TKD, values_TKD = self._heads(layer, normed_TH, cos_TR, sin_TR)
-            if cache is not None:
-                write_cache(cache, keys_TKD, values_TKD, metadata.slot_mapping_T)
-            attended_TND = paged_attention(
-                queries_TND, keys_TKD, values_TKD, cache, plan, layer.window
-            )
-            normed_TH, residual_TH = add_rms_norm(
+            heads_TAD = layer.qkv(normed_TH).view(len(normed_TH), -1, self.config.head_dim)
+            attended_TND = attention(heads_TAD, layer, cache)
+            normed_TH, residual_TH = ops.add_rms_norm(
                 layer.o(attended_TND.flatten(1)), residual_TH, layer.post_norm_H, epsilon
             )
             is_last = index + 1 == len(self.layers)
             next_norm_H = self.final_norm_H if is_last else self.layers[index + 1].input_norm_H
             output_TH = (
-                layer.feed_forward(normed_TH)
+                layer.feed_forward(normed_TH, ops.swiglu)
                 if skip is None
                 else skip.feed_forward(index, residual_TH, normed_TH, layer.feed_forward)
             )
-            normed_TH, residual_TH = add_rms_norm(output_TH, residual_TH, next_norm_H, epsilon)
+            normed_TH, residual_TH = ops.add_rms_norm(output_TH, residual_TH, next_norm_H, epsilon)
         return normed_TH
-
-    def _heads(
-        self, layer: DecoderLayer, normed_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values."""
-        num_rotated = layer.num_heads + layer.num_kv_heads
-        heads_TAD = layer.qkv(normed_TH).view(len(normed_TH), -1, self.config.head_dim)
-        rotated_TAD = heads_TAD[:, :num_rotated]
-        if layer.query_norm_D is not None and layer.key_norm_D is not None:
-            queries_TND = rotated_TAD[:, : layer.num_heads]
-            keys_TKD = rotated_TAD[:, layer.num_heads :]
-            epsilon = self.config.rms_norm_epsilon
-            rotated_TAD = torch.cat(
-                [
-                    rms_norm(queries_TND, layer.query_norm_D, epsilon),
-                    rms_norm(keys_TKD, layer.key_norm_D, epsilon),
-                ],
-                dim=1,
-            )
-        rotated_TAD = rotate(rotated_TAD, cos_TR, sin_TR)
-        return (
-            rotated_TAD[:, : layer.num_heads],
-            rotated_TAD[:, layer.num_heads :],
-            heads_TAD[:, num_rotated:],
-        )
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """float32 (R, V) of rows that `forward` returned."""
@@ -345,7 +322,9 @@ def load_decoder(
     config = _decoder_config(folder, transformers_config)
     checkpoint = open_checkpoint(folder)
     weights = _Weights(checkpoint, dtype, torch.device(device))
-    embedding_VH = in_huge_pages(weights.other("model.embed_tokens.weight"))
+    embedding_VH = weights.other("model.embed_tokens.weight")
+    if embedding_VH.device.type == "cpu":
+        embedding_VH = in_huge_pages(embedding_VH)
     layers = [_load_layer(weights, index, config) for index in range(config.num_layers)]
     if weights.has_linear("lm_head"):
         lm_head = weights.linear("lm_head")

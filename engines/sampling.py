@@ -91,13 +91,13 @@ def choose_tokens(logits_SV: Tensor, states: Sequence[SamplingState]) -> list[in
         ids_P1 = logits_PV.argmax(dim=1, keepdim=True)  # the lowest id among equals
         highest_P1 = logits_PV.gather(1, ids_P1)
         drawn: list[int] = []
-        for row, (token_id, highest) in enumerate(
-            zip(ids_P1[:, 0].tolist(), highest_P1[:, 0].tolist(), strict=True)
-        ):
+        # In one transfer, since each waits for the device; float64 holds any id.
+        both_P2: list[list[float]] = torch.cat([ids_P1.double(), highest_P1.double()], 1).tolist()
+        for row, (token_id, highest) in enumerate(both_P2):
             if not math.isfinite(highest):
                 continue
             if states[plain[row]].params.temperature == 0:
-                chosen[plain[row]] = token_id
+                chosen[plain[row]] = int(token_id)
             else:
                 drawn.append(row)
         if drawn:
@@ -141,7 +141,7 @@ def _draw_rows(shifted_PV: Tensor, states: Sequence[SamplingState]) -> list[int 
     token_ids: list[int | None] = [None] * len(states)
     whole = [row for row, cut in enumerate(is_cut) if not cut]
     if whole:
-        probs_PV = scaled_PV[whole].cpu().double().softmax(dim=1)
+        probs_PV = scaled_PV[whole].double().softmax(dim=1)
         for row, token_id in zip(whole, _invert(probs_PV, [states[r] for r in whole]), strict=True):
             token_ids[row] = token_id
     cut_rows = [row for row, cut in enumerate(is_cut) if cut]
@@ -197,12 +197,12 @@ def _invert(probs_PC: Tensor, states: Sequence[SamplingState]) -> list[int]:
     """Where each row's cumulative distribution passes the request's next uniform number, as `draw` does.
 
     Args:
-        probs_PC: float64 on the CPU, not necessarily of sum 1.
+        probs_PC: float64, not necessarily of sum 1.
     """
     cumulative_PC = probs_PC.cumsum(dim=1)
     uniform_P1 = torch.stack(
         [torch.rand(1, dtype=torch.float64, generator=state.generator) for state in states]
-    )
+    ).to(probs_PC.device)
     places_P = torch.searchsorted(cumulative_PC, uniform_P1 * cumulative_PC[:, -1:], right=True)
     places: list[int] = places_P[:, 0].tolist()
     for row, place in enumerate(places):

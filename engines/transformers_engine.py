@@ -86,7 +86,6 @@ class TransformersEngine:
         start = time.monotonic()
         self._load = load
         self._limits = limits or EngineLimits()
-        self._kv_cache_bytes = self._limits.kv_cache_bytes or default_kv_cache_bytes()
         self._waiting: list[tuple[int, int, _Running]] = []
         self._arrivals = itertools.count()
         self._prefilling: deque[_Running] = deque()
@@ -96,6 +95,9 @@ class TransformersEngine:
         self._generation_tokens = 0
         self._last_output_at: float | None = None
         self._model: Any = load()
+        self._kv_cache_bytes = self._limits.kv_cache_bytes or default_kv_cache_bytes(
+            self._model.device
+        )
         self._decoder: Decoder = build_decoder(self._model)
         self._forward = Forward(self._model)
         info = _model_info(self._model, self._decoder)

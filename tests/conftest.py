@@ -1,6 +1,11 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several rooms share, and how the tests meet a GPU.
+
+Where there is none, Triton kernels run in its interpreter, on CPU tensors; where there is one, the same tests run
+them compiled, and those marked `cuda` run too.
+"""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,19 @@ from engines.process import set_openmp_environment
 # Before torch is imported: with a busy neighbour, threads that spin make small products ten times as slow.
 set_openmp_environment()
 REPOSITORY = Path(__file__).parent.parent
+# The device itself: in a container the driver's other files may be there without it.
+HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; docs/gpu.md says how"))
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ from engines.kernels.cpu_linear import (
     share_on_cpu,
 )
 from engines.kernels.native import NativeLibrary, native_library
+from engines.kernels.sparse_linear import SparseLinear, is_two_four
+from engines.kernels.sparse_linear import why_not as why_not_sparse
+from engines.kernels.triton.support import why_no_int4
 from engines.kernels.weights import LinearWeight, LowRankWeight, is_joinable, join, join_biases
 
 
@@ -39,10 +42,10 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, remark: str = "") -> None:
         self.weight_OI = weight_OI
         self.bias_O = bias_O
-        self.kernel = f"torch {str(weight_OI.dtype).removeprefix('torch.')}"
+        self.kernel = f"torch {str(weight_OI.dtype).removeprefix('torch.')}{remark}"
 
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return F.linear(x_TI, self.weight_OI, self.bias_O).to(dtype or x_TI.dtype)
@@ -59,9 +62,10 @@ class Int4Linear:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        remark: str = "",
     ) -> None:
         self._module = build_int4_linear(quantized, bias_O, dtype=dtype, device=device)
-        self.kernel = str(self._module.kernel)
+        self.kernel = f"{self._module.kernel}{remark}"
 
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         y_TO: Tensor = self._module.forward(x_TI)
@@ -106,7 +110,8 @@ def build_linear(
     """One product for weights that share their input; its outputs stand in the order of the weights.
 
     The native library's where it takes them. Otherwise dense weights become one weight, and so do INT4 weights of one
-    group size. The result shares no memory with the weights.
+    group size; on a GPU 2:4 weights are held sparse and INT4 ones packed where the kernels take them, and the name says
+    why where they do not. The result shares no memory with the weights.
     """
     if device.type == "cpu":
         library = native_library()
@@ -118,8 +123,8 @@ def build_linear(
         bias_O = None if bias_O is None else bias_O.to(device)
         joined = join(matrices)
         if isinstance(joined, Tensor):
-            return DenseLinear(joined.to(device, dtype), bias_O)
-        return Int4Linear(joined, bias_O, dtype=dtype, device=device)
+            return _build_dense(joined.to(device, dtype), bias_O)
+        return _build_int4(joined, bias_O, dtype=dtype, device=device)
     if len(weights) > 1:
         return ConcatenatedLinear(
             [build_linear([weight], dtype=dtype, device=device) for weight in weights]
@@ -131,6 +136,29 @@ def build_linear(
     return LowRankLinear(
         build_linear([u], dtype=dtype, device=device), build_linear([v], dtype=dtype, device=device)
     )
+
+
+def _build_dense(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
+    if weight_OI.device.type != "cuda" or not is_two_four(weight_OI):
+        return DenseLinear(weight_OI, bias_O)
+    reason = why_not_sparse(weight_OI)
+    if reason is not None:
+        return DenseLinear(weight_OI, bias_O, f" (2:4 held dense: {reason})")
+    return SparseLinear(weight_OI, bias_O)
+
+
+def _build_int4(
+    quantized: QuantizedWeight, bias_O: Tensor | None, *, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    if device.type != "cuda":
+        return Int4Linear(quantized, bias_O, dtype=dtype, device=device)
+    reason = why_no_int4(device, dtype, quantized.group_size)
+    if reason is not None:
+        remark = f"; no Triton: {reason}"
+        return Int4Linear(quantized, bias_O, dtype=dtype, device=device, remark=remark)
+    from engines.kernels.triton.int4_matmul import TritonInt4Linear
+
+    return TritonInt4Linear(quantized, bias_O, device=device)
 
 
 def share_weight(weight_OI: Tensor) -> Linear:

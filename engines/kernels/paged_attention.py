@@ -8,6 +8,7 @@ Shapes: T rows, S requests, B blocks, N query heads, K key/value heads, G = N / 
 C context positions.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class AttentionPlan:
     chunks: tuple[_Chunk, ...]
 
 
-def plan_attention(metadata: BatchMetadata, windows: set[int | None]) -> AttentionPlan:
+def plan_attention(metadata: BatchMetadata, windows: Collection[int | None]) -> AttentionPlan:
     """Args: windows: every sliding window that a layer of the model has; None for full attention."""
     single_rows: Tensor | slice = slice(None)
     single_blocks_SB, context_lens_S = metadata.block_tables_SB, metadata.context_lens_S

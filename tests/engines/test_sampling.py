@@ -237,8 +237,9 @@ def _alone(logits_V: torch.Tensor, state: SamplingState) -> int:
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("vocab_size", [7, 1000])
-def test_rows_together_get_what_each_gets_alone(vocab_size: int) -> None:
+def test_rows_together_get_what_each_gets_alone(vocab_size: int, device: str) -> None:
     """Every mixture of parameters; rounded logits, so that ties are everywhere."""
     choose = random.Random(0)
     generator = torch.Generator().manual_seed(0)
@@ -259,7 +260,7 @@ def test_rows_together_get_what_each_gets_alone(vocab_size: int) -> None:
         logits_SV = torch.randn(12, vocab_size, generator=generator) * 3
         logits_SV = (logits_SV * 4).round() / 4
         expected = [_alone(logits_V, s) for logits_V, s in zip(logits_SV, states, strict=True)]
-        assert choose_tokens(logits_SV, states) == expected
+        assert choose_tokens(logits_SV.to(device), states) == expected
 
 
 def test_drawn_rows_have_the_distribution_of_the_cut_softmax() -> None:

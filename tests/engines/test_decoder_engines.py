@@ -383,8 +383,8 @@ def test_what_can_not_be_done_is_refused_by_name(
         llama.submit(request)
     assert (caught.value.code, caught.value.param) == (code, param)
     assert not llama.has_work()
-    if code == "unsupported_parameter":
-        assert param in llama.info.unsupported
+    if code == "unsupported_parameter" and llama.info.engine == "transformers":
+        assert param in llama.info.unsupported  # the native one skips where a checkpoint has a profile
 
 
 def test_a_full_queue_refuses(build_engine: BuildEngine) -> None:

@@ -58,6 +58,6 @@ lint: dev  ## format check, ruff, mypy --strict
 check: lint test  ## what a commit must pass: lint and test
 
 bench: install  ## measure compression and the engines, and record it in benchmarks/results
-	$(BIN)/python benchmarks/int4_quality.py
+	$(BIN)/python -m benchmarks.int4_quality
 	$(BIN)/python -m benchmarks.compression
-	$(BIN)/python benchmarks/decode_bench.py
+	$(BIN)/python -m benchmarks.decode_bench

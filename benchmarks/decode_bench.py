@@ -1,6 +1,6 @@
 """The native engine beside the transformers engine: decode and prefill, interleaved in one run; recorded as Markdown.
 
-    python benchmarks/decode_bench.py [CHECKPOINT] [--rounds 5] [--concurrency 1 8]
+    python -m benchmarks.decode_bench [CHECKPOINT] [--rounds 5] [--concurrency 1 8]
 
 Both engines hold the same checkpoint in one process and take turns, so that a busy machine slows both: read the ratios.
 """

@@ -246,7 +246,8 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
-def test_logits_of_the_real_model_equal_transformers(real_model_dir: Path) -> None:
+def test_logits_of_the_real_model_are_as_exact_as_transformers(real_model_dir: Path) -> None:
+    """Both are some 1e-4 away from float64 where logits reach 30; neither is the other's truth to more than that."""
     decoder = load_decoder(real_model_dir, dtype=torch.float32)
     model = load_model(real_model_dir, dtype=torch.float32)
     tokenizer = Tokenizer.from_file(str(real_model_dir / "tokenizer.json"))
@@ -257,5 +258,15 @@ def test_logits_of_the_real_model_equal_transformers(real_model_dir: Path) -> No
         "Water boils at 100 degrees Celsius at sea level, and at less on a mountain.",
     ]
     prompts = [torch.tensor(tokenizer.encode(text).ids) for text in texts]
-    for actual, ids_T in zip(_in_chunks(decoder, prompts, [17, 1]), prompts, strict=True):
-        torch.testing.assert_close(actual, _reference(model, ids_T), atol=1e-4, rtol=1e-4)
+    theirs = [_reference(model, ids_T) for ids_T in prompts]
+    exact = [_reference(model.double(), ids_T) for ids_T in prompts]
+    ours = _in_chunks(decoder, prompts, [17, 1])
+    error = _largest_difference(ours, exact)
+    assert error < 2 * _largest_difference(theirs, exact)
+    assert error < 2e-4
+    for our_TV, their_TV in zip(ours, theirs, strict=True):
+        assert torch.equal(our_TV.argmax(dim=1), their_TV.argmax(dim=1))
+
+
+def _largest_difference(logits: list[Tensor], exact: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(logits, exact, strict=True))

@@ -240,7 +240,7 @@ def main() -> None:
         sys.exit(f"no native library: {library}")
     load_before = os.getloadavg()[0]
     bandwidths = {threads: read_bandwidth(threads) for threads in {1, num_threads}}
-    limits = ", ".join(f"{gbs:.1f} GB/s on {n} threads" for n, gbs in bandwidths.items())
+    limits = ", ".join(f"{gbs:.1f} GB/s with {n} of the threads" for n, gbs in bandwidths.items())
     torch.set_num_threads(num_threads)
     tables = [product_table(size, library, repeats) for size in SIZES]
     seconds = "CPU" if arguments.one_thread else "wall-clock"

@@ -7,7 +7,7 @@
 // lanes. INT8 weights are the same with 16 outputs x 4 inputs to 64 bytes, each code plus 128.
 //
 // Rows are quantized as they come: symmetric INT8 with one scale per 32 inputs, as llama.cpp does; in the weights' groups
-// of 64 the rounding cost SmolLM2 almost three times the perplexity. With w = s (c - z), codes stored as c + 8 and x = t q:
+// of 64 the rounding lost almost three times the perplexity (SmolLM2). With w = s (c - z), codes stored as c + 8 and x = t q:
 // sum w x = s t (sum (c + 8) q - (z + 8) sum q), the sums in exact integers.
 //
 // A row's result does not depend on the rows beside it: groups are added in order, in float32, in every kernel.

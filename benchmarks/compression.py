@@ -1,6 +1,6 @@
 """Compression methods side by side on SmolLM2-135M: perplexity against bytes, in one run; recorded as Markdown.
 
-    python -m benchmarks.compression [--windows 16] [--samples 32] [--length 512] [--only welore]
+    python -m benchmarks.compression [--windows 16] [--samples 32] [--length 512] [--only welore ...]
 
 The table is written anew after every row, so a run that is stopped leaves what it measured.
 """
@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--only", default="", help="Only recipes whose JSON has this in it.")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="Only recipes whose JSON has one of these in it."
+    )
     arguments = parser.parse_args()
     registry = ModelRegistry(arguments.home / "models")
     try:
@@ -89,7 +91,7 @@ def main() -> None:
     path = RESULTS / f"compression_{MODEL}_{platform.machine()}_{datetime.date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     for stages in recipes():
-        if arguments.only in json.dumps(stages):
+        if any(part in json.dumps(stages) for part in arguments.only):
             rows.append(measure(source, dense, stages, tokens, arguments.windows))
             path.write_text("\n".join(page(rows, arguments)) + "\n")
             print(rows[-1], flush=True)
@@ -142,6 +144,7 @@ def page(rows: list[list[str]], arguments: argparse.Namespace) -> list[str]:
     for name in CORPORA:
         head += [f"{name} perplexity", "KL / same top token"]
     head += ["s", "CPU s"]
+    only = f" --only {' '.join(arguments.only)}" if any(arguments.only) else ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [
         "# SmolLM2-135M: compression methods side by side",
@@ -150,7 +153,7 @@ def page(rows: list[list[str]], arguments: argparse.Namespace) -> list[str]:
         f" {torch.__version__}, transformers {transformers.__version__}.",
         f"Command: `python -m benchmarks.compression --windows {arguments.windows}"
         f" --samples {arguments.samples}"
-        f" --length {arguments.length}`. The original is dequantized GGUF Q4_1: its weights lie on a 4-bit grid"
+        f" --length {arguments.length}{only}`. The original is dequantized GGUF Q4_1: its weights lie on a 4-bit grid"
         " already, which flatters INT4.",
         f"Perplexity and KL: {arguments.windows} windows of 512 tokens per corpus, stride 512, float32. Calibration:"
         f" {arguments.samples} x {arguments.length} tokens of the second half of wikipedia-summaries, seed 0.",

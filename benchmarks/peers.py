@@ -1,6 +1,6 @@
 """Lathe beside its peers over HTTP, on the same weights, in one interleaved run.
 
-    python benchmarks/peers.py --peers DIR [--rounds 3] [--concurrency 1,8,16]
+    python -m benchmarks.peers --peers DIR [--rounds 3] [--concurrency 1,8,16]
 
 Each peer is a server in a virtual environment of its own under DIR and never a dependency of Lathe; one that is not
 there is left out and named. How to make them (torch for the CPU goes first, where pip would take the one with CUDA):

@@ -290,7 +290,7 @@ def main() -> None:
         "",
         f"{datetime.date.today()}, {platform.machine()}, {torch.get_num_threads()} threads,"
         f" torch {torch.__version__}, transformers {transformers.__version__}. Command:"
-        f" `python benchmarks/pruning_methods.py --samples {options.samples} --length {options.length}"
+        f" `python -m benchmarks.pruning_methods --samples {options.samples} --length {options.length}"
         f"{' --text FILE' if options.text else ''}`.",
         "The original is dequantized GGUF Q4_1, so it lies on a 4-bit grid already: the loss of INT4 is flattered.",
         f"Calibration: {calibration.name} (sha256 {calibration.sha256[:12]}), {options.samples} samples of"

@@ -1,7 +1,7 @@
 """Load on an OpenAI-compatible server: time to first token, time between tokens, tokens a second, as JSON.
 
-    python benchmarks/serve_bench.py --model smollm2-135m --concurrency 1,4,16
-    python benchmarks/serve_bench.py --model smollm2-135m --rate 4 --num-requests 100
+    python -m benchmarks.serve_bench --model smollm2-135m --concurrency 1,4,16
+    python -m benchmarks.serve_bench --model smollm2-135m --rate 4 --num-requests 100
 
 Closed loop: so many clients, each sending its next request when the last one ended. Open loop (`--rate`): requests
 arrive as a Poisson process and wait for nobody, which is what shows a queue. Prompts are passages of a packaged text,

@@ -1,6 +1,6 @@
 """How soon a second `lathe up` answers, and how fast /health is while the models load.
 
-    python benchmarks/startup.py
+    python -m benchmarks.startup
 
 Starts the service on a free port over the converted models of LATHE_HOME, polls, and stops it again, several times.
 Recorded as Markdown in benchmarks/results.

@@ -1,6 +1,6 @@
 """Our batching over transformers' modules beside transformers' own: `generate`, and its continuous batching.
 
-    python benchmarks/transformers_batching.py
+    python -m benchmarks.transformers_batching
 
 One process, one model per method, the methods in turn, medians. Why the engine does not use continuous batching is in
 docs/decisions/0005; this is the measurement behind it. Recorded as Markdown in benchmarks/results.

@@ -380,7 +380,12 @@ def _quantize(
             weight_OI, group_size, symmetric=stage.symmetric, scale_dtype=linear.scale_dtype
         )
     return gptq(
-        weight_OI, gram_II, group_size, symmetric=stage.symmetric, scale_dtype=linear.scale_dtype
+        weight_OI,
+        gram_II,
+        group_size,
+        symmetric=stage.symmetric,
+        scale_dtype=linear.scale_dtype,
+        act_order=not stage.symmetric,  # which is better for which: benchmarks/results/pruning_methods_*
     )
 
 

@@ -8,7 +8,6 @@ whose lease was lost can do no harm there.
 import errno
 import importlib
 import json
-import math
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.process import die_with_parent, set_openmp_environment
-from jobs.context import JobCancelledError, JobFailedError, RunnerContext
+from jobs.context import JobCancelledError, JobFailedError, RunnerContext, finite
 from jobs.store import JsonObject
 
 RUNNERS = {
@@ -71,17 +70,7 @@ def encode(message: JsonObject) -> str:
     try:
         return json.dumps(message, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(message), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+        return json.dumps(finite(message), allow_nan=False)
 
 
 def _outcome(context: RunnerContext, target: str) -> str:

@@ -1,8 +1,10 @@
 """What a runner gets from the process that runs it, and how it ends in an orderly failure."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs.store import EventKind, EventLevel, JsonObject
 
@@ -70,3 +72,14 @@ class RunnerContext:
         path = self.folder / "artifacts"
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def finite(value: Any) -> Any:
+    """The same with null for every number that JSON has not: NaN and infinities."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

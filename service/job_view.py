@@ -66,7 +66,10 @@ def report_lines(report: JsonObject) -> list[str]:
         _row("parameters", report["parameters"], "{:,.0f}"),
         _row("bytes on disk", report["bytes"], "{:,.0f}"),
         _row("bytes in memory", report["resident_bytes"], "{:,.0f}"),
-        _row("perplexity", report["perplexity"], "{:.3f}"),
+        *(
+            _row(f"perplexity, {corpus['protocol']['corpus']}", corpus, "{:.3f}")
+            for corpus in report["corpora"]
+        ),
     ]
     for name in ("decode", "prefill"):
         key = f"{name}_tokens_per_second"
@@ -75,6 +78,12 @@ def report_lines(report: JsonObject) -> list[str]:
     protocol = report["perplexity"]["protocol"]
     return [
         *table(rows),
+        *(
+            f"Against the original on {corpus['protocol']['corpus']}: KL {corpus['kl_divergence']:.4f} nats, "
+            f"the same top token at {corpus['top1_agreement']:.1%}."
+            for corpus in report["corpora"]
+        ),
+        *report["notes"],
         f"Perplexity on {protocol['corpus']}: {protocol['num_windows']} windows of {protocol['window']} tokens, "
         f"stride {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']} on "
         f"{protocol['device']}.",

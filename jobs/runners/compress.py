@@ -33,7 +33,7 @@ from evaluation.report import (
     worst_top1_agreement,
 )
 from evaluation.speed import Speed, compare_speed
-from jobs.context import JobFailedError, RunnerContext
+from jobs.context import JobFailedError, RunnerContext, finite
 from jobs.store import JsonObject
 
 REPORT_NAMES = ("report.json", "report.md", "report.html")
@@ -199,7 +199,7 @@ def _write_report(context: RunnerContext, report: JsonObject) -> list[str]:
     title = f"{context.spec['model']} -> {context.spec['output']}"
     pictures = _pictures(context, report)
     contents: dict[str, bytes] = {
-        REPORT_NAMES[0]: json.dumps(report, indent=1).encode(),
+        REPORT_NAMES[0]: json.dumps(finite(report), indent=1).encode(),
         REPORT_NAMES[1]: to_markdown(title, report).encode(),
         REPORT_NAMES[2]: to_html(title, report, pictures).encode(),
         **{f"{caption.replace(' ', '-')}.png": png for caption, png in pictures.items()},

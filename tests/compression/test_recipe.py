@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from compression.checkpoint import Manifest
 from compression.recipe import STAGES, RecipeError, parse_recipe
-from jobs.spec import SpecError, parse_spec
+from jobs.spec import SpecError, check_source, parse_spec
 
 WELORE = {"welore": {"err": 0.3}}
 INT4: dict[str, Any] = {"int4": {}}
@@ -113,3 +114,14 @@ def test_a_calibrated_job_is_accepted() -> None:
     parsed = parse_spec(spec(recipe=[{"wanda": {"sparsity": 0.5}}], calibration={"samples": 8}))
     assert parsed.calibration is not None
     assert parsed.calibration.corpus == "wikipedia-summaries"
+
+
+def test_a_job_is_refused_for_what_its_model_went_through() -> None:
+    empty: dict[str, Any] = {"source": {}, "matrices": (), "other_tensors": {}}
+    parsed = parse_spec(spec(recipe=[WELORE]))
+    check_source(parsed, Manifest(kind="decoder", **empty))
+    with pytest.raises(SpecError, match="welore cannot follow int4") as refused:
+        check_source(parsed, Manifest(kind="decoder", recipe=[INT4], **empty))
+    assert refused.value.param == "recipe[0].welore"
+    with pytest.raises(SpecError, match="only decoders"):
+        check_source(parsed, Manifest(kind="encoder", **empty))

@@ -134,14 +134,17 @@ def job(status: str, **fields: Any) -> dict[str, Any]:
     }
 
 
-REPORT = {
+REPORT: dict[str, Any] = {
     "parameters": {"before": 1000, "after": 1000},
     "bytes": {"before": 2000, "after": 600, "ratio": 0.3},
     "resident_bytes": {"before": 2000, "after": 700, "ratio": 0.35},
+    "notes": ["a note"],
     "perplexity": {
         "before": 20.0,
         "after": 21.0,
         "ratio": 1.05,
+        "kl_divergence": 0.0123,
+        "top1_agreement": 0.875,
         "protocol": {
             "corpus": "speech",
             "num_windows": 3,
@@ -158,6 +161,7 @@ REPORT = {
         "note": "batch size 1",
     },
 }
+REPORT["corpora"] = [REPORT["perplexity"]]
 
 
 def all_commands(group: click.Group, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -529,10 +533,13 @@ def test_an_error_carries_its_code(stub: Stub) -> None:
 
 
 def test_report_shows_what_changed_and_how_it_was_measured() -> None:
-    text = "\n".join(report_lines(REPORT))
-    assert "bytes on disk     2,000   600     0.300" in text
-    assert "perplexity        20.000  21.000  1.050" in text
-    assert "decode tokens/s   10.0    15.0    1.500" in text
+    lines = [" ".join(line.split()) for line in report_lines(REPORT)]
+    assert "bytes on disk 2,000 600 0.300" in lines
+    assert "perplexity, speech 20.000 21.000 1.050" in lines
+    assert "decode tokens/s 10.0 15.0 1.500" in lines
+    assert "Against the original on speech: KL 0.0123 nats, the same top token at 87.5%." in lines
+    assert "a note" in lines
+    text = "\n".join(lines)
     assert "Perplexity on speech: 3 windows of 8 tokens, stride 8, 21 tokens scored" in text
 
 

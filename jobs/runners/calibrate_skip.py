@@ -41,6 +41,7 @@ from evaluation.corpora import STATE_OF_THE_UNION, CorpusError, load_corpus
 from evaluation.perplexity import tokenize
 from evaluation.skip import POLICIES, SkipTrial, to_markdown
 from jobs.context import JobFailedError, RunnerContext
+from jobs.runners.earlier import earlier_report
 from jobs.store import JsonObject
 
 REPORT_NAMES = ("report.json", "report.md")
@@ -62,10 +63,10 @@ def run(context: RunnerContext) -> JsonObject:
     """
     registry = ModelRegistry(context.home / "models")
     spec = context.spec
-    finished = _own_earlier_result(context, registry)
+    finished = earlier_report(context, registry)
     if finished is not None:
         context.event("an earlier attempt had finished; its model is registered")
-        return finished
+        return _result(spec["output"], finished)
     try:
         source = registry.get(spec["model"])
         profile, report, tensors = _calibrate(context, source)
@@ -100,17 +101,6 @@ def run(context: RunnerContext) -> JsonObject:
         raise JobFailedError("model_exists", f"model {spec['output']!r} exists already") from None
     context.event(f"registered {spec['output']}")
     return _result(spec["output"], report)
-
-
-def _own_earlier_result(context: RunnerContext, registry: ModelRegistry) -> JsonObject | None:
-    try:
-        entry = registry.get(context.spec["output"])
-    except ModelNotFoundError:
-        return None
-    report_path = context.artifacts / REPORT_NAMES[0]
-    if entry.manifest.job_id != context.job_id or not report_path.is_file():
-        return None
-    return _result(entry.id, json.loads(report_path.read_text()))
 
 
 class _Measurements:

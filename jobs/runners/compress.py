@@ -34,6 +34,7 @@ from evaluation.report import (
 )
 from evaluation.speed import Speed, compare_speed
 from jobs.context import JobFailedError, RunnerContext, finite
+from jobs.runners.earlier import earlier_report
 from jobs.store import JsonObject
 
 REPORT_NAMES = ("report.json", "report.md", "report.html")
@@ -53,10 +54,11 @@ def run(context: RunnerContext) -> JsonObject:
     """
     registry = ModelRegistry(context.home / "models")
     spec = context.spec
-    finished = _own_earlier_result(context, registry)
+    finished = earlier_report(context, registry)
     if finished is not None:
         context.event("an earlier attempt had finished; its model is registered")
-        return finished
+        artifacts = sorted(path.name for path in context.artifacts.iterdir())
+        return _result(spec["output"], finished, artifacts)
     try:
         source = registry.get(spec["model"])
         manifest, folder = _compress(context, source.path)
@@ -83,18 +85,6 @@ def run(context: RunnerContext) -> JsonObject:
 
 def _work(context: RunnerContext) -> Path:
     return context.folder / "work"
-
-
-def _own_earlier_result(context: RunnerContext, registry: ModelRegistry) -> JsonObject | None:
-    try:
-        entry = registry.get(context.spec["output"])
-    except ModelNotFoundError:
-        return None
-    report_path = context.artifacts / REPORT_NAMES[0]
-    if entry.manifest.job_id != context.job_id or not report_path.is_file():
-        return None
-    artifacts = sorted(path.name for path in context.artifacts.iterdir())
-    return _result(entry.id, json.loads(report_path.read_text()), artifacts)
 
 
 def _compress(context: RunnerContext, source: Path) -> tuple[Manifest, Path]:

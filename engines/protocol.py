@@ -94,6 +94,24 @@ class Skip:
     mode: Literal["off", "profile", "target"] = "off"
     target_ratio: float | None = None
 
+    @classmethod
+    def from_json(cls, value: object) -> "Skip":
+        """Parse "off", "profile" or {"target_ratio": share}.
+
+        Raises:
+            ValueError: it is none of them; the message tells what it must be.
+        """
+        if value == "off":
+            return cls()
+        if value == "profile":
+            return cls(mode="profile")
+        if not isinstance(value, dict) or set(value) != {"target_ratio"}:
+            raise ValueError('skip must be "off", "profile" or {"target_ratio": number}')
+        ratio = value["target_ratio"]
+        if type(ratio) is not float or not 0 < ratio < 1:
+            raise ValueError("skip.target_ratio must be a number above 0 and below 1")
+        return cls(mode="target", target_ratio=ratio)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:

@@ -19,7 +19,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from compression.registry import ModelRegistry
+from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from engines.protocol import EngineError
 from graph.store import GraphStore
@@ -112,6 +112,7 @@ def build_app(settings: Settings) -> FastAPI:
         notice = check_bind(settings.host, state.keys)
         if notice is not None:
             logger.warning(notice)
+        await asyncio.to_thread(check_default_skips, settings, state.registry)
         await state.engines.start()
         try:
             yield
@@ -135,6 +136,27 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestMiddleware, settings=settings)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def check_default_skips(settings: Settings, registry: ModelRegistry) -> None:
+    """A default that a model cannot honour would refuse every request that does not mention it.
+
+    Raises:
+        ValueError: a registered model has no such skip profile.
+    """
+    for model, skip in settings.skip.items():
+        try:
+            profile = registry.get(model).manifest.skip_profile
+        except ModelNotFoundError:
+            continue  # it may be made later
+        if skip.mode == "off":
+            continue
+        if profile is None:
+            raise ValueError(f"skip: {model} has no skip profile; a calibrate_skip job makes one")
+        try:
+            profile.tau(skip.target_ratio)
+        except ValueError as error:
+            raise ValueError(f"skip: {model}: {error}") from None
 
 
 def _operation_id(route: APIRoute) -> str:

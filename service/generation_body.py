@@ -114,21 +114,15 @@ LogitBiasField = Annotated[
 ]
 
 
-def _skip(value: object) -> Skip:
-    if value is None or value == "off":
-        return Skip()
-    if value == "profile":
-        return Skip(mode="profile")
-    if isinstance(value, dict) and set(value) == {"target_ratio"}:
-        ratio = value["target_ratio"]
-        if type(ratio) is float and 0 < ratio < 1:
-            return Skip(mode="target", target_ratio=ratio)
-        raise invalid("skip.target_ratio must be a number above 0 and below 1")
-    raise invalid('skip must be "off", "profile" or {"target_ratio": number}')
+def _skip(value: object) -> Skip | None:
+    try:
+        return None if value is None else Skip.from_json(value)
+    except ValueError as error:
+        raise invalid(str(error)) from None
 
 
 SkipField = Annotated[
-    Skip,
+    Skip | None,
     PlainValidator(_skip),
     WithJsonSchema(
         {
@@ -229,8 +223,9 @@ class GenerationBody(RequestModel):
         default=None, description="The whole output matches it; no look-around, no back-references."
     )
     skip: SkipField = Field(
-        default=Skip(),
-        description="Feed-forward skipping (FFN-SkipLLM), where the model has a skip profile.",
+        default=None,
+        description="Feed-forward skipping (FFN-SkipLLM), where the model has a skip profile; by default as the"
+        " server is set for the model.",
     )
 
     @model_validator(mode="after")

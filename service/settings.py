@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, PlainValidator, SecretStr
 from pydantic.functional_validators import field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -12,6 +12,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from engines.protocol import Skip
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_EMBEDDING_MODEL = "all-minilm-l6-v2"
@@ -40,6 +42,9 @@ class Settings(BaseSettings):
     max_num_seqs: int = 16
     default_max_tokens: int = Field(default=256, ge=1)
     """For a chat request that names no limit; OpenAI's completions default of 16 is kept."""
+    skip: dict[str, Annotated[Skip, PlainValidator(Skip.from_json)]] = Field(default_factory=dict)
+    """By model: how requests skip feed-forwards that do not say; "profile" or {"target_ratio": share}. JSON in the
+    environment, a table in lathe.toml."""
     request_timeout_seconds: float = 600.0
     drain_seconds: float = 30.0
 
@@ -53,6 +58,9 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    def default_skip(self, model: str) -> Skip:
+        return self.skip.get(model, Skip())
 
     @property
     def models_dir(self) -> Path:

@@ -194,7 +194,7 @@ async def _chat(body: ChatBody, state: AppState, identity: Identity) -> Response
             max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None
         ),
         stop=body.stop,
-        skip=body.skip,
+        skip=body.skip or state.settings.default_skip(body.model),
         constraint=body.constraint(),
         tenant=identity.tenant,
         skip_special_tokens=body.skip_special_tokens is not False,

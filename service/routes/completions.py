@@ -206,7 +206,7 @@ async def _complete(body: CompletionBody, state: AppState, identity: Identity) -
         ),
         stop=body.stop,
         constraint=body.constraint(),
-        skip=body.skip,
+        skip=body.skip or state.settings.default_skip(body.model),
         tenant=identity.tenant,
         skip_special_tokens=body.skip_special_tokens is not False,
         deadline_seconds=state.settings.request_timeout_seconds,

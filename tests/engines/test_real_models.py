@@ -1,6 +1,7 @@
 """The engines on the real default models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from engines.client import EngineClient
 from engines.engine import NativeEngine
 from engines.protocol import EmbedRequest, Engine, GenerateRequest, SamplingParams, ScoreRequest
 from engines.transformers_engine import TransformersEngine
+from evaluation.corpora import load_corpus
+from evaluation.perplexity import measure_perplexity, windows_of
 from tests.engines.conftest import StartHost
 
 pytestmark = pytest.mark.real_model
@@ -77,6 +80,29 @@ def test_alone_in_bfloat16_greedy_equals_generate(real_model_dir: Path) -> None:
     model = load_model(real_model_dir)
     for prompt in _encode(real_model_dir, PROMPTS)[:3]:
         assert _run(engine, [prompt]) == [_generate(model, prompt)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-3)], ids=str
+)
+def test_perplexity_is_that_of_transformers(
+    real_model_dir: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Equal to far beyond four digits in float32; in bfloat16 as near as two orders of summation are."""
+    speech = load_corpus("state-of-the-union")
+    model = load_model(real_model_dir, dtype=dtype)
+    protocol = {"window": 512, "stride": 512, "max_windows": 4}
+    expected = measure_perplexity(model, real_model_dir, speech, **protocol)
+    windows = windows_of(model, real_model_dir, speech, **protocol)
+    engine = NativeEngine.load("smollm2-135m", real_model_dir, dtype=dtype)
+    total = 0.0
+    for number, ids in enumerate(windows.ids):
+        request = ScoreRequest(
+            request_id=str(number), context_ids=(ids[0],), continuation_ids=(tuple(ids[1:]),)
+        )
+        total += engine.score(request).scores[0].logprob
+    perplexity = math.exp(-total / windows.protocol.num_tokens)
+    assert perplexity == pytest.approx(expected.value, rel=tolerance)
 
 
 @pytest.mark.anyio

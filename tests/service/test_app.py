@@ -15,6 +15,8 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
+from compression.checkpoint import add_skip_profile
+from compression.ffn_skip.profile import SkipPoint, SkipProfile, Substitute
 from compression.import_model import import_folder
 from compression.registry import ModelRegistry
 from engines.host import EngineHost
@@ -193,6 +195,28 @@ def test_body_rules(client: TestClient) -> None:
         headers={"content-type": "application/json", "content-length": str(10**12)},
     )
     assert large.status_code == 413
+
+
+def test_a_default_skip_that_the_model_has_not_stops_the_start(home: Path, tmp_path: Path) -> None:
+    dense, skipping = tmp_path / "models" / "dense", tmp_path / "models" / "skipping"
+    shutil.copytree(home / "models" / "tiny", dense)
+    profile = SkipProfile(
+        num_layers=2, hidden_size=64, cold_start=0, cold_end=0, k=1, warm_up=0, dtype="F32",
+        points=(SkipPoint(target_ratio=0.2, tau=0.9, skip_ratio=0.2),),
+        substitutes=(Substitute(), Substitute()),
+    )  # fmt: skip
+    add_skip_profile(dense, skipping, profile, {})
+
+    def start(**skip: object) -> None:
+        with TestClient(build_app(Settings.model_validate({"home": tmp_path, "skip": skip}))):
+            pass
+
+    start(dense="off", skipping="profile", unknown="profile")
+    start(skipping={"target_ratio": 0.2})
+    with pytest.raises(ValueError, match="dense has no skip profile"):
+        start(dense="profile")
+    with pytest.raises(ValueError, match=r"skipping: target_ratio is 0\.5"):
+        start(skipping={"target_ratio": 0.5})
 
 
 def test_keys_and_roles(settings: Settings, tmp_path: Path, home: Path) -> None:

@@ -71,6 +71,21 @@ def test_parameters_reach_the_engine(service: Service) -> None:
     assert first.request_id != second.request_id
 
 
+def test_the_server_may_skip_by_default(tmp_path: Path) -> None:
+    with Service(tmp_path, skip={DECODER: {"target_ratio": 0.25}}) as service:
+        service.engine.info = replace(service.engine.info, unsupported=())
+        service.complete()
+        service.chat(skip=None)
+        service.complete(skip="off")
+        service.chat(skip="profile")
+        assert [request.skip for request in service.engine.requests] == [
+            Skip(mode="target", target_ratio=0.25),
+            Skip(mode="target", target_ratio=0.25),
+            Skip(),
+            Skip(mode="profile"),
+        ]
+
+
 def test_every_kind_of_prompt(service: Service) -> None:
     ids = service.text.encode("the wood")
     for prompt in ("the wood", ids, ["the wood", "the wood"], [ids, ids]):

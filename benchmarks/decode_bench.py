@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -45,7 +46,7 @@ from engines.kernels.metadata import BLOCK_SIZE  # noqa: E402
 from engines.model import DecoderModel, bytes_per_block, load_decoder  # noqa: E402
 from engines.protocol import Engine, GenerateRequest, SamplingParams, Skip  # noqa: E402
 from engines.transformers_engine import TransformersEngine  # noqa: E402
-from evaluation.corpora import load_corpus  # noqa: E402
+from evaluation.corpora import STATE_OF_THE_UNION, load_corpus  # noqa: E402
 from evaluation.perplexity import tokenize  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,6 +72,7 @@ class Variant:
     """Attributes: bytes_per_step: of the weights that a decode step reads, those of all feed-forwards included."""
 
     engine: Engine
+    text: tuple[int, ...]
     bytes_per_step: int
     feed_forward_bytes: int
     skip: Skip = dataclasses.field(default_factory=Skip)
@@ -198,9 +200,14 @@ def _variant(folder: Path) -> Variant:
     feed_forwards = (linear for layer in model.layers for linear in (layer.gate_up, layer.down))
     return Variant(
         engine=engine,
+        text=_text(folder),
         bytes_per_step=_num_bytes(model.linears()),
         feed_forward_bytes=_num_bytes(feed_forwards),
     )
+
+
+def _text(folder: Path) -> tuple[int, ...]:
+    return tuple(tokenize(folder, load_corpus(STATE_OF_THE_UNION))[0])
 
 
 def _num_bytes(linears: Iterable[Linear]) -> int:
@@ -213,28 +220,32 @@ def _interleaved(
     runs: dict[str, list[Speed]] = {name: [] for name in variants}
     for round_number in range(rounds + 1):
         for name, variant in variants.items():
-            speed = measure(variant.engine, variant.skip, concurrency, seed=round_number)
+            speed = measure(
+                variant.engine, variant.text, variant.skip, concurrency, seed=round_number
+            )
             if round_number:  # the first one warms up
                 runs[name].append(speed)
     return runs
 
 
-def measure(engine: Engine, skip: Skip, concurrency: int, seed: int) -> Speed:
-    """One batch of requests from submission to the last token. No two prompts of a run share a block."""
-    generator = torch.Generator().manual_seed(1000 * concurrency + seed)
+def measure(
+    engine: Engine, text: tuple[int, ...], skip: Skip, concurrency: int, seed: int
+) -> Speed:
+    """One batch of requests, passages of `text`, from submission to the last token."""
+    generator = random.Random(1000 * concurrency + seed)
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
     for number in range(concurrency):
-        ids = torch.randint(engine.info.vocab_size, (PROMPT_TOKENS,), generator=generator)
+        start = generator.randrange(len(text) - PROMPT_TOKENS)
+        prompt = text[start : start + PROMPT_TOKENS]
+        request_id = str(number)
         engine.submit(
-            GenerateRequest(
-                request_id=str(number), token_ids=tuple(ids.tolist()), params=params, skip=skip
-            )
+            GenerateRequest(request_id=request_id, token_ids=prompt, params=params, skip=skip)
         )
     before = engine.stats()
-    start = time.perf_counter()
+    began = time.perf_counter()
     started: set[str] = set()
     num_tokens, num_before = 0, 0
-    prefilled = start
+    prefilled = began
     while engine.has_work():
         for output in engine.step():
             num_tokens += len(output.token_ids)
@@ -246,7 +257,7 @@ def measure(engine: Engine, skip: Skip, concurrency: int, seed: int) -> Speed:
     num_rows = after.ffn_rows_total - before.ffn_rows_total
     num_skipped = after.ffn_rows_skipped_total - before.ffn_rows_skipped_total
     return Speed(
-        prefill=concurrency * PROMPT_TOKENS / (prefilled - start),
+        prefill=concurrency * PROMPT_TOKENS / (prefilled - began),
         decode=(num_tokens - num_before) / (end - prefilled),
         skipped=num_skipped / num_rows if num_rows else 0.0,
     )
@@ -281,7 +292,7 @@ def _row(
 def peak_memory(folder: Path) -> dict[str, float]:
     """MiB of this process: weights as held, the blocks that were written, and the highest resident size."""
     engine, model = _engine(folder)
-    measure(engine, Skip(), MEMORY_REQUESTS, seed=0)
+    measure(engine, _text(folder), Skip(), MEMORY_REQUESTS, seed=0)
     status = Path("/proc/self/status").read_text()
     peak_kib = int(status.partition("VmHWM:")[2].split()[0])
     num_blocks = MEMORY_REQUESTS * -(-(PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.http_cost [--model smollm2-135m] [--rounds 5] [--concurrency 1 8 16]
 
-Both are measured by `serve_bench.py`'s closed loop of the same prompts. The engine alone takes token ids, in this
-process, and is stepped without a pause; behind the service every prompt is tokenized, every token detokenized, framed, sent as
-an event and parsed by a client on the same cores. They take turns; the service is stopped (SIGSTOP) for the engine's.
-Recorded as Markdown.
+Both are measured by the closed loop of `serve_bench.py`, on the same prompts. The engine alone takes token ids, in this
+process, and is stepped without a pause; behind the service every prompt is tokenized and every token is detokenized,
+framed, sent as an event and parsed by a client on the same cores. They take turns; the service is stopped (SIGSTOP)
+while the engine is measured. Recorded as Markdown.
 """
 
 import argparse

@@ -11,7 +11,9 @@ out and named. How to make them (torch for the CPU goes first, where pip would t
     DIR/llama_cpp      llama-server and llama-quantize, built from what `pip download --no-deps --no-binary :all:
                        llama-cpp-python` brings: in vendor/llama.cpp, cmake -B build -DCMAKE_BUILD_TYPE=Release
                        -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF, then cmake --build build --target llama-server
-                       llama-quantize
+                       llama-quantize. With AMX (llama-cpp-python 0.3.36) its Q4_0 dies of a segmentation fault on
+                       its first batch; leave it out there: -DGGML_NATIVE=OFF -DGGML_AVX512=ON
+                       -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON
 
 Every server gets the converted SmolLM2-135M of LATHE_HOME; llama.cpp and OpenVINO, which read no Lathe checkpoint, the
 packaged GGUF, requantized from its 4-bit weights to Q4_0 and to bfloat16.
@@ -49,7 +51,7 @@ from service.settings import DEFAULT_MODEL, Settings
 
 RESULTS = Path(__file__).parent / "results"
 INT4_MODEL = "smollm2-135m-int4-peers"
-READY_SECONDS = 300.0
+READY_SECONDS = 900.0  # vLLM compiles its model first
 EOS_TOKEN_ID = 2  # <|im_end|> of SmolLM2
 MAX_NUM_SEQS = 16
 
@@ -158,7 +160,7 @@ def requantize(folder: Path) -> dict[str, Path]:
         made[name] = folder / f"smollm2-{name}.gguf"
         if not made[name].exists():
             command = (str(folder / "llama-quantize"), "--allow-requantize", source, made[name])
-            subprocess.run((*command, name), check=True, stdout=subprocess.DEVNULL)
+            subprocess.run((*command, name), check=True, capture_output=True)
     return made
 
 

@@ -587,11 +587,18 @@ class NativeEngine:
         beginnings: Sequence[tuple[int, ...]],
         continuations: Mapping[int, tuple[int, ...]],
     ) -> dict[int, ContinuationScore]:
-        """Score continuations by index; `beginnings` are what they are without their last tokens."""
+        """Score continuations by index; `beginnings` are what they are without their last tokens.
+
+        What is longer than a step may be is alone, and takes several passes.
+        """
         start = context.num_computed_tokens
         rest = context.token_ids[start:]
         rest_rows = context.rows_between(start, len(context.token_ids))
         token_ids = [token_id for ids in beginnings for token_id in (*rest, *ids)]
+        embedding_TH = mixed_embeddings(
+            token_ids, rest_rows * len(beginnings), model.embed, model.device
+        )
+        limit = self._limits.max_num_batched_tokens
         rows: list[RequestRows] = []
         own_blocks: list[int] = []
         first_row: dict[tuple[int, ...], int] = {}
@@ -601,14 +608,26 @@ class NativeEngine:
             blocks = self._scheduler.blocks.allocate(-(-num_own // BLOCK_SIZE))
             own_blocks += blocks
             table = [*context.block_table, *blocks]
-            rows.append(RequestRows(start=start, num_tokens=num_own, block_table=table))
+            for first in range(0, num_own, limit):
+                num_tokens = min(limit, num_own - first)
+                num_blocks = -(-(start + first + num_tokens) // BLOCK_SIZE)
+                rows.append(
+                    RequestRows(
+                        start=start + first,
+                        num_tokens=num_tokens,
+                        block_table=table[:num_blocks],
+                    )
+                )
             first_row[ids] = num_rows + len(rest) - 1
             num_rows += num_own
+        passes = [rows] if num_rows <= limit else [[part] for part in rows]
+        sizes = [sum(part.num_tokens for part in parts) for parts in passes]
         try:
-            hidden_TH = model.forward(
-                mixed_embeddings(token_ids, rest_rows * len(beginnings), model.embed, model.device),
-                build_metadata(rows, model.device),
-                self._kv_cache,
+            hidden_TH = torch.cat(
+                [
+                    model.forward(part_TH, build_metadata(parts, model.device), self._kv_cache)
+                    for parts, part_TH in zip(passes, torch.split(embedding_TH, sizes), strict=True)
+                ]
             )
         finally:
             self._scheduler.blocks.release(own_blocks)

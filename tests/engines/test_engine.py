@@ -168,6 +168,32 @@ def test_a_request_that_can_never_fit_is_refused_with_the_arithmetic(build: Buil
         build(kv_cache_bytes=100)
 
 
+def test_a_long_continuation_is_scored_in_passes_of_a_step(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ScoreRequest(
+        request_id="s",
+        context_ids=tuple(range(3, 24)),
+        continuation_ids=(tuple(range(5, 55)), (7,), tuple(range(5, 30))),
+    )
+    engine = build(max_num_batched_tokens=16)
+    sizes: list[int] = []
+    model = engine._awake_model()
+    forward = model.forward
+
+    def watched(hidden_TH: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        sizes.append(len(hidden_TH))
+        return forward(hidden_TH, *arguments)
+
+    monkeypatch.setattr(model, "forward", watched)
+    result = engine.score(request)
+    assert max(sizes) == 16
+    for ours, theirs in zip(result.scores, build().score(request).scores, strict=True):
+        assert ours.token_logprobs == pytest.approx(theirs.token_logprobs, abs=1e-5)
+        assert ours.is_greedy == theirs.is_greedy
+    assert engine.stats().kv_cache_usage_ratio == 0
+
+
 def test_scores_share_the_cache_and_preempt(build: Build) -> None:
     """A score that needs the blocks of running requests takes them; both come out right."""
     context, continuations = [(3 * j) % 90 for j in range(37)], ((1, 2, 3), (1, 2, 9), (4,) * 20)

@@ -7,7 +7,6 @@ folder is a Lathe checkpoint as well: `lathe verify` checks it.
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from compression.checkpoint import (
@@ -15,17 +14,14 @@ from compression.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     DenseLinear,
-    FactorKind,
-    LowRankLinear,
     Manifest,
     Matrix,
     checkpoint_hash,
-    factor_suffix,
     layer_shapes,
     open_checkpoint,
 )
+from compression.encoding import DTYPES, decode, to_dense
 from compression.hf import read_config
-from compression.quantization.int4 import dequantize, from_tensors
 from compression.safetensors_header import CheckpointError
 
 
@@ -75,17 +71,6 @@ def export_dense(source: Path, destination: Path, *, source_id: str) -> Manifest
 
 
 def _weight(checkpoint: Checkpoint, row: Matrix) -> Tensor:
-    stored = {suffix: checkpoint.tensor(f"{row.name}.{suffix}") for suffix in row.linear.tensors()}
-    if not isinstance(row.linear, LowRankLinear):
-        return _factor(row.linear, stored)
-    kind_u, kind_v = row.linear.weight_u, row.linear.weight_v
-    u = _factor(kind_u, {s: stored[factor_suffix("u", s)] for s in kind_u.tensors()})
-    v = _factor(kind_v, {s: stored[factor_suffix("v", s)] for s in kind_v.tensors()})
-    return (u.float() @ v.float()).to(u.dtype)
-
-
-def _factor(kind: FactorKind, tensors: dict[str, Tensor]) -> Tensor:
-    if kind.kind == "dense":
-        return tensors["weight"]
-    dtype: torch.dtype = tensors["weight_scale"].dtype
-    return dequantize(from_tensors(tensors)).to(dtype)
+    factors = [to_dense(f) for f in decode(row.linear, checkpoint.linear_tensors(row))]
+    weight_OI = factors[0] if len(factors) == 1 else factors[0].float() @ factors[1].float()
+    return weight_OI.to(DTYPES[row.linear.dtype])

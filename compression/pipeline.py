@@ -31,7 +31,7 @@ from compression.checkpoint import (
 )
 from compression.hf import read_config
 from compression.quantization.int4 import quantization_config
-from compression.recipe import Int4, Recipe, RecipeError, Stage, parse_recipe
+from compression.recipe import Int4, Int8, Recipe, RecipeError, Stage, parse_recipe
 from compression.safetensors_header import CheckpointError
 from compression.stages import (
     StageContext,
@@ -45,7 +45,7 @@ from compression.stages import (
 JsonObject = dict[str, Any]
 Progress = Callable[[int, int], None]
 # Raised whenever the same recipe would give other bytes; unfinished work of another version is thrown away.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 
 
 def compress(
@@ -343,15 +343,18 @@ def _configure(
         for shape in config.get(LAYER_SHAPES) or ():
             shape["intermediate_size"] = plan["intermediate_size"]
     kinds = {matrix.linear.kind for matrix in matrices}
-    if "low_rank" in kinds:
+    if kinds & {"low_rank", "two_four"}:
         # Others refuse a method that they do not know, or at least (transformers) warn of layers left random.
         config["quantization_config"] = {"quant_method": "lathe"}
-    elif isinstance(stage, Int4):
+    elif isinstance(stage, Int4 | Int8):
         ignore = [matrix.name for matrix in matrices if matrix.linear.kind == "dense"]
         if "lm_head.weight" not in checkpoint.manifest.promised_tensors():
             ignore.append("lm_head")  # tied: no tensor of its own, but a Linear to loaders
         config["quantization_config"] = quantization_config(
-            stage.group_size, symmetric=stage.symmetric, ignore=ignore
+            bits=4 if isinstance(stage, Int4) else 8,
+            group_size=stage.group_size if isinstance(stage, Int4) else None,
+            symmetric=not isinstance(stage, Int4) or stage.symmetric,
+            ignore=ignore,
         )
     return config
 

@@ -8,20 +8,36 @@ Imports no torch.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from compression.checkpoint import (
     SHARD_BYTES,
     DenseLinear,
     FactorKind,
     Int4Linear,
+    Int8Linear,
     LinearKind,
     LowRankLinear,
     Matrix,
+    MatrixKind,
+    TwoFourLinear,
 )
-from compression.recipe import GROUP_SIZES, Calibration, Int4, Recipe, ShortGpt, Structured, WeLore
+from compression.recipe import (
+    GROUP_SIZES,
+    Calibration,
+    Int4,
+    Int8,
+    Magnitude,
+    Recipe,
+    ShortGpt,
+    SparseGpt,
+    Structured,
+    Wanda,
+    WeLore,
+)
 
 Case = Literal["least", "most"]
+_Kind = TypeVar("_Kind", DenseLinear, Int8Linear, TwoFourLinear)
 RUNTIME_BYTES = 400 * 2**20  # Python, torch and transformers, loaded
 TOKENS_PER_BATCH = 2048
 _IN_BLOCK = re.compile(r"\.(\d+)\.(.+)\Z")
@@ -85,8 +101,11 @@ def _predict(rows: list[Matrix], recipe: Recipe, case: Case) -> list[Matrix]:
                 inside = [_factored(row, ranks.get(row.name)) for row in inside]
             case Int4():
                 inside = [replace(row, linear=_quantized(stage, row.linear)) for row in inside]
-            case _:
-                pass  # zeros are stored
+            case Int8():
+                inside = [replace(row, linear=_in_int8(row.linear)) for row in inside]
+            case Magnitude() | Wanda() | SparseGpt():
+                if stage.sparsity == "2:4":
+                    inside = [replace(row, linear=_packed(row.linear)) for row in inside]
     return inside + outside
 
 
@@ -176,7 +195,9 @@ def _quantized(stage: Int4, linear: LinearKind) -> LinearKind:
     return _quantized_factor(stage, linear, (stage.group_size,))
 
 
-def _quantized_factor(stage: Int4, linear: FactorKind, group_sizes: Sequence[int]) -> FactorKind:
+def _quantized_factor(stage: Int4, linear: MatrixKind, group_sizes: Sequence[int]) -> FactorKind:
+    if isinstance(linear, TwoFourLinear):
+        linear = _with_kind(DenseLinear, linear)
     fitting = [s for s in group_sizes if s <= stage.group_size and linear.in_features % s == 0]
     if not fitting:
         return linear
@@ -186,6 +207,29 @@ def _quantized_factor(stage: Int4, linear: FactorKind, group_sizes: Sequence[int
         dtype=linear.dtype,
         group_size=max(fitting),
         symmetric=stage.symmetric,
+        bias=linear.bias,
+    )
+
+
+def _in_int8(linear: LinearKind) -> LinearKind:
+    if isinstance(linear, LowRankLinear):
+        u, v = (_with_kind(Int8Linear, f) for f in (linear.weight_u, linear.weight_v))
+        return LowRankLinear(weight_u=u, weight_v=v, bias=linear.bias)
+    return _with_kind(Int8Linear, linear)
+
+
+def _packed(linear: LinearKind) -> LinearKind:
+    """Zeros of other patterns than 2:4 are stored."""
+    if not isinstance(linear, DenseLinear) or linear.in_features % 4:
+        return linear
+    return _with_kind(TwoFourLinear, linear)
+
+
+def _with_kind(kind: type[_Kind], linear: MatrixKind) -> _Kind:
+    return kind(
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        dtype=linear.dtype,
         bias=linear.bias,
     )
 

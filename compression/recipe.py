@@ -25,7 +25,7 @@ FFN_WIDTH_MULTIPLE = 64
 DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"
 
 # Stages of the design that this version cannot run; named, so that the refusal says so.
-PLANNED_STAGES = ("int8", "nf4", "flap")
+PLANNED_STAGES = ("nf4", "flap")
 
 
 class RecipeError(ValueError):
@@ -206,9 +206,19 @@ class Int4:
         return self.method != "rtn"
 
 
-Stage = ShortGpt | Structured | WeLore | Magnitude | Wanda | SparseGpt | Int4
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8:
+    """Round every linear weight of the blocks, or both its factors, to 8 bits with one scale to each output channel."""
+
+    name: ClassVar[str] = "int8"
+    order: ClassVar[int] = Int4.order
+    calibrated: ClassVar[bool] = False
+
+
+Stage = ShortGpt | Structured | WeLore | Magnitude | Wanda | SparseGpt | Int4 | Int8
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (ShortGpt, Structured, WeLore, Magnitude, Wanda, SparseGpt, Int4)
+    stage.name: stage
+    for stage in (ShortGpt, Structured, WeLore, Magnitude, Wanda, SparseGpt, Int4, Int8)
 }
 # Why no stage of the same or a lower order may follow a stage of this order.
 _SPOILS = {

@@ -30,9 +30,11 @@ from compression.pruning.wanda import wanda_keep_mask
 from compression.quantization.awq import divide_outputs, search_scale, value_sources
 from compression.quantization.gptq import gptq
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
+from compression.quantization.int8 import round_to_nearest_int8
 from compression.recipe import (
     GROUP_SIZES,
     Int4,
+    Int8,
     Magnitude,
     ShortGpt,
     SparseGpt,
@@ -117,6 +119,8 @@ def apply_stage(
             if stage.method == "awq":
                 fold_awq_scales(stage, block, statistics, head_dim)
             _apply_int4(stage, block, statistics)
+        case Int8():
+            _apply_int8(block)
         case ShortGpt():
             pass  # blocks that stay are not changed
 
@@ -264,6 +268,7 @@ def _apply_sparsity(
             case SparseGpt():
                 weight_OI = sparsegpt(weight_OI, require_gram(statistics, name), sparsity)
         linear.factors = (weight_OI,)
+        linear.two_four = sparsity == NM(2, 4)
         linear.sparsity = float((weight_OI == 0).double().mean())
 
 
@@ -387,6 +392,19 @@ def _quantize(
         scale_dtype=linear.scale_dtype,
         act_order=not stage.symmetric,  # which is better for which: benchmarks/results/pruning_methods_*
     )
+
+
+# --- INT8 ---
+
+
+def _apply_int8(block: Block) -> None:
+    for linear in block.linears.values():
+        linear.factors = tuple(
+            round_to_nearest_int8(factor, scale_dtype=linear.scale_dtype)
+            for factor in linear.factors
+            if isinstance(factor, Tensor)
+        )
+        linear.dense_reason = None
 
 
 def read_plan(path: Path) -> JsonObject | None:

@@ -26,6 +26,9 @@ UNIFORM = {"count": "all", "allocation": "uniform", "rank_multiple": 8}
     [
         [{"int4": {"group_size": 32, "symmetric": False}}],
         [{"wanda": {"sparsity": 0.5}}],
+        [{"magnitude": {"sparsity": "2:4"}}],
+        [{"magnitude": {"sparsity": "2:4"}}, {"int4": {"group_size": 32}}],
+        [{"welore": {"err": 0.5, **UNIFORM}}, {"int8": {}}],
         [{"structured": {"ffn_width": 128}}, {"int4": {"group_size": 64}}],
         [{"welore": {"err": 0.5, **UNIFORM}}, {"int4": {"group_size": 32}}],
     ],

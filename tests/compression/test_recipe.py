@@ -31,7 +31,9 @@ INT4: dict[str, Any] = {"int4": {}}
         ([{"int4": {"method": "best"}}], "recipe[0].int4.method", "gptq"),
         ([{"int4": {"group_size": 48}}], "recipe[0].int4.group_size", "64"),
         ([{"int4": {"bits": 4}}], "recipe[0].int4", "unknown option"),
-        ([{"int8": {}}], "recipe[0].int8", "not available"),
+        ([{"nf4": {}}], "recipe[0].nf4", "not available"),
+        ([{"int8": {"group_size": 64}}], "recipe[0].int8", "unknown option"),
+        ([INT4, {"int8": {}}], "recipe[1].int8", "codes cannot be changed"),
         ([{"ffn_skip": {}}], "recipe[0].ffn_skip", "calibrate_skip"),
         ([{"magic": {}}], "recipe[0]", "unknown stage"),
         ([INT4, INT4], "recipe[1].int4", "codes cannot be changed"),
@@ -102,7 +104,7 @@ def spec(**changes: Any) -> dict[str, Any]:
         ),
         (spec(gate={"min_top1_agreement": 1.1}), "gate.min_top1_agreement", "invalid_value"),
         (spec(gate={"min_beauty": 1}), "gate.min_beauty", "unsupported_parameter"),
-        (spec(recipe=[{"int8": {}}]), "recipe[0].int8", "unsupported_parameter"),
+        (spec(recipe=[{"nf4": {}}]), "recipe[0].nf4", "unsupported_parameter"),
     ],
 )
 def test_a_job_is_refused_by_the_field(body: dict[str, Any], param: str, code: str) -> None:

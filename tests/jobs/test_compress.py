@@ -105,6 +105,15 @@ def test_sparsity_without_gain_is_said_so(home: Path) -> None:
     assert report["bytes"]["ratio"] == 1
 
 
+def test_packed_sparsity_is_smaller_and_said_to_save_time_on_some_devices_only(home: Path) -> None:
+    context = context_of(home, [{"magnitude": {"sparsity": "2:4"}}])
+    report = outcome(context)["result"]["report"]
+    assert report["bytes"]["ratio"] < 0.6
+    assert len(report["notes"]) == 1
+    assert "NVIDIA GPUs with sparse matrix units only" in report["notes"][0]
+    assert "two_four" in (context.artifacts / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("gate", "reason"),
     [

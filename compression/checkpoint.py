@@ -292,6 +292,17 @@ class LayerShape:
     num_attention_heads: int
     num_key_value_heads: int
 
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that read one key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+def head_dim(config: JsonObject) -> int:
+    """Channels of an attention head."""
+    stated: int | None = config.get("head_dim")
+    return stated or config["hidden_size"] // config["num_attention_heads"]
+
 
 def layer_shapes(config: JsonObject) -> list[LayerShape] | None:
     """The shapes of a configuration's blocks, or None where transformers' own fields say it all.

@@ -21,7 +21,7 @@ from compression.checkpoint import (
     open_checkpoint,
 )
 from compression.encoding import DTYPES, decode, to_dense
-from compression.hf import read_config
+from compression.hf import LATHE_ONLY, read_config
 from compression.safetensors_header import CheckpointError
 
 
@@ -34,7 +34,8 @@ def export_dense(source: Path, destination: Path, *, source_id: str) -> Manifest
     """
     checkpoint = open_checkpoint(source)
     config = read_config(source)
-    config.pop("quantization_config", None)
+    for name in LATHE_ONLY:
+        config.pop(name, None)
     shapes = layer_shapes(config)
     if shapes is not None:
         if len(set(shapes)) > 1:

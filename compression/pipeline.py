@@ -26,14 +26,16 @@ from compression.checkpoint import (
     Manifest,
     Matrix,
     checkpoint_hash,
+    head_dim,
     open_checkpoint,
     write_manifest,
 )
-from compression.hf import read_config
+from compression.hf import LATHE_ONLY, read_config
 from compression.quantization.int4 import quantization_config
 from compression.recipe import Int4, Int8, Recipe, RecipeError, Stage, parse_recipe
 from compression.safetensors_header import CheckpointError
 from compression.stages import (
+    HEADS,
     StageContext,
     StageError,
     apply_stage,
@@ -219,6 +221,7 @@ class _StageRun:
                 cache=self.cache,
                 work=self.work,
                 check=self._check,
+                head_dim=head_dim(read_config(self.source)),
             )
             plan = plan_stage(self.stage, context)
             _write_text(path, json.dumps(plan))
@@ -231,7 +234,7 @@ class _StageRun:
             num_done += 1
         # removed blocks were chosen in the plan: nothing is left to calibrate
         walks = self.stage.calibrated and "remove" not in plan
-        head_dim = _head_dim(read_config(self.source))
+        config = read_config(self.source)
         runner = None
         if walks and num_done < len(blocks):
             runner = self._new_runner(checkpoint)
@@ -246,7 +249,7 @@ class _StageRun:
             if runner is not None:
                 statistics = runner.statistics(block, gram=needs_gram(self.stage))
             try:
-                apply_stage(self.stage, block, plan, statistics, head_dim=head_dim)
+                apply_stage(self.stage, block, plan, statistics, head_dim=head_dim(config))
             except ValueError as error:  # the pure functions refuse what is not finite
                 raise StageError(f"{self.stage.name}: {block.prefix}: {error}") from error
             if runner is not None:
@@ -317,11 +320,6 @@ class _StageRun:
             yield rows, record["others"], _read(self.work / f"block-{position}.safetensors")
 
 
-def _head_dim(config: JsonObject) -> int:
-    stated: int | None = config.get("head_dim")
-    return stated or config["hidden_size"] // config["num_attention_heads"]
-
-
 def _configure(
     config: JsonObject,
     stage: Stage,
@@ -331,6 +329,8 @@ def _configure(
     checkpoint: Checkpoint,
 ) -> JsonObject:
     """config.json after a stage: its dimensions, and how others may read the weights."""
+    for name in LATHE_ONLY:
+        config.pop(name, None)
     if "remove" in plan:
         config["num_hidden_layers"] = len(kept)
         for per_block in ("layer_types", LAYER_SHAPES):
@@ -340,12 +340,13 @@ def _configure(
             config["max_window_layers"] = min(config["max_window_layers"], len(kept))
     if "intermediate_size" in plan:
         config["intermediate_size"] = plan["intermediate_size"]
-        for shape in config.get(LAYER_SHAPES) or ():
-            shape["intermediate_size"] = plan["intermediate_size"]
+    if plan.keys() & HEADS:
+        config |= {name: plan[name] for name in HEADS}
+    if LAYER_SHAPES in plan:
+        config[LAYER_SHAPES] = plan[LAYER_SHAPES]
     kinds = {matrix.linear.kind for matrix in matrices}
-    if kinds & {"low_rank", "two_four"}:
-        # Others refuse a method that they do not know, or at least (transformers) warn of layers left random.
-        config["quantization_config"] = {"quant_method": "lathe"}
+    if kinds & {"low_rank", "two_four"} or LAYER_SHAPES in config:
+        config |= LATHE_ONLY
     elif isinstance(stage, Int4 | Int8):
         ignore = [matrix.name for matrix in matrices if matrix.linear.kind == "dense"]
         if "lm_head.weight" not in checkpoint.manifest.promised_tensors():

@@ -25,7 +25,7 @@ FFN_WIDTH_MULTIPLE = 64
 DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"
 
 # Stages of the design that this version cannot run; named, so that the refusal says so.
-PLANNED_STAGES = ("nf4", "flap")
+PLANNED_STAGES = ("nf4",)
 
 
 class RecipeError(ValueError):
@@ -74,24 +74,61 @@ class ShortGpt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structured:
-    """Cut the least active neurons out of every feed-forward block, to one width (Minitron's importance,
-    Muralidharan et al. 2024, arXiv:2407.14679). The result is smaller and faster for real.
+    """Cut the least active neurons and attention heads out of every block, to one width (Minitron's importance,
+    Muralidharan et al. 2024, arXiv:2407.14679). The result is smaller and faster for real. At least one is given.
 
     Attributes:
         ffn_width: neurons that stay in each block, a multiple of 64.
+        num_key_value_heads: key-value heads that stay, each with the query heads that read it.
+        heads_per_group: query heads that stay beside each key-value head.
     """
 
     name: ClassVar[str] = "structured"
     order: ClassVar[int] = 1
     calibrated: ClassVar[bool] = True
-    ffn_width: int
+    ffn_width: int | None = None
+    num_key_value_heads: int | None = None
+    heads_per_group: int | None = None
 
     def __post_init__(self) -> None:
+        if self.ffn_width is None and not self.cuts_heads:
+            raise RecipeError(
+                "ffn_width",
+                "one of ffn_width, num_key_value_heads and heads_per_group is required",
+            )
         width = self.ffn_width
-        if type(width) is not int or width < 1 or width % FFN_WIDTH_MULTIPLE:
+        if width is not None and (
+            type(width) is not int or width < 1 or width % FFN_WIDTH_MULTIPLE
+        ):
             raise RecipeError(
                 "ffn_width", f"ffn_width must be a multiple of {FFN_WIDTH_MULTIPLE}, got {width!r}"
             )
+        for field in ("num_key_value_heads", "heads_per_group"):
+            value = getattr(self, field)
+            if value is not None and (type(value) is not int or value < 1):
+                raise RecipeError(field, f"{field} must be at least 1, got {value!r}")
+
+    @property
+    def cuts_heads(self) -> bool:
+        return self.num_key_value_heads is not None or self.heads_per_group is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flap:
+    """Cut the neurons and groups of heads that fluctuate least wherever in the model they are, and let biases stand in
+    for their mean (FLAP, An et al. 2023, arXiv:2312.11983). Blocks end up of unequal shape.
+
+    Attributes:
+        sparsity: fraction of the blocks' weights that goes; widths are rounded to multiples of 64.
+    """
+
+    name: ClassVar[str] = "flap"
+    order: ClassVar[int] = Structured.order
+    calibrated: ClassVar[bool] = True
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("sparsity", self.sparsity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,10 +252,10 @@ class Int8:
     calibrated: ClassVar[bool] = False
 
 
-Stage = ShortGpt | Structured | WeLore | Magnitude | Wanda | SparseGpt | Int4 | Int8
+Stage = ShortGpt | Structured | Flap | WeLore | Magnitude | Wanda | SparseGpt | Int4 | Int8
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (ShortGpt, Structured, WeLore, Magnitude, Wanda, SparseGpt, Int4, Int8)
+    for stage in (ShortGpt, Structured, Flap, WeLore, Magnitude, Wanda, SparseGpt, Int4, Int8)
 }
 # Why no stage of the same or a lower order may follow a stage of this order.
 _SPOILS = {

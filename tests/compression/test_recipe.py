@@ -27,6 +27,18 @@ INT4: dict[str, Any] = {"int4": {}}
         ([{"wanda": {"sparsity": "4:2"}}], "recipe[0].wanda.sparsity", "N:M"),
         ([{"wanda": {"sparsity": 1.5}}], "recipe[0].wanda.sparsity", "between"),
         ([{"structured": {"ffn_width": 100}}], "recipe[0].structured.ffn_width", "multiple of 64"),
+        ([{"structured": {}}], "recipe[0].structured.ffn_width", "one of"),
+        (
+            [{"structured": {"heads_per_group": 0}}],
+            "recipe[0].structured.heads_per_group",
+            "at least 1",
+        ),
+        ([{"flap": {"sparsity": 0}}], "recipe[0].flap.sparsity", "between 0 and 1"),
+        (
+            [{"flap": {"sparsity": 0.2}}, {"structured": {"ffn_width": 64}}],
+            "recipe[1].structured",
+            "chosen by what came before",
+        ),
         ([{"shortgpt": {"remove": 0}}], "recipe[0].shortgpt.remove", "at least 1"),
         ([{"int4": {"method": "best"}}], "recipe[0].int4.method", "gptq"),
         ([{"int4": {"group_size": 48}}], "recipe[0].int4.group_size", "64"),

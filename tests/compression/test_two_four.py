@@ -8,7 +8,7 @@ from compressed_tensors.utils.helpers import pack_bitmasks
 
 from compression.checkpoint import Matrix, TwoFourLinear, open_checkpoint, verify_checkpoint
 from compression.encoding import decode, encode_two_four
-from compression.hf import load_model
+from compression.hf import load_model, read_config
 from compression.pipeline import compress
 from compression.pruning.masks import NM, keep_mask
 from compression.pruning.two_four import from_tensors, to_tensors
@@ -82,6 +82,9 @@ def test_quantized_afterwards_it_is_stored_by_its_codes(tmp_path: Path) -> None:
     recipe = parse_recipe([{"magnitude": {"sparsity": "2:4"}}, {"int4": {"group_size": 64}}])
     manifest = compress(source, tmp_path / "small", recipe, source_id="tiny")
     assert {row.linear.kind for row in manifest.matrices} == {"int4"}
+    config = read_config(tmp_path / "small")
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert "transformers_weights" not in config
     recipe = parse_recipe([{"magnitude": {"sparsity": "2:4"}}, {"int4": {"group_size": 128}}])
     manifest = compress(source, tmp_path / "mixed", recipe, source_id="tiny")
     kinds = {row.name.rpartition(".")[2]: row.linear.kind for row in manifest.matrices}

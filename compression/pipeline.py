@@ -40,6 +40,7 @@ from compression.stages import (
     StageError,
     apply_stage,
     needs_gram,
+    needs_statistics,
     plan_stage,
     read_plan,
 )
@@ -232,8 +233,7 @@ class _StageRun:
         while num_done < len(blocks) and (self.work / f"block-{num_done}.json").is_file():
             self._done += len(blocks[num_done].rows)
             num_done += 1
-        # removed blocks were chosen in the plan: nothing is left to calibrate
-        walks = self.stage.calibrated and "remove" not in plan
+        walks = needs_statistics(self.stage)
         config = read_config(self.source)
         runner = None
         if walks and num_done < len(blocks):

@@ -18,10 +18,12 @@ GroupSize = Literal[32, 64, 128]
 GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
 Int4Method = Literal["rtn", "gptq", "awq"]
 RankCount = Literal["all", "lrc_only"]
-RankAllocation = Literal["welore", "uniform"]
+RankAllocation = Literal["welore", "uniform", "owl"]
+SparsityAllocation = Literal["uniform", "owl"]
 Calibrated = Literal["none", "activation"]
 RankMultiple = Literal[1, 8, 16, 32, 64, 128]
 FFN_WIDTH_MULTIPLE = 64
+OWL_MIN_M = 8
 DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"
 
 # Stages of the design that this version cannot run; named, so that the refusal says so.
@@ -140,7 +142,8 @@ class WeLore:
         count: "lrc_only" factors matrices that lose more than half of their rank and leaves the others as they are;
             "all" cuts every matrix to its rank, and stores the product where factors would be no smaller.
         allocation: "welore" gives each matrix the rank that one threshold on its normalised singular values leaves;
-            "uniform" gives all the same share and is the baseline.
+            "uniform" gives all the same share; "owl" gives blocks with more outliers more (arXiv:2310.05175). Those
+            are the baselines.
         calibration: "activation" weighs errors by calibration inputs (SVD-LLM, Wang et al. 2024, arXiv:2403.07378).
         rank_multiple: ranks are rounded up to a multiple; the threshold is solved for the ranks as rounded.
     """
@@ -159,25 +162,27 @@ class WeLore:
         _check_choice(self, "allocation", RankAllocation)
         _check_choice(self, "calibration", Calibrated)
         _check_choice(self, "rank_multiple", RankMultiple)
-        if self.allocation == "uniform" and self.count == "lrc_only":
+        if self.allocation != "welore" and self.count == "lrc_only":
             raise RecipeError(
                 "count",
-                "uniform ranks make every matrix low rank or none: count must be 'all' with them",
+                f"{self.allocation} ranks make no matrix low rank or all: count must be 'all' with them",
             )
 
     @property
     def calibrated(self) -> bool:
-        return self.calibration == "activation"
+        return self.calibration == "activation" or self.allocation == "owl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sparse:
     """Attributes:
     sparsity: fraction of the weights that become zero, or a pattern such as "2:4".
+    allocation: "owl" makes blocks with fewer outliers sparser, around that mean (arXiv:2310.05175).
     """
 
     order: ClassVar[int] = 3
     sparsity: float | str
+    allocation: SparsityAllocation = "uniform"
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity, str):
@@ -186,8 +191,15 @@ class _Sparse:
                 raise RecipeError(
                     "sparsity", f'a pattern is N:M with N < M, such as "2:4", got {self.sparsity!r}'
                 )
+            if self.allocation == "owl" and int(pattern[2]) < OWL_MIN_M:
+                raise RecipeError(
+                    "allocation",
+                    f"of {pattern[2]} inputs no block can keep a little more than {pattern[1]}:"
+                    f" owl needs N:M with M of at least {OWL_MIN_M}",
+                )
         else:
             _check_fraction("sparsity", self.sparsity)
+        _check_choice(self, "allocation", SparsityAllocation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +207,10 @@ class Magnitude(_Sparse):
     """Zero the smallest weights of every matrix. Saves no time by itself, like all unstructured sparsity."""
 
     name: ClassVar[str] = "magnitude"
-    calibrated: ClassVar[bool] = False
+
+    @property
+    def calibrated(self) -> bool:
+        return self.allocation == "owl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

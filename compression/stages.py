@@ -20,10 +20,11 @@ from compression.block import Block, BlockNames, Linear, load_block
 from compression.calibration import BlockRunner, require_gram
 from compression.checkpoint import LAYER_SHAPES, Checkpoint, LayerShape
 from compression.low_rank.factors import break_even_rank, factor, singular_values, spectrum
-from compression.low_rank.ranks import RankChoice, choose_ranks, uniform_ranks
+from compression.low_rank.ranks import RankChoice, allotted_ranks, choose_ranks, uniform_ranks
 from compression.pruning.flap import bias_compensation, fluctuation_score, select_units
 from compression.pruning.magnitude import magnitude_keep_mask
 from compression.pruning.masks import NM, Sparsity
+from compression.pruning.owl import block_patterns, block_sparsities, outlier_share
 from compression.pruning.shortgpt import BlockInfluence, select_layers
 from compression.pruning.sparsegpt import sparsegpt
 from compression.pruning.structured import (
@@ -97,8 +98,21 @@ def plan_stage(stage: Stage, context: StageContext) -> JsonObject:
             return _plan_structured(stage, context)
         case Flap():
             return _plan_flap(stage, context)
-        case _:
+        case Magnitude() | Wanda() | SparseGpt():
+            return _plan_sparsity(stage, context)
+        case Int4() | Int8():
             return {}
+
+
+def needs_statistics(stage: Stage) -> bool:
+    """Whether `apply_stage` looks at inputs; other calibrated stages see all they need when they plan."""
+    match stage:
+        case WeLore():
+            return stage.calibration == "activation"
+        case ShortGpt() | Magnitude():
+            return False
+        case _:
+            return stage.calibrated
 
 
 def needs_gram(stage: Stage) -> bool:
@@ -118,7 +132,7 @@ def apply_stage(
 
     Args:
         head_dim: channels of an attention head.
-        statistics: of every linear layer's input; empty where the stage is not calibrated.
+        statistics: of every linear layer's input; empty where `needs_statistics` says that nobody asks.
     """
     match stage:
         case WeLore():
@@ -128,7 +142,7 @@ def apply_stage(
         case Flap():
             _apply_flap(block, plan, statistics, head_dim)
         case Magnitude() | Wanda() | SparseGpt():
-            _apply_sparsity(stage, block, statistics)
+            _apply_sparsity(stage, block, plan, statistics)
         case Int4():
             if stage.method == "awq":
                 fold_awq_scales(stage, block, statistics, head_dim)
@@ -340,21 +354,25 @@ def _compensate(linear: Linear, inputs: InputStatistics, keep_K: Tensor) -> None
 
 def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
     spectra: dict[str, Tensor] = {}
+    whitens = stage.calibration == "activation"
+    outliers = _Outliers()
     runner = None
     if stage.calibrated:
         assert context.new_runner is not None
         runner = context.new_runner()
     for names in context.blocks:
         block = load_block(context.checkpoint, names)
-        statistics = {} if runner is None else runner.statistics(block, gram=True, advance=True)
+        statistics = {} if runner is None else runner.statistics(block, gram=whitens, advance=True)
+        if stage.allocation == "owl":
+            outliers.add(block, statistics)
         for name, linear in block.dense_linears():
             context.check()
-            if runner is None:
-                spectra[linear.name] = _cached_singular_values(linear.weight, context.cache)
-            else:
+            if whitens:
                 gram_II = require_gram(statistics, name)
                 spectra[linear.name] = singular_values(linear.weight, gram_II)
-    choice = _choose(stage, spectra)
+            else:
+                spectra[linear.name] = _cached_singular_values(linear.weight, context.cache)
+    choice = _choose(stage, spectra, outliers)
     numpy.savez(context.work / SPECTRA_NAME, **{n: s.numpy() for n, s in spectra.items()})  # type: ignore[arg-type]
     return {
         "threshold": choice.threshold,
@@ -364,10 +382,17 @@ def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
     }
 
 
-def _choose(stage: WeLore, spectra: Mapping[str, Tensor]) -> RankChoice:
+def _choose(stage: WeLore, spectra: Mapping[str, Tensor], outliers: "_Outliers") -> RankChoice:
+    sizes = {name: values.numel() for name, values in spectra.items()}
     if stage.allocation == "uniform":
-        sizes = {name: values.numel() for name, values in spectra.items()}
         return uniform_ranks(sizes, stage.err, multiple=stage.rank_multiple)
+    if stage.allocation == "owl":
+        errs = {
+            name: err
+            for names, err in zip(outliers.names, outliers.sparsities(stage.err), strict=True)
+            for name in names
+        }
+        return allotted_ranks(sizes, errs, multiple=stage.rank_multiple)
     try:
         return choose_ranks(spectra, stage.err, count=stage.count, multiple=stage.rank_multiple)
     except ValueError as error:
@@ -411,10 +436,65 @@ def _apply_welore(
 # --- sparsity ---
 
 
-def _apply_sparsity(
-    stage: Magnitude | Wanda | SparseGpt, block: Block, statistics: Mapping[str, InputStatistics]
-) -> None:
+class _Outliers:
+    """OWL's shares of outliers, block by block.
+
+    Attributes:
+        names: of each block's matrices.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[list[str]] = []
+        self.shares: list[float] = []
+        self._num_weights: list[int] = []
+
+    def add(self, block: Block, statistics: Mapping[str, InputStatistics]) -> None:
+        """Raises: StageError: the block has no matrix left, or values that are not finite."""
+        linears = dict(block.dense_linears())
+        if not linears:
+            raise StageError(f"owl: {block.prefix} has no dense matrix")
+        weights = [linear.weight for linear in linears.values()]
+        try:
+            share = outlier_share(weights, [statistics[name].norm for name in linears])
+        except ValueError as error:
+            raise StageError(f"owl: {block.prefix}: {error}") from error
+        self.shares.append(share)
+        self.names.append([linear.name for linear in linears.values()])
+        self._num_weights.append(sum(weight_OI.numel() for weight_OI in weights))
+
+    def sparsities(self, sparsity: float) -> list[float]:
+        return block_sparsities(self.shares, self._num_weights, sparsity)
+
+
+def _plan_sparsity(stage: Magnitude | Wanda | SparseGpt, context: StageContext) -> JsonObject:
+    """Sparsity of every block, where they differ."""
+    if stage.allocation == "uniform":
+        return {}
+    assert context.new_runner is not None
+    runner = context.new_runner()
+    outliers = _Outliers()
+    for names in context.blocks:
+        block = load_block(context.checkpoint, names)
+        outliers.add(block, runner.statistics(block, gram=False, advance=True))
     sparsity = _parse_sparsity(stage.sparsity)
+    chosen: list[float] | list[str]
+    if isinstance(sparsity, NM):
+        sparsities = outliers.sparsities(1 - sparsity.n / sparsity.m)
+        chosen = [f"{n}:{sparsity.m}" for n in block_patterns(sparsities, sparsity.n, sparsity.m)]
+    else:
+        chosen = outliers.sparsities(sparsity)
+    return {"sparsity": chosen, "outlier_share": outliers.shares}
+
+
+def _apply_sparsity(
+    stage: Magnitude | Wanda | SparseGpt,
+    block: Block,
+    plan: JsonObject,
+    statistics: Mapping[str, InputStatistics],
+) -> None:
+    sparsity = _parse_sparsity(
+        plan["sparsity"][block.index] if "sparsity" in plan else stage.sparsity
+    )
     for linear in block.linears.values():
         if linear.is_low_rank:
             linear.dense_reason = "factors of a low-rank layer are not pruned"

@@ -34,6 +34,7 @@ CALIBRATED = [
     [{"sparsegpt": {"sparsity": "2:4"}}],
     [{"structured": {"ffn_width": 128}}],
     [{"structured": {"num_key_value_heads": 1, "ffn_width": 64}}],
+    [{"wanda": {"sparsity": "4:8", "allocation": "owl"}}],
     [{"flap": {"sparsity": 0.3}}, {"int4": {"group_size": 32, "method": "awq"}}],
     [{"shortgpt": {"remove": 1}}],
     [{"welore": {"err": 0.5, "calibration": "activation", "rank_multiple": 8}}],
@@ -363,6 +364,59 @@ def test_removed_heads_are_the_least_active_and_gone_for_transformers_too(
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, logits(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_owl_makes_blocks_with_fewer_outliers_sparser(
+    source: Path, tmp_path: Path, method: str
+) -> None:
+    """Reference: shares of outliers from transformers' own inputs of the dense model."""
+    stages = [{method: {"sparsity": 0.5, "allocation": "owl"}}]
+    manifest = run(source, tmp_path / "pruned", stages)
+    plan = manifest.stage_results[0][method]
+    model = load_model(source, dtype=torch.float32)
+    scores: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if ".layers." in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda m, a, name=name: scores.update(
+                    {name: m.weight.abs() * a[0].flatten(0, 1).norm(dim=0)}
+                )
+            )
+    with torch.no_grad():
+        model(calibration_tokens().ids_NS)
+    for block, (share, sparsity) in enumerate(
+        zip(plan["outlier_share"], plan["sparsity"], strict=True)
+    ):
+        prefix = f"model.layers.{block}."
+        flat = torch.cat([s.flatten() for name, s in scores.items() if name.startswith(prefix)])
+        assert share == pytest.approx(float((flat > 5 * flat.mean()).double().mean()), abs=1e-4)
+        for row in manifest.matrices:
+            if row.name.startswith(prefix):
+                assert row.sparsity == pytest.approx(sparsity, abs=0.01)
+    assert sum(plan["sparsity"]) / 3 == pytest.approx(0.5)
+    assert len(set(plan["sparsity"])) > 1
+
+
+def test_owl_gives_ranks_by_block_without_whitening(source: Path, tmp_path: Path) -> None:
+    options = {"err": 0.4, "count": "all", "allocation": "owl", "rank_multiple": 8}
+    manifest = run(source, tmp_path / "low", [{"welore": options}])
+    ranks = manifest.stage_results[0]["welore"]["ranks"]
+    shares = [
+        {ranks[f"model.layers.{block}.{name}"] for name in ("mlp.up_proj", "self_attn.q_proj")}
+        for block in range(3)
+    ]
+    assert all(len(share) == 1 for share in shares)  # both are of rank 64
+    assert len({min(share) for share in shares}) > 1
+    assert manifest.ratios["effective_rank_reduction"] == pytest.approx(0.4, abs=0.06)
+    name = "model.layers.0.mlp.up_proj"
+    low = open_checkpoint(tmp_path / "low")
+    weight_OI = open_checkpoint(source).tensor(f"{name}.weight")
+    u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
+    rank = ranks[name]
+    found = low.linear_tensors(next(row for row in manifest.matrices if row.name == name))
+    product = found["weight_u"] @ found["weight_v"] if "weight_u" in found else found["weight"]
+    torch.testing.assert_close(product, (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.25])

@@ -25,6 +25,13 @@ INT4: dict[str, Any] = {"int4": {}}
         ([{"welore": {"err": 0.3, "rank_multiple": 7}}], "recipe[0].welore.rank_multiple", "7"),
         ([{"welore": {"err": 0.3, "rank_multiple": True}}], "recipe[0].welore.rank_multiple", ""),
         ([{"wanda": {"sparsity": "4:2"}}], "recipe[0].wanda.sparsity", "N:M"),
+        (
+            [{"wanda": {"sparsity": "2:4", "allocation": "owl"}}],
+            "recipe[0].wanda.allocation",
+            "M of at least 8",
+        ),
+        ([{"wanda": {"sparsity": 0.5, "allocation": 1}}], "recipe[0].wanda.allocation", "owl"),
+        ([{"welore": {"err": 0.3, "allocation": "owl"}}], "recipe[0].welore.count", "'all'"),
         ([{"wanda": {"sparsity": 1.5}}], "recipe[0].wanda.sparsity", "between"),
         ([{"structured": {"ffn_width": 100}}], "recipe[0].structured.ffn_width", "multiple of 64"),
         ([{"structured": {}}], "recipe[0].structured.ffn_width", "one of"),
@@ -81,6 +88,8 @@ def test_all_stages_in_their_order_make_a_recipe_that_reads_itself() -> None:
     assert parse_recipe(recipe.to_json()) == recipe
     assert recipe.calibrated
     assert not parse_recipe([WELORE, INT4]).calibrated
+    assert not parse_recipe([{"magnitude": {"sparsity": 0.5}}]).calibrated
+    assert parse_recipe([{"magnitude": {"sparsity": 0.5, "allocation": "owl"}}]).calibrated
     assert {next(iter(stage)) for stage in stages} < STAGES.keys()
 
 

@@ -8,7 +8,7 @@ folder is a Lathe checkpoint as well: `lathe verify` checks it, and its logits a
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor
 
@@ -27,11 +27,10 @@ from compression.checkpoint import (
 )
 from compression.encoding import DTYPES, decode, to_dense
 from compression.hf import LATHE_ONLY, read_config
+from compression.recipe import ExportFormat
 from compression.safetensors_header import CheckpointError
 
 JsonObject = dict[str, Any]
-ExportFormat = Literal["dense", "compressed-tensors", "nemotron-nas"]
-FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 Tensors = dict[str, Tensor]
 
 

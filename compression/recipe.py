@@ -22,6 +22,8 @@ RankAllocation = Literal["welore", "uniform", "owl"]
 SparsityAllocation = Literal["uniform", "owl"]
 Calibrated = Literal["none", "activation"]
 RankMultiple = Literal[1, 8, 16, 32, 64, 128]
+ExportFormat = Literal["dense", "compressed-tensors", "nemotron-nas"]
+"""What `export.export` writes; here, because the API process checks it without torch."""
 FFN_WIDTH_MULTIPLE = 64
 OWL_MIN_M = 8
 DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"

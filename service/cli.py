@@ -6,10 +6,11 @@ Nothing heavy is imported before a command needs it: `lathe --help` must answer 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from compression.recipe import ExportFormat
 from service import cli_client
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def verify(model: str, logits: bool, home: Path | None) -> None:
 @click.option(
     "--format",
     "export_format",
-    type=click.Choice(["dense", "compressed-tensors", "nemotron-nas"]),
+    type=click.Choice(get_args(ExportFormat)),
     default="dense",
     show_default=True,
     help="dense: whatever was done to it; the others where they can say it.",
@@ -288,7 +289,7 @@ def verify(model: str, logits: bool, home: Path | None) -> None:
 def export(
     model: str,
     folder: Path,
-    export_format: "Literal['dense', 'compressed-tensors', 'nemotron-nas']",
+    export_format: ExportFormat,
     home: Path | None,
 ) -> None:
     """Write a model as a folder that other programs load.

@@ -6,7 +6,7 @@ import pytest
 
 from compression.checkpoint import Manifest
 from compression.recipe import STAGES, RecipeError, parse_recipe
-from jobs.spec import SpecError, check_source, parse_spec
+from jobs.spec import CompressSpec, SpecError, check_source, parse_spec
 
 WELORE = {"welore": {"err": 0.3}}
 INT4: dict[str, Any] = {"int4": {}}
@@ -136,6 +136,7 @@ def test_a_job_is_refused_by_the_field(body: dict[str, Any], param: str, code: s
 
 def test_a_calibrated_job_is_accepted() -> None:
     parsed = parse_spec(spec(recipe=[{"wanda": {"sparsity": 0.5}}], calibration={"samples": 8}))
+    assert isinstance(parsed, CompressSpec)
     assert parsed.calibration is not None
     assert parsed.calibration.corpus == "wikipedia-summaries"
 

@@ -28,12 +28,14 @@ from compression.checkpoint import (
     open_checkpoint,
 )
 from compression.linear import build_linear
+from compression.safetensors_header import CheckpointError
 
 LATHE_ONLY: dict[str, Any] = {
     "quantization_config": {"quant_method": "lathe"},
     # An unknown quant_method alone is a warning to transformers, after which missing weights are random.
     "transformers_weights": "only-after-import-compression.hf-or-lathe-export.safetensors",
 }
+MAX_REASON = 300
 FINGERPRINT_TOKENS = 16
 FINGERPRINT_LOGITS = 8
 
@@ -71,6 +73,33 @@ def build_skeleton(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) 
         model: nn.Module = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     _fit(model, checkpoint)
     return model
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Whether config.json describes the layers that the checkpoint has. Takes no memory.
+
+    Raises:
+        CheckpointError: a layer has another shape or is in no place of the model, or there is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_skeleton(checkpoint, AutoModelForCausalLM, torch.float32)
+    except CheckpointError:
+        raise
+    except Exception as error:  # an impossible configuration breaks anywhere in transformers
+        raise CheckpointError(f"config.json describes no model: {error}"[:MAX_REASON]) from error
+    for matrix in checkpoint.manifest.matrices:
+        try:
+            module = model.get_submodule(matrix.name)
+        except AttributeError:
+            raise CheckpointError(
+                f"{matrix.name} is in no layer that config.json promises"
+            ) from None
+        if isinstance(module, nn.Linear):
+            promised = (module.out_features, module.in_features)
+            actual = (matrix.linear.out_features, matrix.linear.in_features)
+            if actual != promised:
+                raise CheckpointError(f"{matrix.name} is {actual}, config.json promises {promised}")
 
 
 def _fit(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -263,8 +292,6 @@ def check_fingerprint(model: Any, expected: dict[str, Any], *, tolerance: float 
     Raises:
         CheckpointError: it exceeds the tolerance.
     """
-    from compression.safetensors_header import CheckpointError
-
     actual = fingerprint(model)
     difference: float = max(
         abs(a - b) for a, b in zip(actual["logits"], expected["logits"], strict=True)

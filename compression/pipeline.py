@@ -30,7 +30,7 @@ from compression.checkpoint import (
     open_checkpoint,
     write_manifest,
 )
-from compression.hf import LATHE_ONLY, read_config
+from compression.hf import LATHE_ONLY, check_config, read_config
 from compression.quantization.int4 import quantization_config
 from compression.recipe import Int4, Int8, Recipe, RecipeError, Stage, parse_recipe
 from compression.safetensors_header import CheckpointError
@@ -87,6 +87,7 @@ def compress(
         parse_recipe(recipe.to_json(), done=checkpoint.manifest.recipe)
     except RecipeError as error:
         raise CheckpointError(f"{error.param}: {error.message}") from None
+    check_config(checkpoint)
     if work is None:
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".work-") as temporary:
             return compress(
@@ -284,7 +285,7 @@ class _StageRun:
                 stored = {s: tensors[f"{matrix.name}.{s}"] for s in matrix.linear.tensors()}
                 writer.add_linear(matrix, stored)
             for name in others:
-                writer.add_other(name, tensors[name])
+                writer.add_other(name, _finite(name, tensors[name]))
             matrices += row
         for matrix in checkpoint.manifest.matrices:
             if matrix.name not in in_blocks:
@@ -299,7 +300,7 @@ class _StageRun:
                 matrices.append(matrix)
         for name in sorted(checkpoint.manifest.other_tensors):
             if name not in in_blocks:
-                writer.add_other(name, checkpoint.tensor(name))
+                writer.add_other(name, _finite(name, checkpoint.tensor(name)))
         writer.copy_files(self.source)
         config = _configure(read_config(self.source), self.stage, plan, kept, matrices, checkpoint)
         writer.write_json("config.json", config)
@@ -318,6 +319,12 @@ class _StageRun:
             record = json.loads((self.work / f"block-{position}.json").read_text())
             rows = [Matrix.from_json(row) for row in record["rows"]]
             yield rows, record["others"], _read(self.work / f"block-{position}.safetensors")
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name} has values that are not finite")
+    return tensor
 
 
 def _configure(

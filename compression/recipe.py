@@ -28,9 +28,6 @@ FFN_WIDTH_MULTIPLE = 64
 OWL_MIN_M = 8
 DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"
 
-# Stages of the design that this version cannot run; named, so that the refusal says so.
-PLANNED_STAGES = ("nf4",)
-
 
 class RecipeError(ValueError):
     """A recipe that cannot be run.
@@ -351,10 +348,10 @@ def _parse_stage(path: str, stage: Mapping[str, Any]) -> Stage:
     if not isinstance(stage, Mapping) or len(stage) != 1:
         raise RecipeError(path, "a stage is an object with one key, the stage's name")
     name, options = next(iter(stage.items()))
-    if name in PLANNED_STAGES:
+    if name == "nf4":
         raise RecipeError(
             f"{path}.{name}",
-            f"stage {name!r} is not available in this version; available: {', '.join(STAGES)}",
+            "nf4 is for comparison only (evaluation/nf4.py): it can be measured, not stored or served",
             unsupported=True,
         )
     if name == "ffn_skip":

@@ -50,7 +50,7 @@ INT4: dict[str, Any] = {"int4": {}}
         ([{"int4": {"method": "best"}}], "recipe[0].int4.method", "gptq"),
         ([{"int4": {"group_size": 48}}], "recipe[0].int4.group_size", "64"),
         ([{"int4": {"bits": 4}}], "recipe[0].int4", "unknown option"),
-        ([{"nf4": {}}], "recipe[0].nf4", "not available"),
+        ([{"nf4": {}}], "recipe[0].nf4", "for comparison only"),
         ([{"int8": {"group_size": 64}}], "recipe[0].int8", "unknown option"),
         ([INT4, {"int8": {}}], "recipe[1].int8", "codes cannot be changed"),
         ([{"ffn_skip": {}}], "recipe[0].ffn_skip", "calibrate_skip"),

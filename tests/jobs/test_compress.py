@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from compression import pipeline
-from compression.checkpoint import checkpoint_hash, verify_checkpoint
+from compression.checkpoint import (
+    checkpoint_hash,
+    hash_file,
+    read_manifest,
+    verify_checkpoint,
+    write_manifest,
+)
 from compression.hf import load_model
 from compression.registry import ModelNotFoundError, ModelRegistry
 from evaluation.corpora import STATE_OF_THE_UNION, Corpus, load_corpus
@@ -176,10 +182,20 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def write_hash(folder: Path, name: str) -> None:
+    """Whoever lies may be consistent."""
+    manifest = read_manifest(folder)
+    manifest.files[name]["sha256"] = hash_file(folder / name)
+    write_manifest(folder, manifest)
+
+
 @pytest.mark.parametrize(
     ("what", "code", "message"),
     [
         ("not finite", "bad_data", "not finite"),
+        ("norm not finite", "bad_data", "model.norm.weight has values that are not finite"),
+        ("config lies soundly", "bad_data", "config.json promises (96, 64)"),
+        ("too few blocks promised", "bad_data", "model.layers.2.self_attn"),
         ("truncated", "bad_data", "model.safetensors"),
         ("bit flipped", "bad_data", "sha256"),
         ("config lies", "bad_data", "config.json"),
@@ -197,6 +213,9 @@ def test_bad_input_ends_in_a_code_and_a_sentence(
     recipe: list[dict[str, Any]] = [{"wanda": {"sparsity": 0.5}}]
     if what == "not finite":
         model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.inf
+    if what == "norm not finite":
+        model.model.norm.weight.data[3] = torch.nan
+        recipe = [{"int8": {}}]
     if what == "unknown blocks":
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -214,6 +233,13 @@ def test_bad_input_ends_in_a_code_and_a_sentence(
             damage_weights(folder, None)
         case "config lies":
             edit_config(folder, hidden_size=128)
+        case "config lies soundly":
+            edit_config(folder, intermediate_size=96)
+            write_hash(folder, "config.json")
+        case "too few blocks promised":
+            edit_config(folder, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+            write_hash(folder, "config.json")
+            recipe = [{"int8": {}}]
         case "too many blocks":
             recipe = [{"shortgpt": {"remove": 5}}]
         case "short text":

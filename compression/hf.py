@@ -89,17 +89,19 @@ def check_config(checkpoint: Checkpoint) -> None:
     except Exception as error:  # an impossible configuration breaks anywhere in transformers
         raise CheckpointError(f"config.json describes no model: {error}"[:MAX_REASON]) from error
     for matrix in checkpoint.manifest.matrices:
-        try:
-            module = model.get_submodule(matrix.name)
-        except AttributeError:
-            raise CheckpointError(
-                f"{matrix.name} is in no layer that config.json promises"
-            ) from None
+        module = _promised(model, matrix.name)
         if isinstance(module, nn.Linear):
             promised = (module.out_features, module.in_features)
             actual = (matrix.linear.out_features, matrix.linear.in_features)
             if actual != promised:
                 raise CheckpointError(f"{matrix.name} is {actual}, config.json promises {promised}")
+
+
+def _promised(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"{name} is in no layer that config.json promises") from None
 
 
 def _fit(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -109,9 +111,8 @@ def _fit(model: nn.Module, checkpoint: Checkpoint) -> None:
         _reshape_blocks(model, shapes)
     for matrix in checkpoint.manifest.matrices:
         if matrix.linear.bias:
-            linear = model.get_submodule(matrix.name)
-            assert isinstance(linear, nn.Linear)
-            if linear.bias is None:
+            linear = _promised(model, matrix.name)
+            if isinstance(linear, nn.Linear) and linear.bias is None:
                 model.set_submodule(matrix.name, _resized(linear, bias=True))
 
 

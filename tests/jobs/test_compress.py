@@ -194,7 +194,7 @@ def write_hash(folder: Path, name: str) -> None:
     [
         ("not finite", "bad_data", "not finite"),
         ("norm not finite", "bad_data", "model.norm.weight has values that are not finite"),
-        ("config lies soundly", "bad_data", "config.json promises (96, 64)"),
+        ("config lies soundly", "bad_data", "config.json promises (64, 96)"),
         ("too few blocks promised", "bad_data", "model.layers.2.self_attn"),
         ("truncated", "bad_data", "model.safetensors"),
         ("bit flipped", "bad_data", "sha256"),

@@ -13,18 +13,22 @@ from torch import Tensor
 
 from compression.checkpoint import (
     Checkpoint,
-    DenseLinear,
-    FactorKind,
-    Int4Linear,
     LowRankLinear,
     Matrix,
+    MatrixKind,
     factor_suffix,
 )
-from compression.quantization.int4 import QuantizedWeight, dequantize, to_tensors
+from compression.encoding import (
+    DTYPES,
+    decode,
+    encode_factor,
+    encode_two_four,
+    to_dense,
+)
+from compression.quantization.int4 import QuantizedWeight
 from compression.safetensors_header import CheckpointError
 
 _IN_BLOCK = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)\Z")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Factor = Tensor | QuantizedWeight
 
@@ -34,9 +38,10 @@ class Linear:
     """A linear layer being compressed.
 
     Attributes:
-        factors: the weight (O, I), or weight_u (O, K) and weight_v (K, I): float32, or INT4 codes.
+        factors: the weight (O, I), or weight_u (O, K) and weight_v (K, I): float32, or codes.
         dtype: that the checkpoint stores, as safetensors names it.
         dense_reason, sparsity: as of `checkpoint.Matrix`.
+        two_four: the weight is 2:4 sparse, and stored so unless it is quantized.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Linear:
     bias_O: Tensor | None = None
     dense_reason: str | None = None
     sparsity: float = 0.0
+    two_four: bool = False
 
     @property
     def is_low_rank(self) -> bool:
@@ -53,48 +59,36 @@ class Linear:
     @property
     def weight(self) -> Tensor:
         """The matrix that the layer multiplies with, float32 (O, I)."""
-        matrices = [dequantize(f) if isinstance(f, QuantizedWeight) else f for f in self.factors]
+        matrices = [to_dense(factor) for factor in self.factors]
         return matrices[0] @ matrices[1] if self.is_low_rank else matrices[0]
 
     def encode(self) -> tuple[Matrix, dict[str, Tensor]]:
         """The row and the tensors by suffix that a checkpoint stores."""
-        encoded = [self._encode_factor(factor) for factor in self.factors]
         bias = self.bias_O is not None
-        linear: FactorKind | LowRankLinear
+        linear: MatrixKind | LowRankLinear
         if self.is_low_rank:
-            (u, u_tensors), (v, v_tensors) = encoded
+            (u, u_tensors), (v, v_tensors) = (encode_factor(f, self.dtype) for f in self.factors)
             linear = LowRankLinear(weight_u=u, weight_v=v, bias=bias)
             tensors = {factor_suffix("u", suffix): tensor for suffix, tensor in u_tensors.items()}
             tensors |= {factor_suffix("v", suffix): tensor for suffix, tensor in v_tensors.items()}
         else:
-            ((linear, tensors),) = encoded
+            (weight,) = self.factors
+            if self.two_four and isinstance(weight, Tensor):
+                linear, tensors = encode_two_four(weight, self.dtype)
+            else:
+                linear, tensors = encode_factor(weight, self.dtype)
             linear = replace(linear, bias=bias)
         if self.bias_O is not None:
-            tensors["bias"] = self.bias_O.to(_DTYPES[self.dtype]).contiguous()
+            tensors["bias"] = self.bias_O.to(DTYPES[self.dtype]).contiguous()
         row = Matrix(
             name=self.name, linear=linear, dense_reason=self.dense_reason, sparsity=self.sparsity
         )
         return row, tensors
 
-    def _encode_factor(self, factor: Factor) -> tuple[FactorKind, dict[str, Tensor]]:
-        if isinstance(factor, QuantizedWeight):
-            (rows, columns), groups = factor.codes_OI.shape, factor.scale_OG.shape[1]
-            kind = Int4Linear(
-                out_features=rows,
-                in_features=columns,
-                dtype=self.dtype,
-                group_size=columns // groups,
-                symmetric=factor.zero_point_OG is None,
-            )
-            return kind, to_tensors(factor)
-        rows, columns = factor.shape
-        dense = DenseLinear(out_features=rows, in_features=columns, dtype=self.dtype)
-        return dense, {"weight": factor.to(_DTYPES[self.dtype]).contiguous()}
-
     @property
     def scale_dtype(self) -> torch.dtype:
         """dtype of what the checkpoint stores beside the codes."""
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
 
 @dataclass(slots=True)
@@ -165,28 +159,27 @@ def load_block(checkpoint: Checkpoint, names: BlockNames) -> Block:
     """Read one block into memory.
 
     Raises:
-        CheckpointError: a weight is INT4 already, or not finite.
+        CheckpointError: a weight is quantized already, or not finite.
     """
     linears = {}
     start = len(names.prefix) + 1
     for row in names.rows:
         linear = row.linear
-        suffixes: tuple[str, ...]
-        if isinstance(linear, LowRankLinear):
-            kinds: tuple[FactorKind, ...] = (linear.weight_u, linear.weight_v)
-            suffixes = ("weight_u", "weight_v")
-        else:
-            kinds, suffixes = (linear,), ("weight",)
-        if any(kind.kind == "int4" for kind in kinds):
-            raise CheckpointError(f"{row.name} is INT4 already: its codes cannot be changed")
-        factors = tuple(checkpoint.tensor(f"{row.name}.{s}").float() for s in suffixes)
+        stored = checkpoint.linear_tensors(row)
+        decoded = decode(linear, stored)
+        factors = tuple(factor.float() for factor in decoded if isinstance(factor, Tensor))
+        if len(factors) < len(decoded):
+            raise CheckpointError(f"{row.name} is quantized already: its codes cannot be changed")
         if not all(torch.isfinite(factor).all() for factor in factors):
             raise CheckpointError(f"{row.name} has weights that are not finite")
+        bias_O = stored["bias"].float() if linear.bias else None
+        if bias_O is not None and not torch.isfinite(bias_O).all():
+            raise CheckpointError(f"{row.name} has a bias that is not finite")
         linears[row.name[start:]] = Linear(
             name=row.name,
             dtype=linear.dtype,
             factors=factors,
-            bias_O=checkpoint.tensor(f"{row.name}.bias").float() if linear.bias else None,
+            bias_O=bias_O,
             dense_reason=row.dense_reason,
             sparsity=row.sparsity,
         )

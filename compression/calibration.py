@@ -112,7 +112,7 @@ class BlockRunner:
                 f"samples of {ids_NS.shape[1]} tokens, the model takes {context}"
             )
         self._check = check
-        model = build_skeleton(folder, AutoModelForCausalLM, torch.float32).eval()
+        model = build_skeleton(checkpoint, AutoModelForCausalLM, torch.float32).eval()
         self._decoder = model.model
         self._layers = list(model.model.layers)
         embedding = checkpoint.tensor("model.embed_tokens.weight").float()
@@ -207,6 +207,12 @@ class BlockRunner:
             state = {"weight": weight_OI} | ({"bias": linear.bias_O} if bias else {})
             module.load_state_dict(state, assign=True)
             layer.set_submodule(name, module)
+        attention = getattr(layer, "self_attn", None)
+        if (
+            attention is not None
+        ):  # a stage may have changed how many query heads share a key-value head
+            groups = attention.q_proj.out_features // attention.k_proj.out_features
+            attention.num_key_value_groups = groups
         others = {name: tensor.float() for name, tensor in block.others.items()}
         result = layer.load_state_dict(others, strict=False, assign=True)
         if result.unexpected_keys:

@@ -3,7 +3,8 @@
 A folder of safetensors and JSON, never pickle. Each linear layer is stored by *kind*, and one frozen dataclass per kind
 declares its tensors. Reading checks that every promised tensor is there with its shape and dtype and that
 nothing else is.
-INT4 uses the names and bits of compressed-tensors' `pack-quantized` format, so other engines read it too.
+INT4 and INT8 use the names and bits of compressed-tensors' `pack-quantized` format, so other engines read them too; 2:4
+sparsity those of its `sparse-24-bitmask`.
 A low-rank layer is two such matrices without a bias, `X.weight_u` and `X.weight_v`, each stored by a kind of its own.
 `config.json` tells the truth about dimensions: in transformers' own fields where all blocks are alike, and where they
 are not, as one `LayerShape` per block under `LAYER_SHAPES`.
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JsonObject = dict[str, Any]
-# Version 2 added low-rank layers, sparsity, `LAYER_SHAPES` and skip profiles; version 1 is read for ever.
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+# Version 2 added low-rank layers, sparsity, `LAYER_SHAPES` and skip profiles; version 3 INT8, packed 2:4 sparsity and
+# biases that the architecture does not have. All are read for ever.
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 MANIFEST_NAME = "lathe.json"
 SHARD_BYTES = 2 * 2**30
 LAYER_SHAPES = "layer_shapes"
@@ -106,8 +108,75 @@ class Int4Linear:
         return _parameters(self)
 
 
-FactorKind = DenseLinear | Int4Linear
-FACTOR_KINDS: dict[str, type[FactorKind]] = {cls.kind: cls for cls in (DenseLinear, Int4Linear)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Linear:
+    """8-bit codes with one scale to each output channel: W = code * scale.
+
+    Four codes, each plus 128, share an int32, lowest bits first.
+    """
+
+    kind: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
+    out_features: int
+    in_features: int
+    dtype: str
+    bias: bool = False
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Suffix to dtype and shape. `weight_shape` holds (out_features, in_features)."""
+        tensors = {
+            "weight_packed": TensorInfo("I32", (self.out_features, -(-self.in_features // 4))),
+            "weight_scale": TensorInfo(self.dtype, (self.out_features, 1)),
+            "weight_shape": TensorInfo("I64", (2,)),
+        }
+        return tensors | _bias(self)
+
+    @property
+    def parameters(self) -> int:
+        """As of `DenseLinear`."""
+        return _parameters(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoFourLinear:
+    """Of every four neighbours along the inputs two are stored: `X.compressed` has them, `X.bitmask` a one for each,
+    the lowest bit first. No factor of a low-rank layer is of this kind.
+
+    Raises:
+        CheckpointError: in_features is no multiple of 4.
+    """
+
+    kind: ClassVar[str] = "two_four"
+    bits: ClassVar[int] = 16
+    out_features: int
+    in_features: int
+    dtype: str
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.in_features % 4:
+            raise CheckpointError(f"2:4 with in_features {self.in_features}, no multiple of 4")
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Suffix to dtype and shape. `shape` holds (out_features, in_features)."""
+        tensors = {
+            "compressed": TensorInfo(self.dtype, (self.out_features, self.in_features // 2)),
+            "bitmask": TensorInfo("U8", (self.out_features, -(-self.in_features // 8))),
+            "shape": TensorInfo("I64", (2,)),
+        }
+        return tensors | _bias(self)
+
+    @property
+    def parameters(self) -> int:
+        """As of `DenseLinear`: the zeros count."""
+        return _parameters(self)
+
+
+FactorKind = DenseLinear | Int4Linear | Int8Linear
+MatrixKind = FactorKind | TwoFourLinear
+FACTOR_KINDS: dict[str, type[FactorKind]] = {
+    cls.kind: cls for cls in (DenseLinear, Int4Linear, Int8Linear)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,15 +240,19 @@ def factor_suffix(factor: Literal["u", "v"], suffix: str) -> str:
     return f"weight_{factor}{suffix.removeprefix('weight')}"
 
 
-LinearKind = FactorKind | LowRankLinear
-KINDS: dict[str, type[LinearKind]] = {LowRankLinear.kind: LowRankLinear, **FACTOR_KINDS}
+LinearKind = MatrixKind | LowRankLinear
+KINDS: dict[str, type[LinearKind]] = {
+    LowRankLinear.kind: LowRankLinear,
+    TwoFourLinear.kind: TwoFourLinear,
+    **FACTOR_KINDS,
+}
 
 
 def _bias(linear: LinearKind) -> dict[str, TensorInfo]:
     return {"bias": TensorInfo(linear.dtype, (linear.out_features,))} if linear.bias else {}
 
 
-def _parameters(linear: FactorKind) -> int:
+def _parameters(linear: MatrixKind) -> int:
     return linear.out_features * (linear.in_features + (1 if linear.bias else 0))
 
 
@@ -206,8 +279,8 @@ def _linear_from_json(row: JsonObject) -> LinearKind:
     if linear_class is not LowRankLinear:
         return linear_class(**{f.name: row[f.name] for f in dataclasses.fields(linear_class)})
     u, v = _linear_from_json(row["weight_u"]), _linear_from_json(row["weight_v"])
-    if isinstance(u, LowRankLinear) or isinstance(v, LowRankLinear):
-        raise CheckpointError("a factor cannot be low rank itself")
+    if not isinstance(u, FactorKind) or not isinstance(v, FactorKind):
+        raise CheckpointError(f"a factor must be one of {', '.join(FACTOR_KINDS)}")
     return LowRankLinear(weight_u=u, weight_v=v, bias=row["bias"])
 
 
@@ -218,6 +291,17 @@ class LayerShape:
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that read one key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+def head_dim(config: JsonObject) -> int:
+    """Channels of an attention head."""
+    stated: int | None = config.get("head_dim")
+    return stated or config["hidden_size"] // config["num_attention_heads"]
 
 
 def layer_shapes(config: JsonObject) -> list[LayerShape] | None:
@@ -429,6 +513,11 @@ class Checkpoint:
 
     def tensor(self, name: str) -> "Tensor":
         return next(self.tensors([name]))[1]
+
+    def linear_tensors(self, matrix: Matrix) -> dict[str, "Tensor"]:
+        """Those of a linear layer, by suffix."""
+        names = {f"{matrix.name}.{suffix}": suffix for suffix in matrix.linear.tensors()}
+        return {names[name]: tensor for name, tensor in self.tensors(list(names))}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,21 +1,41 @@
-"""Builds a transformers model from any Lathe checkpoint. INT4 stays packed and low rank stays factored in memory.
+"""Builds a transformers model from any Lathe checkpoint. Codes stay packed and low rank stays factored in memory.
 
 transformers' modules are the truth for compression, evaluation and training, and the oracle of every engine.
 Remote code is never run: `trust_remote_code` is False wherever transformers asks.
+
+Folders that plain transformers cannot express say so in config.json (`LATHE_ONLY`): by itself `from_pretrained` refuses
+them for want of a weights file of a telling name; once this module is imported its quantizer reads them.
 """
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compression.checkpoint import Checkpoint, LayerShape, layer_shapes, open_checkpoint
+from compression.checkpoint import (
+    Checkpoint,
+    LayerShape,
+    Matrix,
+    layer_shapes,
+    open_checkpoint,
+)
 from compression.linear import build_linear
+from compression.safetensors_header import CheckpointError
 
+LATHE_ONLY: dict[str, Any] = {
+    "quantization_config": {"quant_method": "lathe"},
+    # An unknown quant_method alone is a warning to transformers, after which missing weights are random.
+    "transformers_weights": "only-after-import-compression.hf-or-lathe-export.safetensors",
+}
+MAX_REASON = 300
 FINGERPRINT_TOKENS = 16
 FINGERPRINT_LOGITS = 8
 
@@ -37,23 +57,63 @@ def load_model(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
     else:
-        model = build_skeleton(folder, auto_class, dtype)
+        model = build_skeleton(checkpoint, auto_class, dtype)
         _fill(model, checkpoint, dtype, device)
     return model.to(device).eval().requires_grad_(False)
 
 
-def build_skeleton(folder: Path, auto_class: Any, dtype: torch.dtype) -> Any:
+def build_skeleton(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype) -> Any:
     """A model in the shape that config.json tells, its memory untouched: pages that nothing writes to are never
     resident."""
+    folder = checkpoint.folder
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # ours to read, not transformers'
+    for name in LATHE_ONLY.keys() & config.to_dict().keys():
+        delattr(config, name)  # ours to read, not transformers'
     with _no_initialisation():
         model: nn.Module = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
-    shapes = layer_shapes(read_config(folder))
+    _fit(model, checkpoint)
+    return model
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Whether config.json describes the layers that the checkpoint has. Takes no memory.
+
+    Raises:
+        CheckpointError: a layer has another shape or is in no place of the model, or there is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_skeleton(checkpoint, AutoModelForCausalLM, torch.float32)
+    except CheckpointError:
+        raise
+    except Exception as error:  # an impossible configuration breaks anywhere in transformers
+        raise CheckpointError(f"config.json describes no model: {error}"[:MAX_REASON]) from error
+    for matrix in checkpoint.manifest.matrices:
+        module = _promised(model, matrix.name)
+        if isinstance(module, nn.Linear):
+            promised = (module.out_features, module.in_features)
+            actual = (matrix.linear.out_features, matrix.linear.in_features)
+            if actual != promised:
+                raise CheckpointError(f"{matrix.name} is {actual}, config.json promises {promised}")
+
+
+def _promised(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"{name} is in no layer that config.json promises") from None
+
+
+def _fit(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give the model the shapes of blocks and the biases that its architecture's own configuration cannot tell."""
+    shapes = layer_shapes(read_config(checkpoint.folder))
     if shapes is not None:
         _reshape_blocks(model, shapes)
-    return model
+    for matrix in checkpoint.manifest.matrices:
+        if matrix.linear.bias:
+            linear = _promised(model, matrix.name)
+            if isinstance(linear, nn.Linear) and linear.bias is None:
+                model.set_submodule(matrix.name, _resized(linear, bias=True))
 
 
 def _reshape_blocks(model: Any, shapes: list[LayerShape]) -> None:
@@ -74,12 +134,16 @@ def _reshape_blocks(model: Any, shapes: list[LayerShape]) -> None:
 
 
 def _resized(
-    linear: nn.Linear, *, in_features: int | None = None, out_features: int | None = None
+    linear: nn.Linear,
+    *,
+    in_features: int | None = None,
+    out_features: int | None = None,
+    bias: bool = False,
 ) -> nn.Linear:
     return nn.Linear(
         in_features or linear.in_features,
         out_features or linear.out_features,
-        bias=linear.bias is not None,
+        bias=bias or linear.bias is not None,
         device="meta",
         dtype=linear.weight.dtype,
     )
@@ -97,13 +161,10 @@ def _fill(
     """Put the checkpoint's tensors in, replacing each compressed layer by a module that keeps it so."""
     manifest = checkpoint.manifest
     remaining = manifest.promised_tensors().keys() - manifest.skip_tensors().keys()
-    replaced = [m for m in checkpoint.manifest.matrices if m.linear.kind != "dense"]
+    replaced = _compressed(checkpoint)
+    _fill_compressed(model, checkpoint, dtype, device)
     for matrix in replaced:
-        names = {f"{matrix.name}.{suffix}": suffix for suffix in matrix.linear.tensors()}
-        stored = {names[name]: tensor for name, tensor in checkpoint.tensors(list(names))}
-        module = build_linear(matrix.linear, stored, dtype=dtype, device=device)
-        model.set_submodule(matrix.name, module)
-        remaining -= names.keys()
+        remaining -= {f"{matrix.name}.{suffix}" for suffix in matrix.linear.tensors()}
     dense: dict[str, Tensor] = {n: t.to(dtype) for n, t in checkpoint.tensors(sorted(remaining))}
     result = model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
@@ -112,6 +173,69 @@ def _fill(
     missing = expected - dense.keys() - _tied(model)
     if result.unexpected_keys or missing:
         raise RuntimeError(f"unexpected {result.unexpected_keys}, missing {sorted(missing)}")
+
+
+def _compressed(checkpoint: Checkpoint) -> list[Matrix]:
+    """Layers that transformers' own modules do not hold."""
+    return [matrix for matrix in checkpoint.manifest.matrices if matrix.linear.kind != "dense"]
+
+
+def _fill_compressed(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    for matrix in _compressed(checkpoint):
+        stored = checkpoint.linear_tensors(matrix)
+        module = build_linear(matrix.linear, stored, dtype=dtype, device=device)
+        model.set_submodule(matrix.name, module)
+
+
+class _LatheConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of `LATHE_ONLY`."""
+
+    def __init__(self, **_: Any) -> None:
+        self.quant_method = "lathe"
+
+
+class _LatheQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Lets `from_pretrained` read what `LATHE_ONLY` marks: its modules are those of `load_model`."""
+
+    _checkpoint: Checkpoint
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
+            raise ValueError("a Lathe checkpoint loads on one device, device_map names several")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before files are looked for: here the name of a file that is not there goes."""
+        config.transformers_weights = None
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._checkpoint = open_checkpoint(Path(kwargs["checkpoint_files"][0]).parent)
+        _fit(model, self._checkpoint)
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        for matrix in _compressed(self._checkpoint):
+            model.set_submodule(matrix.name, nn.Identity())  # until `_fill_compressed`
+            ignored.add(rf"^{re.escape(matrix.name)}\.")
+        model._keys_to_ignore_on_load_unexpected = ignored
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        _fill_compressed(model, self._checkpoint, model.dtype, model.device)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+# Without this hook (transformers 5.17 has none) nothing can take the telling name away: refused, imported or not.
+if hasattr(HfQuantizer, "update_attn_implementation"):
+    register_quantization_config("lathe")(_LatheConfig)
+    register_quantizer("lathe")(_LatheQuantizer)
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -169,8 +293,6 @@ def check_fingerprint(model: Any, expected: dict[str, Any], *, tolerance: float 
     Raises:
         CheckpointError: it exceeds the tolerance.
     """
-    from compression.safetensors_header import CheckpointError
-
     actual = fingerprint(model)
     difference: float = max(
         abs(a - b) for a, b in zip(actual["logits"], expected["logits"], strict=True)

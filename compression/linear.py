@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from compression.checkpoint import FactorKind, LinearKind, LowRankLinear, factor_suffix
-from compression.quantization.int4 import QuantizedWeight, dequantize, from_tensors
+from compression.checkpoint import LinearKind
+from compression.encoding import decode
+from compression.quantization.int4 import QuantizedWeight, dequantize
 
 CPU_GROUP_SIZES = (32, 64, 128, 256)
 CPU_OUTPUT_MULTIPLE = 16
+CPU_INT8_INPUT_MULTIPLE = 32  # others are read past their end (seen in torch 2.13)
 
 
 def cpu_int4_applies(out_features: int, group_size: int) -> bool:
@@ -19,13 +21,12 @@ def cpu_int4_applies(out_features: int, group_size: int) -> bool:
     return out_features % CPU_OUTPUT_MULTIPLE == 0 and group_size in CPU_GROUP_SIZES
 
 
-class Int4Linear(nn.Module):
-    """y = x W^T + b with W in plain INT4 codes; dequantizes for every call. The reference of the kind."""
-
-    kernel = "int4: dequantize, then matmul"
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with W in plain codes; dequantizes for every call. The reference of INT4 and INT8."""
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
+        self.kernel = f"int{quantized.bits}: dequantize, then matmul"
         self.register_buffer("codes_OI", quantized.codes_OI)
         self.register_buffer("scale_OG", quantized.scale_OG)
         self.register_buffer("zero_point_OG", quantized.zero_point_OG)
@@ -83,16 +84,46 @@ class CpuInt4Linear(nn.Module):
         return y_NO.reshape(*x.shape[:-1], self.out_features)
 
 
-def build_int4_linear(
+class CpuInt8Linear(nn.Module):
+    """The INT8 product in bfloat16 on a CPU, through torch's kernel; the only copy of the weight."""
+
+    kernel = "int8: torch _weight_int8pack_mm"
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("codes_OI", quantized.codes_OI)
+        self.register_buffer("scale_O", quantized.scale_OG[:, 0].bfloat16())
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.codes_OI, Tensor)
+        assert isinstance(self.scale_O, Tensor)
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = torch._weight_int8pack_mm(x_NI, self.codes_OI, self.scale_O)
+        if self.bias is not None:
+            y_NO = y_NO + self.bias
+        return y_NO.reshape(*x.shape[:-1], len(self.scale_O))
+
+
+def build_quantized_linear(
     quantized: QuantizedWeight, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """The fastest module here for an INT4 weight on this device in this dtype."""
-    num_rows, num_groups = quantized.scale_OG.shape
-    group_size = quantized.codes_OI.shape[1] // num_groups
+    """The fastest module here for a quantized weight on this device in this dtype."""
     on_cpu_in_bf16 = device.type == "cpu" and dtype == torch.bfloat16
-    if on_cpu_in_bf16 and cpu_int4_applies(num_rows, group_size):
+    if (
+        on_cpu_in_bf16
+        and quantized.bits == 8
+        and quantized.scale_OG.dtype == torch.bfloat16
+        and quantized.codes_OI.shape[1] % CPU_INT8_INPUT_MULTIPLE == 0
+    ):
+        return CpuInt8Linear(quantized, bias)
+    if (
+        on_cpu_in_bf16
+        and quantized.bits == 4
+        and cpu_int4_applies(len(quantized.scale_OG), quantized.group_size)
+    ):
         return CpuInt4Linear(quantized, bias)
-    return Int4Linear(quantized, bias).to(device)
+    return QuantizedLinear(quantized, bias).to(device)
 
 
 class LowRankProduct(nn.Module):
@@ -115,29 +146,24 @@ def build_linear(
 ) -> nn.Module:
     """The module of any kind of layer, from its tensors by suffix."""
     bias = tensors["bias"].to(dtype) if linear.bias else None
-    if not isinstance(linear, LowRankLinear):
-        return _build_factor(linear, tensors, bias, dtype=dtype, device=device)
-    u = {suffix: tensors[factor_suffix("u", suffix)] for suffix in linear.weight_u.tensors()}
-    v = {suffix: tensors[factor_suffix("v", suffix)] for suffix in linear.weight_v.tensors()}
-    return LowRankProduct(
-        _build_factor(linear.weight_u, u, bias, dtype=dtype, device=device),
-        _build_factor(linear.weight_v, v, None, dtype=dtype, device=device),
-    )
+    last, *first = decode(linear, tensors)
+    module = _build_factor(last, bias, dtype=dtype, device=device)
+    if not first:
+        return module
+    return LowRankProduct(module, _build_factor(first[0], None, dtype=dtype, device=device))
 
 
 def _build_factor(
-    linear: FactorKind,
-    tensors: dict[str, Tensor],
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
-    if linear.kind == "int4":
-        return build_int4_linear(from_tensors(tensors), bias, dtype=dtype, device=device)
-    module = nn.Linear(
-        linear.in_features, linear.out_features, bias=bias is not None, device="meta"
-    )
-    state = {"weight": tensors["weight"].to(dtype)} | ({} if bias is None else {"bias": bias})
+    if isinstance(weight, QuantizedWeight):
+        return build_quantized_linear(weight, bias, dtype=dtype, device=device)
+    out_features, in_features = weight.shape
+    module = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    state = {"weight": weight.to(dtype)} | ({} if bias is None else {"bias": bias})
     module.load_state_dict(state, assign=True)
     return module.to(device)

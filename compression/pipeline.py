@@ -26,18 +26,21 @@ from compression.checkpoint import (
     Manifest,
     Matrix,
     checkpoint_hash,
+    head_dim,
     open_checkpoint,
     write_manifest,
 )
-from compression.hf import read_config
+from compression.hf import LATHE_ONLY, check_config, read_config
 from compression.quantization.int4 import quantization_config
-from compression.recipe import Int4, Recipe, RecipeError, Stage, parse_recipe
+from compression.recipe import Int4, Int8, Recipe, RecipeError, Stage, parse_recipe
 from compression.safetensors_header import CheckpointError
 from compression.stages import (
+    HEADS,
     StageContext,
     StageError,
     apply_stage,
     needs_gram,
+    needs_statistics,
     plan_stage,
     read_plan,
 )
@@ -45,7 +48,7 @@ from compression.stages import (
 JsonObject = dict[str, Any]
 Progress = Callable[[int, int], None]
 # Raised whenever the same recipe would give other bytes; unfinished work of another version is thrown away.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 
 
 def compress(
@@ -84,6 +87,7 @@ def compress(
         parse_recipe(recipe.to_json(), done=checkpoint.manifest.recipe)
     except RecipeError as error:
         raise CheckpointError(f"{error.param}: {error.message}") from None
+    check_config(checkpoint)
     if work is None:
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".work-") as temporary:
             return compress(
@@ -219,6 +223,7 @@ class _StageRun:
                 cache=self.cache,
                 work=self.work,
                 check=self._check,
+                head_dim=head_dim(read_config(self.source)),
             )
             plan = plan_stage(self.stage, context)
             _write_text(path, json.dumps(plan))
@@ -229,9 +234,8 @@ class _StageRun:
         while num_done < len(blocks) and (self.work / f"block-{num_done}.json").is_file():
             self._done += len(blocks[num_done].rows)
             num_done += 1
-        # removed blocks were chosen in the plan: nothing is left to calibrate
-        walks = self.stage.calibrated and "remove" not in plan
-        head_dim = _head_dim(read_config(self.source))
+        walks = needs_statistics(self.stage)
+        config = read_config(self.source)
         runner = None
         if walks and num_done < len(blocks):
             runner = self._new_runner(checkpoint)
@@ -246,7 +250,7 @@ class _StageRun:
             if runner is not None:
                 statistics = runner.statistics(block, gram=needs_gram(self.stage))
             try:
-                apply_stage(self.stage, block, plan, statistics, head_dim=head_dim)
+                apply_stage(self.stage, block, plan, statistics, head_dim=head_dim(config))
             except ValueError as error:  # the pure functions refuse what is not finite
                 raise StageError(f"{self.stage.name}: {block.prefix}: {error}") from error
             if runner is not None:
@@ -281,7 +285,7 @@ class _StageRun:
                 stored = {s: tensors[f"{matrix.name}.{s}"] for s in matrix.linear.tensors()}
                 writer.add_linear(matrix, stored)
             for name in others:
-                writer.add_other(name, tensors[name])
+                writer.add_other(name, _finite(name, tensors[name]))
             matrices += row
         for matrix in checkpoint.manifest.matrices:
             if matrix.name not in in_blocks:
@@ -296,7 +300,7 @@ class _StageRun:
                 matrices.append(matrix)
         for name in sorted(checkpoint.manifest.other_tensors):
             if name not in in_blocks:
-                writer.add_other(name, checkpoint.tensor(name))
+                writer.add_other(name, _finite(name, checkpoint.tensor(name)))
         writer.copy_files(self.source)
         config = _configure(read_config(self.source), self.stage, plan, kept, matrices, checkpoint)
         writer.write_json("config.json", config)
@@ -317,9 +321,10 @@ class _StageRun:
             yield rows, record["others"], _read(self.work / f"block-{position}.safetensors")
 
 
-def _head_dim(config: JsonObject) -> int:
-    stated: int | None = config.get("head_dim")
-    return stated or config["hidden_size"] // config["num_attention_heads"]
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name} has values that are not finite")
+    return tensor
 
 
 def _configure(
@@ -331,6 +336,8 @@ def _configure(
     checkpoint: Checkpoint,
 ) -> JsonObject:
     """config.json after a stage: its dimensions, and how others may read the weights."""
+    for name in LATHE_ONLY:
+        config.pop(name, None)
     if "remove" in plan:
         config["num_hidden_layers"] = len(kept)
         for per_block in ("layer_types", LAYER_SHAPES):
@@ -340,18 +347,22 @@ def _configure(
             config["max_window_layers"] = min(config["max_window_layers"], len(kept))
     if "intermediate_size" in plan:
         config["intermediate_size"] = plan["intermediate_size"]
-        for shape in config.get(LAYER_SHAPES) or ():
-            shape["intermediate_size"] = plan["intermediate_size"]
+    if plan.keys() & HEADS:
+        config |= {name: plan[name] for name in HEADS}
+    if LAYER_SHAPES in plan:
+        config[LAYER_SHAPES] = plan[LAYER_SHAPES]
     kinds = {matrix.linear.kind for matrix in matrices}
-    if "low_rank" in kinds:
-        # Others refuse a method that they do not know, or at least (transformers) warn of layers left random.
-        config["quantization_config"] = {"quant_method": "lathe"}
-    elif isinstance(stage, Int4):
+    if kinds & {"low_rank", "two_four"} or LAYER_SHAPES in config:
+        config |= LATHE_ONLY
+    elif isinstance(stage, Int4 | Int8):
         ignore = [matrix.name for matrix in matrices if matrix.linear.kind == "dense"]
         if "lm_head.weight" not in checkpoint.manifest.promised_tensors():
             ignore.append("lm_head")  # tied: no tensor of its own, but a Linear to loaders
         config["quantization_config"] = quantization_config(
-            stage.group_size, symmetric=stage.symmetric, ignore=ignore
+            bits=4 if isinstance(stage, Int4) else 8,
+            group_size=stage.group_size if isinstance(stage, Int4) else None,
+            symmetric=not isinstance(stage, Int4) or stage.symmetric,
+            ignore=ignore,
         )
     return config
 

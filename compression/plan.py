@@ -1,27 +1,46 @@
 """What a recipe will give, from the manifest's rows alone: parameters, bytes and peak memory before any work.
 
-Exact for INT4, sparsity, widths and uniform ranks. WeLore's ranks depend on singular values that nobody has seen yet,
-so its figures are the least and the most that the effective rank reduction allows. Norms of removed blocks are left in.
+Exact for codes, sparsity, widths and uniform ranks. WeLore's ranks depend on singular values that nobody has seen yet,
+so its figures are the least and the most that the effective rank reduction allows; FLAP's are what rounding in every
+block allows. Norms of removed blocks are left in.
 Imports no torch.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from compression.checkpoint import (
     SHARD_BYTES,
     DenseLinear,
     FactorKind,
     Int4Linear,
+    Int8Linear,
     LinearKind,
     LowRankLinear,
     Matrix,
+    MatrixKind,
+    TwoFourLinear,
 )
-from compression.recipe import GROUP_SIZES, Calibration, Int4, Recipe, ShortGpt, Structured, WeLore
+from compression.recipe import (
+    FFN_WIDTH_MULTIPLE,
+    GROUP_SIZES,
+    Calibration,
+    Flap,
+    Int4,
+    Int8,
+    Magnitude,
+    Recipe,
+    ShortGpt,
+    SparseGpt,
+    Structured,
+    Wanda,
+    WeLore,
+)
 
 Case = Literal["least", "most"]
+_Kind = TypeVar("_Kind", DenseLinear, Int8Linear, TwoFourLinear)
 RUNTIME_BYTES = 400 * 2**20  # Python, torch and transformers, loaded
 TOKENS_PER_BATCH = 2048
 _IN_BLOCK = re.compile(r"\.(\d+)\.(.+)\Z")
@@ -50,7 +69,8 @@ def plan(model: Mapping[str, Any], recipe: Recipe, calibration: Calibration) -> 
     """Predict.
 
     Args:
-        model: `parameters`, `bytes` and `matrices` of a checkpoint, as its manifest or the API gives them.
+        model: `parameters`, `bytes` and `matrices` of a checkpoint, as its manifest or the API gives them; and, to cut
+            heads, `head_dim`.
     """
     before = [Matrix.from_json(dict(row)) for row in model["matrices"]]
     others = {
@@ -58,7 +78,7 @@ def plan(model: Mapping[str, Any], recipe: Recipe, calibration: Calibration) -> 
         "bytes": model["bytes"] - sum(row.num_bytes for row in before),
     }
     cases: tuple[Case, ...] = ("least", "most")
-    after = {case: _predict(before, recipe, case) for case in cases}
+    after = {case: _predict(before, recipe, case, model.get("head_dim")) for case in cases}
     parameters = [others["parameters"] + sum(m.parameters for m in after[case]) for case in cases]
     num_bytes = [others["bytes"] + sum(m.num_bytes for m in after[case]) for case in cases]
     return Plan(
@@ -70,7 +90,7 @@ def plan(model: Mapping[str, Any], recipe: Recipe, calibration: Calibration) -> 
     )
 
 
-def _predict(rows: list[Matrix], recipe: Recipe, case: Case) -> list[Matrix]:
+def _predict(rows: list[Matrix], recipe: Recipe, case: Case, head_dim: int | None) -> list[Matrix]:
     outside = [row for row in rows if not _IN_BLOCK.search(row.name)]
     inside = [row for row in rows if _IN_BLOCK.search(row.name)]
     for stage in recipe.stages:
@@ -78,15 +98,18 @@ def _predict(rows: list[Matrix], recipe: Recipe, case: Case) -> list[Matrix]:
             case ShortGpt():
                 num_blocks = 1 + max(_block(row) for row in inside)
                 inside = [row for row in inside if _block(row) < num_blocks - stage.remove]
-            case Structured():
-                inside = [_with_width(row, stage.ffn_width) for row in inside]
+            case Structured() | Flap():
+                inside = _cut(stage, inside, case, head_dim)
             case WeLore():
                 ranks = _ranks(stage, inside, case)
                 inside = [_factored(row, ranks.get(row.name)) for row in inside]
             case Int4():
                 inside = [replace(row, linear=_quantized(stage, row.linear)) for row in inside]
-            case _:
-                pass  # zeros are stored
+            case Int8():
+                inside = [replace(row, linear=_in_int8(row.linear)) for row in inside]
+            case Magnitude() | Wanda() | SparseGpt():
+                if stage.sparsity == "2:4":
+                    inside = [replace(row, linear=_packed(row.linear)) for row in inside]
     return inside + outside
 
 
@@ -96,14 +119,52 @@ def _block(row: Matrix) -> int:
     return int(found[1])
 
 
-def _with_width(row: Matrix, width: int) -> Matrix:
-    if not isinstance(row.linear, DenseLinear):
-        return row
-    if row.name.endswith("mlp.down_proj"):
-        return replace(row, linear=replace(row.linear, in_features=width))
-    if row.name.endswith(("mlp.gate_proj", "mlp.up_proj")):
-        return replace(row, linear=replace(row.linear, out_features=width))
-    return row
+def _cut(
+    stage: Structured | Flap, rows: list[Matrix], case: Case, head_dim: int | None
+) -> list[Matrix]:
+    """Blocks without the neurons and heads that go.
+
+    Raises:
+        ValueError: heads go, and `head_dim` is not known.
+    """
+    sizes = {row.name.rpartition(".")[2]: row.linear for row in rows}
+    width, heads = sizes["down_proj"].in_features, sizes["q_proj"].out_features
+    key_values = sizes["k_proj"].out_features
+    if isinstance(stage, Flap) or stage.cuts_heads:
+        if head_dim is None:
+            raise ValueError("to predict what cut heads save, head_dim must be known")
+        groups, per_group = key_values // head_dim, heads // key_values
+        if isinstance(stage, Flap):
+            width = _near((1 - stage.sparsity) * width, FFN_WIDTH_MULTIPLE, case, width)
+            groups = _near((1 - stage.sparsity) * groups, 1, case, groups)
+        else:
+            groups = stage.num_key_value_heads or groups
+            per_group = stage.heads_per_group or per_group
+        heads, key_values = groups * per_group * head_dim, groups * head_dim
+    if isinstance(stage, Structured):
+        width = stage.ffn_width or width
+    outputs = {"gate_proj": width, "up_proj": width, "q_proj": heads}
+    outputs |= {"k_proj": key_values, "v_proj": key_values}
+    inputs = {"down_proj": width, "o_proj": heads}
+    cut = []
+    for row in rows:
+        name, linear = row.name.rpartition(".")[2], row.linear
+        if isinstance(linear, DenseLinear):
+            linear = replace(
+                linear,
+                out_features=outputs.get(name, linear.out_features),
+                in_features=inputs.get(name, linear.in_features),
+                bias=linear.bias or (isinstance(stage, Flap) and name in inputs),
+            )
+        cut.append(replace(row, linear=linear))
+    return cut
+
+
+def _near(size: float, multiple: int, case: Case, whole: int) -> int:
+    """Half a multiple and more below or above, as rounding may end."""
+    if case == "least":
+        return max(int(size / multiple - 0.5), 1) * multiple
+    return min((int(size / multiple + 0.5) + 1) * multiple, whole)
 
 
 def _size(row: Matrix) -> int:
@@ -176,7 +237,9 @@ def _quantized(stage: Int4, linear: LinearKind) -> LinearKind:
     return _quantized_factor(stage, linear, (stage.group_size,))
 
 
-def _quantized_factor(stage: Int4, linear: FactorKind, group_sizes: Sequence[int]) -> FactorKind:
+def _quantized_factor(stage: Int4, linear: MatrixKind, group_sizes: Sequence[int]) -> FactorKind:
+    if isinstance(linear, TwoFourLinear):
+        linear = _with_kind(DenseLinear, linear)
     fitting = [s for s in group_sizes if s <= stage.group_size and linear.in_features % s == 0]
     if not fitting:
         return linear
@@ -186,6 +249,29 @@ def _quantized_factor(stage: Int4, linear: FactorKind, group_sizes: Sequence[int
         dtype=linear.dtype,
         group_size=max(fitting),
         symmetric=stage.symmetric,
+        bias=linear.bias,
+    )
+
+
+def _in_int8(linear: LinearKind) -> LinearKind:
+    if isinstance(linear, LowRankLinear):
+        u, v = (_with_kind(Int8Linear, f) for f in (linear.weight_u, linear.weight_v))
+        return LowRankLinear(weight_u=u, weight_v=v, bias=linear.bias)
+    return _with_kind(Int8Linear, linear)
+
+
+def _packed(linear: LinearKind) -> LinearKind:
+    """Zeros of other patterns than 2:4 are stored."""
+    if not isinstance(linear, DenseLinear) or linear.in_features % 4:
+        return linear
+    return _with_kind(TwoFourLinear, linear)
+
+
+def _with_kind(kind: type[_Kind], linear: MatrixKind) -> _Kind:
+    return kind(
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        dtype=linear.dtype,
         bias=linear.bias,
     )
 

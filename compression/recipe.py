@@ -18,14 +18,15 @@ GroupSize = Literal[32, 64, 128]
 GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
 Int4Method = Literal["rtn", "gptq", "awq"]
 RankCount = Literal["all", "lrc_only"]
-RankAllocation = Literal["welore", "uniform"]
+RankAllocation = Literal["welore", "uniform", "owl"]
+SparsityAllocation = Literal["uniform", "owl"]
 Calibrated = Literal["none", "activation"]
 RankMultiple = Literal[1, 8, 16, 32, 64, 128]
+ExportFormat = Literal["dense", "compressed-tensors", "nemotron-nas"]
+"""What `export.export` writes; here, because the API process checks it without torch."""
 FFN_WIDTH_MULTIPLE = 64
+OWL_MIN_M = 8
 DEFAULT_CALIBRATION_CORPUS: Literal["wikipedia-summaries"] = "wikipedia-summaries"
-
-# Stages of the design that this version cannot run; named, so that the refusal says so.
-PLANNED_STAGES = ("int8", "nf4", "flap")
 
 
 class RecipeError(ValueError):
@@ -74,24 +75,61 @@ class ShortGpt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structured:
-    """Cut the least active neurons out of every feed-forward block, to one width (Minitron's importance,
-    Muralidharan et al. 2024, arXiv:2407.14679). The result is smaller and faster for real.
+    """Cut the least active neurons and attention heads out of every block, to one width (Minitron's importance,
+    Muralidharan et al. 2024, arXiv:2407.14679). The result is smaller and faster for real. At least one is given.
 
     Attributes:
         ffn_width: neurons that stay in each block, a multiple of 64.
+        num_key_value_heads: key-value heads that stay, each with the query heads that read it.
+        heads_per_group: query heads that stay beside each key-value head.
     """
 
     name: ClassVar[str] = "structured"
     order: ClassVar[int] = 1
     calibrated: ClassVar[bool] = True
-    ffn_width: int
+    ffn_width: int | None = None
+    num_key_value_heads: int | None = None
+    heads_per_group: int | None = None
 
     def __post_init__(self) -> None:
+        if self.ffn_width is None and not self.cuts_heads:
+            raise RecipeError(
+                "ffn_width",
+                "one of ffn_width, num_key_value_heads and heads_per_group is required",
+            )
         width = self.ffn_width
-        if type(width) is not int or width < 1 or width % FFN_WIDTH_MULTIPLE:
+        if width is not None and (
+            type(width) is not int or width < 1 or width % FFN_WIDTH_MULTIPLE
+        ):
             raise RecipeError(
                 "ffn_width", f"ffn_width must be a multiple of {FFN_WIDTH_MULTIPLE}, got {width!r}"
             )
+        for field in ("num_key_value_heads", "heads_per_group"):
+            value = getattr(self, field)
+            if value is not None and (type(value) is not int or value < 1):
+                raise RecipeError(field, f"{field} must be at least 1, got {value!r}")
+
+    @property
+    def cuts_heads(self) -> bool:
+        return self.num_key_value_heads is not None or self.heads_per_group is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flap:
+    """Cut the neurons and groups of heads that fluctuate least wherever in the model they are, and let biases stand in
+    for their mean (FLAP, An et al. 2023, arXiv:2312.11983). Blocks end up of unequal shape.
+
+    Attributes:
+        sparsity: fraction of the blocks' weights that goes; widths are rounded to multiples of 64.
+    """
+
+    name: ClassVar[str] = "flap"
+    order: ClassVar[int] = Structured.order
+    calibrated: ClassVar[bool] = True
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("sparsity", self.sparsity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +141,8 @@ class WeLore:
         count: "lrc_only" factors matrices that lose more than half of their rank and leaves the others as they are;
             "all" cuts every matrix to its rank, and stores the product where factors would be no smaller.
         allocation: "welore" gives each matrix the rank that one threshold on its normalised singular values leaves;
-            "uniform" gives all the same share and is the baseline.
+            "uniform" gives all the same share; "owl" gives blocks with more outliers more (arXiv:2310.05175). Those
+            are the baselines.
         calibration: "activation" weighs errors by calibration inputs (SVD-LLM, Wang et al. 2024, arXiv:2403.07378).
         rank_multiple: ranks are rounded up to a multiple; the threshold is solved for the ranks as rounded.
     """
@@ -122,25 +161,27 @@ class WeLore:
         _check_choice(self, "allocation", RankAllocation)
         _check_choice(self, "calibration", Calibrated)
         _check_choice(self, "rank_multiple", RankMultiple)
-        if self.allocation == "uniform" and self.count == "lrc_only":
+        if self.allocation != "welore" and self.count == "lrc_only":
             raise RecipeError(
                 "count",
-                "uniform ranks make every matrix low rank or none: count must be 'all' with them",
+                f"{self.allocation} ranks make no matrix low rank or all: count must be 'all' with them",
             )
 
     @property
     def calibrated(self) -> bool:
-        return self.calibration == "activation"
+        return self.calibration == "activation" or self.allocation == "owl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sparse:
     """Attributes:
     sparsity: fraction of the weights that become zero, or a pattern such as "2:4".
+    allocation: "owl" makes blocks with fewer outliers sparser, around that mean (arXiv:2310.05175).
     """
 
     order: ClassVar[int] = 3
     sparsity: float | str
+    allocation: SparsityAllocation = "uniform"
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity, str):
@@ -149,8 +190,15 @@ class _Sparse:
                 raise RecipeError(
                     "sparsity", f'a pattern is N:M with N < M, such as "2:4", got {self.sparsity!r}'
                 )
+            if self.allocation == "owl" and int(pattern[2]) < OWL_MIN_M:
+                raise RecipeError(
+                    "allocation",
+                    f"of {pattern[2]} inputs no block can keep a little more than {pattern[1]}:"
+                    f" owl needs N:M with M of at least {OWL_MIN_M}",
+                )
         else:
             _check_fraction("sparsity", self.sparsity)
+        _check_choice(self, "allocation", SparsityAllocation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +206,10 @@ class Magnitude(_Sparse):
     """Zero the smallest weights of every matrix. Saves no time by itself, like all unstructured sparsity."""
 
     name: ClassVar[str] = "magnitude"
-    calibrated: ClassVar[bool] = False
+
+    @property
+    def calibrated(self) -> bool:
+        return self.allocation == "owl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,9 +257,19 @@ class Int4:
         return self.method != "rtn"
 
 
-Stage = ShortGpt | Structured | WeLore | Magnitude | Wanda | SparseGpt | Int4
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8:
+    """Round every linear weight of the blocks, or both its factors, to 8 bits with one scale to each output channel."""
+
+    name: ClassVar[str] = "int8"
+    order: ClassVar[int] = Int4.order
+    calibrated: ClassVar[bool] = False
+
+
+Stage = ShortGpt | Structured | Flap | WeLore | Magnitude | Wanda | SparseGpt | Int4 | Int8
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (ShortGpt, Structured, WeLore, Magnitude, Wanda, SparseGpt, Int4)
+    stage.name: stage
+    for stage in (ShortGpt, Structured, Flap, WeLore, Magnitude, Wanda, SparseGpt, Int4, Int8)
 }
 # Why no stage of the same or a lower order may follow a stage of this order.
 _SPOILS = {
@@ -287,10 +348,10 @@ def _parse_stage(path: str, stage: Mapping[str, Any]) -> Stage:
     if not isinstance(stage, Mapping) or len(stage) != 1:
         raise RecipeError(path, "a stage is an object with one key, the stage's name")
     name, options = next(iter(stage.items()))
-    if name in PLANNED_STAGES:
+    if name == "nf4":
         raise RecipeError(
             f"{path}.{name}",
-            f"stage {name!r} is not available in this version; available: {', '.join(STAGES)}",
+            "nf4 is for comparison only (evaluation/nf4.py): it can be measured, not stored or served",
             unsupported=True,
         )
     if name == "ffn_skip":

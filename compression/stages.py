@@ -8,7 +8,7 @@ Shapes: O output channels, I input channels, K rank, F neurons of a feed-forward
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,32 @@ from torch import Tensor
 
 from compression.block import Block, BlockNames, Linear, load_block
 from compression.calibration import BlockRunner, require_gram
-from compression.checkpoint import Checkpoint
+from compression.checkpoint import LAYER_SHAPES, Checkpoint, LayerShape
 from compression.low_rank.factors import break_even_rank, factor, singular_values, spectrum
-from compression.low_rank.ranks import RankChoice, choose_ranks, uniform_ranks
+from compression.low_rank.ranks import RankChoice, allotted_ranks, choose_ranks, uniform_ranks
+from compression.pruning.flap import bias_compensation, fluctuation_score, select_units
 from compression.pruning.magnitude import magnitude_keep_mask
 from compression.pruning.masks import NM, Sparsity
+from compression.pruning.owl import block_patterns, block_sparsities, outlier_share
 from compression.pruning.shortgpt import BlockInfluence, select_layers
 from compression.pruning.sparsegpt import sparsegpt
-from compression.pruning.structured import select_neurons
+from compression.pruning.structured import (
+    AttentionSlice,
+    ffn_width,
+    head_importance,
+    select_heads,
+    select_neurons,
+)
 from compression.pruning.wanda import wanda_keep_mask
 from compression.quantization.awq import divide_outputs, search_scale, value_sources
 from compression.quantization.gptq import gptq
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
+from compression.quantization.int8 import round_to_nearest_int8
 from compression.recipe import (
     GROUP_SIZES,
+    Flap,
     Int4,
+    Int8,
     Magnitude,
     ShortGpt,
     SparseGpt,
@@ -60,6 +71,7 @@ class StageContext:
         cache: folder of singular values by weight hash; None for none.
         work: the stage's own folder, for what a report shows.
         check: called between matrices; may raise to stop.
+        head_dim: channels of an attention head.
     """
 
     checkpoint: Checkpoint
@@ -68,6 +80,7 @@ class StageContext:
     cache: Path | None
     work: Path
     check: Callable[[], None]
+    head_dim: int
 
 
 def plan_stage(stage: Stage, context: StageContext) -> JsonObject:
@@ -83,8 +96,23 @@ def plan_stage(stage: Stage, context: StageContext) -> JsonObject:
             return _plan_shortgpt(stage, context)
         case Structured():
             return _plan_structured(stage, context)
-        case _:
+        case Flap():
+            return _plan_flap(stage, context)
+        case Magnitude() | Wanda() | SparseGpt():
+            return _plan_sparsity(stage, context)
+        case Int4() | Int8():
             return {}
+
+
+def needs_statistics(stage: Stage) -> bool:
+    """Whether `apply_stage` looks at inputs; other calibrated stages see all they need when they plan."""
+    match stage:
+        case WeLore():
+            return stage.calibration == "activation"
+        case ShortGpt() | Magnitude():
+            return False
+        case _:
+            return stage.calibrated
 
 
 def needs_gram(stage: Stage) -> bool:
@@ -104,19 +132,23 @@ def apply_stage(
 
     Args:
         head_dim: channels of an attention head.
-        statistics: of every linear layer's input; empty where the stage is not calibrated.
+        statistics: of every linear layer's input; empty where `needs_statistics` says that nobody asks.
     """
     match stage:
         case WeLore():
             _apply_welore(block, plan, statistics)
         case Structured():
-            _apply_structured(stage, block, statistics)
+            _apply_structured(stage, block, plan, statistics, head_dim)
+        case Flap():
+            _apply_flap(block, plan, statistics, head_dim)
         case Magnitude() | Wanda() | SparseGpt():
-            _apply_sparsity(stage, block, statistics)
+            _apply_sparsity(stage, block, plan, statistics)
         case Int4():
             if stage.method == "awq":
                 fold_awq_scales(stage, block, statistics, head_dim)
             _apply_int4(stage, block, statistics)
+        case Int8():
+            _apply_int8(block)
         case ShortGpt():
             pass  # blocks that stay are not changed
 
@@ -138,34 +170,183 @@ def _plan_shortgpt(stage: ShortGpt, context: StageContext) -> JsonObject:
     return {"influence": influence, "remove": sorted(select_layers(influence, stage.remove))}
 
 
-# --- structured: width of the feed-forward blocks ---
+# --- structured: neurons and heads ---
 
 _FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+"""What a plan that cuts heads everywhere alike says; fields of config.json."""
+
+
+def _shape(stage: Structured | Flap, names: BlockNames, head_dim: int) -> LayerShape:
+    """Raises: StageError: the block is none of the Llama family."""
+    rows = {row.name.removeprefix(f"{names.prefix}."): row.linear for row in names.rows}
+    missing = [name for name in (*_ATTENTION, *_FFN) if name not in rows]
+    if missing:
+        raise StageError(f"{stage.name}: {names.prefix} has no {missing[0]}")
+    return LayerShape(
+        intermediate_size=rows["mlp.down_proj"].in_features,
+        num_attention_heads=rows["self_attn.q_proj"].out_features // head_dim,
+        num_key_value_heads=rows["self_attn.k_proj"].out_features // head_dim,
+    )
 
 
 def _plan_structured(stage: Structured, context: StageContext) -> JsonObject:
-    for names in context.blocks:
-        widths = {
-            row.name.removeprefix(f"{names.prefix}."): row.linear.in_features for row in names.rows
-        }
-        width = widths.get("mlp.down_proj", 0)
-        if stage.ffn_width >= width:
+    shapes = {_shape(stage, names, context.head_dim) for names in context.blocks}
+    if len(shapes) > 1:
+        raise StageError("structured cuts blocks of equal shape, this model's differ")
+    (shape,) = shapes
+    plan: JsonObject = {}
+    if stage.ffn_width is not None:
+        if stage.ffn_width >= shape.intermediate_size:
             raise StageError(
-                f"structured.ffn_width is {stage.ffn_width}, {names.prefix} has {width} neurons"
+                f"structured.ffn_width is {stage.ffn_width}, every block has {shape.intermediate_size} neurons"
             )
-    return {"intermediate_size": stage.ffn_width}
+        plan["intermediate_size"] = stage.ffn_width
+    if stage.cuts_heads:
+        groups, per_group = shape.num_key_value_heads, shape.heads_per_group
+        keep_groups = stage.num_key_value_heads or groups
+        keep_heads = stage.heads_per_group or per_group
+        if (
+            keep_groups > groups
+            or keep_heads > per_group
+            or (keep_groups == groups and keep_heads == per_group)
+        ):
+            raise StageError(
+                f"structured is to keep {keep_groups} key-value heads of {keep_heads} query heads, every block has"
+                f" {groups} of {per_group}"
+            )
+        plan |= {
+            "num_attention_heads": keep_groups * keep_heads,
+            "num_key_value_heads": keep_groups,
+            "head_dim": context.head_dim,
+        }
+    return plan
 
 
 def _apply_structured(
-    stage: Structured, block: Block, statistics: Mapping[str, InputStatistics]
+    stage: Structured,
+    block: Block,
+    plan: JsonObject,
+    statistics: Mapping[str, InputStatistics],
+    head_dim: int,
 ) -> None:
-    keep_F = select_neurons(statistics["mlp.down_proj"].activation, stage.ffn_width)
+    if stage.ffn_width is not None:
+        _cut_neurons(block, select_neurons(statistics["mlp.down_proj"].activation, stage.ffn_width))
+    if stage.cuts_heads:
+        num_heads = len(block.linears["self_attn.q_proj"].weight) // head_dim
+        importance_H = head_importance(
+            statistics["self_attn.o_proj"].activation, num_heads, reduction="norm"
+        )
+        keep_groups = plan["num_key_value_heads"]
+        kept = select_heads(
+            importance_H,
+            num_key_value_heads=len(block.linears["self_attn.k_proj"].weight) // head_dim,
+            head_dim=head_dim,
+            keep_groups=keep_groups,
+            keep_heads_per_group=plan["num_attention_heads"] // keep_groups,
+        )
+        _cut_heads(block, kept)
+
+
+def _cut_neurons(block: Block, keep_F: Tensor) -> None:
     gate, up, down = (block.linears[name] for name in _FFN)
-    for linear in (gate, up):
-        linear.factors = (linear.weight[keep_F].contiguous(),)
-        if linear.bias_O is not None:
-            linear.bias_O = linear.bias_O[keep_F].contiguous()
+    _keep_rows(gate, keep_F)
+    _keep_rows(up, keep_F)
     down.factors = (down.weight[:, keep_F].contiguous(),)
+
+
+def _cut_heads(block: Block, kept: AttentionSlice) -> None:
+    query, key, value, output = (block.linears[name] for name in _ATTENTION)
+    _keep_rows(query, kept.query_rows)
+    _keep_rows(key, kept.key_value_rows)
+    _keep_rows(value, kept.key_value_rows)
+    output.factors = (output.weight[:, kept.query_rows].contiguous(),)
+
+
+def _keep_rows(linear: Linear, rows: Tensor) -> None:
+    linear.factors = (linear.weight[rows].contiguous(),)
+    if linear.bias_O is not None:
+        linear.bias_O = linear.bias_O[rows].contiguous()
+
+
+# --- FLAP: the same, where it hurts least ---
+
+
+def _plan_flap(stage: Flap, context: StageContext) -> JsonObject:
+    """How much of each block goes; which of its neurons and groups is decided on the inputs that it then has."""
+    assert context.new_runner is not None
+    runner = context.new_runner()
+    shapes = [_shape(stage, names, context.head_dim) for names in context.blocks]
+    scores: list[Tensor] = []
+    prices: list[int] = []
+    for names, shape in zip(context.blocks, shapes, strict=True):
+        block = load_block(context.checkpoint, names)
+        statistics = runner.statistics(block, gram=False, advance=True)
+        scores += [_fluctuation(block, statistics, "mlp.down_proj")]
+        scores += [_group_fluctuation(block, statistics, shape.num_key_value_heads)]
+        hidden = len(block.linears["mlp.down_proj"].weight)
+        prices += [3 * hidden, 2 * (shape.heads_per_group + 1) * context.head_dim * hidden]
+    kept = select_units(scores, prices, stage.sparsity)
+    after = [
+        LayerShape(
+            intermediate_size=ffn_width(
+                shape.intermediate_size, 1 - len(neurons) / shape.intermediate_size
+            ),
+            num_attention_heads=len(groups) * shape.heads_per_group,
+            num_key_value_heads=len(groups),
+        )
+        for shape, neurons, groups in zip(shapes, kept[::2], kept[1::2], strict=True)
+    ]
+
+    def weights(sizes: list[LayerShape]) -> int:
+        units = [n for s in sizes for n in (s.intermediate_size, s.num_key_value_heads)]
+        return sum(count * price for count, price in zip(units, prices, strict=True))
+
+    return {
+        LAYER_SHAPES: [asdict(shape) for shape in after],
+        "sparsity": 1 - weights(after) / weights(shapes),
+    }
+
+
+def _fluctuation(block: Block, statistics: Mapping[str, InputStatistics], name: str) -> Tensor:
+    return fluctuation_score(block.linears[name].weight, statistics[name].variance)
+
+
+def _group_fluctuation(
+    block: Block, statistics: Mapping[str, InputStatistics], num_groups: int
+) -> Tensor:
+    score_I = _fluctuation(block, statistics, "self_attn.o_proj")
+    return head_importance(score_I, num_groups, reduction="mean")
+
+
+def _apply_flap(
+    block: Block, plan: JsonObject, statistics: Mapping[str, InputStatistics], head_dim: int
+) -> None:
+    shape = LayerShape(**plan[LAYER_SHAPES][block.index])
+    keep_F = select_neurons(
+        _fluctuation(block, statistics, "mlp.down_proj"), shape.intermediate_size
+    )
+    num_groups = len(block.linears["self_attn.k_proj"].weight) // head_dim
+    group_G = _group_fluctuation(block, statistics, num_groups)
+    kept = select_heads(
+        group_G.repeat_interleave(shape.heads_per_group),
+        num_key_value_heads=num_groups,
+        head_dim=head_dim,
+        keep_groups=shape.num_key_value_heads,
+        keep_heads_per_group=shape.heads_per_group,
+    )
+    _compensate(block.linears["mlp.down_proj"], statistics["mlp.down_proj"], keep_F)
+    _compensate(block.linears["self_attn.o_proj"], statistics["self_attn.o_proj"], kept.query_rows)
+    _cut_neurons(block, keep_F)
+    _cut_heads(block, kept)
+
+
+def _compensate(linear: Linear, inputs: InputStatistics, keep_K: Tensor) -> None:
+    if len(keep_K) == inputs.num_channels:
+        return
+    bias_O = bias_compensation(linear.weight, inputs.mean_I, keep_K)
+    linear.bias_O = bias_O if linear.bias_O is None else linear.bias_O + bias_O
 
 
 # --- WeLore ---
@@ -173,21 +354,25 @@ def _apply_structured(
 
 def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
     spectra: dict[str, Tensor] = {}
+    whitens = stage.calibration == "activation"
+    outliers = _Outliers()
     runner = None
     if stage.calibrated:
         assert context.new_runner is not None
         runner = context.new_runner()
     for names in context.blocks:
         block = load_block(context.checkpoint, names)
-        statistics = {} if runner is None else runner.statistics(block, gram=True, advance=True)
+        statistics = {} if runner is None else runner.statistics(block, gram=whitens, advance=True)
+        if stage.allocation == "owl":
+            outliers.add(block, statistics)
         for name, linear in block.dense_linears():
             context.check()
-            if runner is None:
-                spectra[linear.name] = _cached_singular_values(linear.weight, context.cache)
-            else:
+            if whitens:
                 gram_II = require_gram(statistics, name)
                 spectra[linear.name] = singular_values(linear.weight, gram_II)
-    choice = _choose(stage, spectra)
+            else:
+                spectra[linear.name] = _cached_singular_values(linear.weight, context.cache)
+    choice = _choose(stage, spectra, outliers)
     numpy.savez(context.work / SPECTRA_NAME, **{n: s.numpy() for n, s in spectra.items()})  # type: ignore[arg-type]
     return {
         "threshold": choice.threshold,
@@ -197,10 +382,17 @@ def _plan_welore(stage: WeLore, context: StageContext) -> JsonObject:
     }
 
 
-def _choose(stage: WeLore, spectra: Mapping[str, Tensor]) -> RankChoice:
+def _choose(stage: WeLore, spectra: Mapping[str, Tensor], outliers: "_Outliers") -> RankChoice:
+    sizes = {name: values.numel() for name, values in spectra.items()}
     if stage.allocation == "uniform":
-        sizes = {name: values.numel() for name, values in spectra.items()}
         return uniform_ranks(sizes, stage.err, multiple=stage.rank_multiple)
+    if stage.allocation == "owl":
+        errs = {
+            name: err
+            for names, err in zip(outliers.names, outliers.sparsities(stage.err), strict=True)
+            for name in names
+        }
+        return allotted_ranks(sizes, errs, multiple=stage.rank_multiple)
     try:
         return choose_ranks(spectra, stage.err, count=stage.count, multiple=stage.rank_multiple)
     except ValueError as error:
@@ -244,10 +436,65 @@ def _apply_welore(
 # --- sparsity ---
 
 
-def _apply_sparsity(
-    stage: Magnitude | Wanda | SparseGpt, block: Block, statistics: Mapping[str, InputStatistics]
-) -> None:
+class _Outliers:
+    """OWL's shares of outliers, block by block.
+
+    Attributes:
+        names: of each block's matrices.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[list[str]] = []
+        self.shares: list[float] = []
+        self._num_weights: list[int] = []
+
+    def add(self, block: Block, statistics: Mapping[str, InputStatistics]) -> None:
+        """Raises: StageError: the block has no matrix left, or values that are not finite."""
+        linears = dict(block.dense_linears())
+        if not linears:
+            raise StageError(f"owl: {block.prefix} has no dense matrix")
+        weights = [linear.weight for linear in linears.values()]
+        try:
+            share = outlier_share(weights, [statistics[name].norm for name in linears])
+        except ValueError as error:
+            raise StageError(f"owl: {block.prefix}: {error}") from error
+        self.shares.append(share)
+        self.names.append([linear.name for linear in linears.values()])
+        self._num_weights.append(sum(weight_OI.numel() for weight_OI in weights))
+
+    def sparsities(self, sparsity: float) -> list[float]:
+        return block_sparsities(self.shares, self._num_weights, sparsity)
+
+
+def _plan_sparsity(stage: Magnitude | Wanda | SparseGpt, context: StageContext) -> JsonObject:
+    """Sparsity of every block, where they differ."""
+    if stage.allocation == "uniform":
+        return {}
+    assert context.new_runner is not None
+    runner = context.new_runner()
+    outliers = _Outliers()
+    for names in context.blocks:
+        block = load_block(context.checkpoint, names)
+        outliers.add(block, runner.statistics(block, gram=False, advance=True))
     sparsity = _parse_sparsity(stage.sparsity)
+    chosen: list[float] | list[str]
+    if isinstance(sparsity, NM):
+        sparsities = outliers.sparsities(1 - sparsity.n / sparsity.m)
+        chosen = [f"{n}:{sparsity.m}" for n in block_patterns(sparsities, sparsity.n, sparsity.m)]
+    else:
+        chosen = outliers.sparsities(sparsity)
+    return {"sparsity": chosen, "outlier_share": outliers.shares}
+
+
+def _apply_sparsity(
+    stage: Magnitude | Wanda | SparseGpt,
+    block: Block,
+    plan: JsonObject,
+    statistics: Mapping[str, InputStatistics],
+) -> None:
+    sparsity = _parse_sparsity(
+        plan["sparsity"][block.index] if "sparsity" in plan else stage.sparsity
+    )
     for linear in block.linears.values():
         if linear.is_low_rank:
             linear.dense_reason = "factors of a low-rank layer are not pruned"
@@ -264,6 +511,7 @@ def _apply_sparsity(
             case SparseGpt():
                 weight_OI = sparsegpt(weight_OI, require_gram(statistics, name), sparsity)
         linear.factors = (weight_OI,)
+        linear.two_four = sparsity == NM(2, 4)
         linear.sparsity = float((weight_OI == 0).double().mean())
 
 
@@ -387,6 +635,19 @@ def _quantize(
         scale_dtype=linear.scale_dtype,
         act_order=not stage.symmetric,  # which is better for which: benchmarks/results/pruning_methods_*
     )
+
+
+# --- INT8 ---
+
+
+def _apply_int8(block: Block) -> None:
+    for linear in block.linears.values():
+        linear.factors = tuple(
+            round_to_nearest_int8(factor, scale_dtype=linear.scale_dtype)
+            for factor in linear.factors
+            if isinstance(factor, Tensor)
+        )
+        linear.dense_reason = None
 
 
 def read_plan(path: Path) -> JsonObject | None:

@@ -22,13 +22,10 @@ from torch import Tensor
 
 from compression.checkpoint import (
     Checkpoint,
-    FactorKind,
-    LowRankLinear,
     Matrix,
-    factor_suffix,
     open_checkpoint,
 )
-from compression.quantization.int4 import from_tensors
+from compression.encoding import decode
 from compression.safetensors_header import CheckpointError
 from engines.ffn_skip import FfnSkip, LayerSubstitute, SkipPass, load_ffn_skip
 from engines.kernels.attention import PassFacts
@@ -39,7 +36,7 @@ from engines.kernels.ops import TORCH_OPS, choose_ops
 from engines.kernels.paged_attention import LayerCache
 from engines.kernels.rotary import SUPPORTED_SCALINGS, rotary_tables
 from engines.kernels.swiglu import swiglu
-from engines.kernels.weights import LinearWeight, LowRankWeight, MatrixWeight
+from engines.kernels.weights import LinearWeight, LowRankWeight
 
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """transformers' model types; SmolLM and SmolLM2 are of type llama."""
@@ -398,27 +395,19 @@ class _Weights:
         return matrix
 
     def _linear_weight(self, matrix: Matrix) -> LinearWeight:
-        names = {f"{matrix.name}.{suffix}": suffix for suffix in matrix.linear.tensors()}
-        stored = {names[name]: tensor for name, tensor in self._checkpoint.tensors(list(names))}
+        stored = self._checkpoint.linear_tensors(matrix)
         bias_O = stored.get("bias")
-        linear = matrix.linear
-        if not isinstance(linear, LowRankLinear):
-            return LinearWeight(weight=_matrix_weight(linear, stored), bias_O=bias_O)
-        u = {suffix: stored[factor_suffix("u", suffix)] for suffix in linear.weight_u.tensors()}
-        v = {suffix: stored[factor_suffix("v", suffix)] for suffix in linear.weight_v.tensors()}
-        weight = LowRankWeight(
-            weight_u=_matrix_weight(linear.weight_u, u), weight_v=_matrix_weight(linear.weight_v, v)
+        factors = decode(matrix.linear, stored)
+        if len(factors) == 1:
+            return LinearWeight(weight=factors[0], bias_O=bias_O)
+        weight_u, weight_v = factors
+        return LinearWeight(
+            weight=LowRankWeight(weight_u=weight_u, weight_v=weight_v), bias_O=bias_O
         )
-        return LinearWeight(weight=weight, bias_O=bias_O)
 
     def check_all_used(self, folder: Path) -> None:
         for name in [*self._matrices, *self._others]:
             raise CheckpointError(f"{folder.name}: {name} has no place in the architecture")
-
-
-def _matrix_weight(linear: FactorKind, stored: dict[str, Tensor]) -> MatrixWeight:
-    """Args: stored: the matrix's tensors, by suffix."""
-    return from_tensors(stored) if linear.kind == "int4" else stored["weight"]
 
 
 def _load_layer(weights: _Weights, index: int, config: DecoderConfig) -> DecoderLayer:

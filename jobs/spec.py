@@ -14,11 +14,17 @@ from pydantic import (
 )
 
 from compression.checkpoint import Manifest
-from compression.recipe import DEFAULT_CALIBRATION_CORPUS, STAGES, RecipeError, parse_recipe
+from compression.recipe import (
+    DEFAULT_CALIBRATION_CORPUS,
+    STAGES,
+    ExportFormat,
+    RecipeError,
+    parse_recipe,
+)
 from compression.registry import MODEL_ID_PATTERN
 from evaluation.corpora import CORPORA, CorpusName
 
-PLANNED_TYPES = ("finetune", "evaluate", "train_projector", "enrich", "export")
+PLANNED_TYPES = ("finetune", "evaluate", "train_projector", "enrich")
 MAX_STAGES = 16
 MAX_TARGETS = 8
 DEFAULT_TARGETS = (0.1, 0.2, 0.25, 0.3)
@@ -150,8 +156,26 @@ class CalibrateSkipSpec(_Spec):
         return ratios
 
 
-Spec = CompressSpec | CalibrateSkipSpec
-SPECS: dict[str, type[Spec]] = {"compress": CompressSpec, "calibrate_skip": CalibrateSkipSpec}
+class ExportSpec(_Spec):
+    """Write `model` for other programs, as the job's artifact: one tar archive."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"type": "export", "model": "smollm2-135m-int4", "format": "dense"}]
+        }
+    )
+
+    type: Literal["export"]
+    model: str = Field(max_length=96)
+    format: ExportFormat = "dense"
+
+
+Spec = CompressSpec | CalibrateSkipSpec | ExportSpec
+SPECS: dict[str, type[Spec]] = {
+    "compress": CompressSpec,
+    "calibrate_skip": CalibrateSkipSpec,
+    "export": ExportSpec,
+}
 JOB_TYPES = tuple(SPECS)
 
 
@@ -191,7 +215,7 @@ def parse_spec(body: Mapping[str, Any]) -> Spec:
     except RecipeError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise SpecError(error.param, error.message, code) from None
-    if recipe is not None and spec.calibration is not None and not recipe.calibrated:
+    if isinstance(spec, CompressSpec) and spec.calibration and recipe and not recipe.calibrated:
         raise SpecError(
             "calibration", "no stage of this recipe is calibrated", "unsupported_parameter"
         )

@@ -6,10 +6,11 @@ Nothing heavy is imported before a command needs it: `lathe --help` must answer 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from compression.recipe import ExportFormat
 from service import cli_client
 
 if TYPE_CHECKING:
@@ -276,21 +277,35 @@ def verify(model: str, logits: bool, home: Path | None) -> None:
 @main.command()
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--format",
+    "export_format",
+    type=click.Choice(get_args(ExportFormat)),
+    default="dense",
+    show_default=True,
+    help="dense: whatever was done to it; the others where they can say it.",
+)
 @home_option
-def export(model: str, folder: Path, home: Path | None) -> None:
-    """Write a model as a plain dense folder that transformers loads, whatever was done to it.
+def export(
+    model: str,
+    folder: Path,
+    export_format: ExportFormat,
+    home: Path | None,
+) -> None:
+    """Write a model as a folder that other programs load.
 
     \b
-    Example:
+    Examples:
       lathe export smollm2-135m-int4 ./exported
+      lathe export smollm2-135m-flap ./exported --format nemotron-nas
     """
-    from compression.export import export_dense
+    from compression.export import export as write_export
     from compression.registry import ModelNotFoundError, ModelRegistry
     from compression.safetensors_header import CheckpointError
 
     try:
         source = ModelRegistry(load_settings(home=home).models_dir).get(model).path
-        manifest = export_dense(source, folder, source_id=model)
+        manifest = write_export(source, folder, source_id=model, format=export_format)
     except ModelNotFoundError:
         raise click.ClickException(
             f"there is no model {model!r}; see `lathe models list`"

@@ -113,8 +113,15 @@ def choose_ranks(
 
 def uniform_ranks(sizes: Mapping[str, int], err: float, *, multiple: int) -> RankChoice:
     """The baseline: every matrix keeps the same share of its rank, to the nearest multiple."""
+    return allotted_ranks(sizes, dict.fromkeys(sizes, err), multiple=multiple)
+
+
+def allotted_ranks(
+    sizes: Mapping[str, int], errs: Mapping[str, float], *, multiple: int
+) -> RankChoice:
+    """The same with a share of its own for every matrix."""
     ranks = {
-        name: min(max(round((1 - err) * size / multiple), 1) * multiple, size)
+        name: min(max(round((1 - errs[name]) * size / multiple), 1) * multiple, size)
         for name, size in sizes.items()
     }
     return RankChoice(

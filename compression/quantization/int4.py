@@ -9,6 +9,7 @@ Shapes: O output channels, I input channels, G = I / group_size groups.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ CODES_PER_WORD = 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
     """Attributes:
-    codes_OI: int8 in [-8, 7].
+    codes_OI: int8 in [-8, 7], or in [-128, 127] where `bits` is 8.
     scale_OG: in the dtype that is stored.
     zero_point_OG: int8 in [-8, 7]; None when symmetric.
     """
@@ -29,6 +30,7 @@ class QuantizedWeight:
     codes_OI: Tensor
     scale_OG: Tensor
     zero_point_OG: Tensor | None
+    bits: Literal[4, 8] = 4
 
     @property
     def group_size(self) -> int:
@@ -134,18 +136,19 @@ def from_tensors(tensors: dict[str, Tensor]) -> QuantizedWeight:
 
 
 def quantization_config(
-    group_size: int, *, symmetric: bool, ignore: list[str]
+    *, bits: Literal[4, 8], group_size: int | None, symmetric: bool, ignore: list[str]
 ) -> dict[str, object]:
     """`quantization_config` of config.json, as compressed-tensors and vLLM read it.
 
     Args:
+        group_size: None for one scale per output channel.
         ignore: names of the linear layers that stayed dense.
     """
-    weights = {
-        "num_bits": 4,
+    weights: dict[str, object] = {
+        "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
-        "strategy": "group",
+        "strategy": "channel" if group_size is None else "group",
         "group_size": group_size,
         "dynamic": False,
         "actorder": None,

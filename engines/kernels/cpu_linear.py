@@ -64,7 +64,10 @@ class PackedWeight:
     zero_point_BGL: Tensor | None
 
 
-def pack_int4(quantized: QuantizedWeight) -> PackedWeight:
+def pack_weight(quantized: QuantizedWeight) -> PackedWeight:
+    """Lay codes out as they are."""
+    if quantized.bits == 8:
+        return _pack_int8_codes(quantized)
     codes_OI = quantized.codes_OI
     unsigned_OI = _pad((codes_OI + 8).to(torch.uint8))
     halves_BLJ24 = unsigned_OI.view(-1, LANES, codes_OI.shape[1] // 8, 2, 4)
@@ -72,16 +75,21 @@ def pack_int4(quantized: QuantizedWeight) -> PackedWeight:
     return _packed(native.INT4, bytes_BLJ4, quantized)
 
 
-def pack_int8(weight_OI: Tensor, group_size: int) -> PackedWeight:
+def quantize_int8(weight_OI: Tensor, group_size: int) -> PackedWeight:
     """Round to nearest, symmetric: codes in [-127, 127], a bfloat16 scale to each group."""
     groups_OGI = weight_OI.float().reshape(len(weight_OI), -1, group_size)
     scale_OG = (groups_OGI.abs().amax(dim=2) / 127).bfloat16()
     scale_OG[scale_OG == 0] = 1
     codes_OGI = (groups_OGI / scale_OG.float()[..., None]).round().clamp(-127, 127)
     codes_OI = codes_OGI.to(torch.int8).flatten(1)
-    unsigned_OI = _pad(codes_OI.view(torch.uint8) ^ 128)
-    bytes_BLJ4 = unsigned_OI.view(-1, LANES, codes_OI.shape[1] // 4, 4)
-    quantized = QuantizedWeight(codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=None)
+    return _pack_int8_codes(
+        QuantizedWeight(codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=None, bits=8)
+    )
+
+
+def _pack_int8_codes(quantized: QuantizedWeight) -> PackedWeight:
+    unsigned_OI = _pad(quantized.codes_OI.contiguous().view(torch.uint8) ^ 128)
+    bytes_BLJ4 = unsigned_OI.view(-1, LANES, unsigned_OI.shape[1] // 4, 4)
     return _packed(native.INT8, bytes_BLJ4, quantized)
 
 
@@ -168,7 +176,7 @@ class _Part:
 
 
 def applies(weights: Sequence[LinearWeight], dtype: torch.dtype) -> bool:
-    """Whether the native library takes such a layer. In float32 nothing is approximated, so no INT4 there."""
+    """Whether the native library takes such a layer. In float32 nothing is approximated, so no codes there."""
 
     def takes(matrix: MatrixWeight) -> bool:
         if isinstance(matrix, Tensor):
@@ -222,13 +230,13 @@ def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
 
 def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
     """In INT8; see `linear.build_tied_head`."""
-    packed = pack_int8(weight_OI, HEAD_GROUP_SIZE)
+    packed = quantize_int8(weight_OI, HEAD_GROUP_SIZE)
     return CpuLinear([_Part(matrix=packed)], dtype=weight_OI.dtype, library=library)
 
 
 def _lay_out(matrix: MatrixWeight, dtype: torch.dtype) -> Tensor | PackedWeight:
     if isinstance(matrix, QuantizedWeight):
-        return pack_int4(matrix)
+        return pack_weight(matrix)
     return in_huge_pages(matrix.to(dtype))
 
 

@@ -1,6 +1,6 @@
 """Products y = x W^T + b with a weight of any checkpoint kind, and of several weights that share their input.
 
-A `Linear` owns its weight in the one form that its kernel wants. INT4 products are `compression.linear`'s modules.
+A `Linear` owns its weight in the one form that its kernel wants. Products with codes are those of `compression.linear`.
 
 Shapes: T rows, O output channels, I input channels, R rank.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from compression.linear import build_int4_linear
+from compression.linear import build_quantized_linear
+from compression.pruning.two_four import is_two_four
 from compression.quantization.int4 import QuantizedWeight
 from engines.kernels.cpu_linear import (
     DTYPES,
@@ -23,7 +24,7 @@ from engines.kernels.cpu_linear import (
     share_on_cpu,
 )
 from engines.kernels.native import NativeLibrary, native_library
-from engines.kernels.sparse_linear import SparseLinear, is_two_four
+from engines.kernels.sparse_linear import SparseLinear
 from engines.kernels.sparse_linear import why_not as why_not_sparse
 from engines.kernels.triton.support import why_no_int4
 from engines.kernels.weights import LinearWeight, LowRankWeight, is_joinable, join, join_biases
@@ -54,7 +55,7 @@ class DenseLinear:
         return [self.weight_OI] if self.bias_O is None else [self.weight_OI, self.bias_O]
 
 
-class Int4Linear:
+class QuantizedLinear:
     def __init__(
         self,
         quantized: QuantizedWeight,
@@ -64,7 +65,7 @@ class Int4Linear:
         device: torch.device,
         remark: str = "",
     ) -> None:
-        self._module = build_int4_linear(quantized, bias_O, dtype=dtype, device=device)
+        self._module = build_quantized_linear(quantized, bias_O, dtype=dtype, device=device)
         self.kernel = f"{self._module.kernel}{remark}"
 
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -109,9 +110,9 @@ def build_linear(
 ) -> Linear:
     """One product for weights that share their input; its outputs stand in the order of the weights.
 
-    The native library's where it takes them. Otherwise dense weights become one weight, and so do INT4 weights of one
-    group size; on a GPU 2:4 weights are held sparse and INT4 ones packed where the kernels take them, and the name says
-    why where they do not. The result shares no memory with the weights.
+    The native library's where it takes them. Otherwise dense weights become one weight, and so do weights quantized to
+    as many bits in groups of one size; on a GPU 2:4 weights are held sparse and INT4 ones packed where the kernels take
+    them, and the name says why where they do not. The result shares no memory with the weights.
     """
     if device.type == "cpu":
         library = native_library()
@@ -124,7 +125,7 @@ def build_linear(
         joined = join(matrices)
         if isinstance(joined, Tensor):
             return _build_dense(joined.to(device, dtype), bias_O)
-        return _build_int4(joined, bias_O, dtype=dtype, device=device)
+        return _build_quantized(joined, bias_O, dtype=dtype, device=device)
     if len(weights) > 1:
         return ConcatenatedLinear(
             [build_linear([weight], dtype=dtype, device=device) for weight in weights]
@@ -147,15 +148,15 @@ def _build_dense(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
     return SparseLinear(weight_OI, bias_O)
 
 
-def _build_int4(
+def _build_quantized(
     quantized: QuantizedWeight, bias_O: Tensor | None, *, dtype: torch.dtype, device: torch.device
 ) -> Linear:
-    if device.type != "cuda":
-        return Int4Linear(quantized, bias_O, dtype=dtype, device=device)
+    if device.type != "cuda" or quantized.bits == 8:
+        return QuantizedLinear(quantized, bias_O, dtype=dtype, device=device)
     reason = why_no_int4(device, dtype, quantized.group_size)
     if reason is not None:
         remark = f"; no Triton: {reason}"
-        return Int4Linear(quantized, bias_O, dtype=dtype, device=device, remark=remark)
+        return QuantizedLinear(quantized, bias_O, dtype=dtype, device=device, remark=remark)
     from engines.kernels.triton.int4_matmul import TritonInt4Linear
 
     return TritonInt4Linear(quantized, bias_O, device=device)

@@ -16,13 +16,6 @@ ROW_MULTIPLE, COLUMN_MULTIPLE = 32, 64
 MIN_CAPABILITY = (8, 0)
 
 
-def is_two_four(weight_OI: Tensor) -> bool:
-    """Whether at most two of every four neighbours along the inputs are not zero."""
-    if weight_OI.shape[1] % 4:
-        return False
-    return bool(((weight_OI.view(-1, 4) != 0).sum(dim=1) <= 2).all())
-
-
 def why_not(weight_OI: Tensor) -> str | None:
     """Why a 2:4 weight is multiplied as a dense one; None where it is not."""
     if weight_OI.dtype not in (torch.bfloat16, torch.float16):

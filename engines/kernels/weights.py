@@ -12,12 +12,12 @@ from torch import Tensor
 from compression.quantization.int4 import QuantizedWeight
 
 MatrixWeight = Tensor | QuantizedWeight
-"""A dense (O, I) weight, or its INT4 codes."""
+"""A dense (O, I) weight, or its INT4 or INT8 codes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankWeight:
-    """W ~ weight_u @ weight_v: (O, R) and (R, I), each dense or INT4."""
+    """W ~ weight_u @ weight_v: (O, R) and (R, I), each dense or quantized."""
 
     weight_u: MatrixWeight
     weight_v: MatrixWeight
@@ -48,11 +48,12 @@ class LinearWeight:
 
 
 def is_joinable(matrices: Sequence[MatrixWeight]) -> bool:
-    """Whether they can be one matrix: all dense, or all INT4 of one group size."""
+    """Whether they can be one matrix: all dense, or all quantized to as many bits in groups of one size."""
     if all(isinstance(matrix, Tensor) for matrix in matrices):
         return True
     quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
-    return len(quantized) == len(matrices) and len({q.group_size for q in quantized}) == 1
+    forms = {(weight.bits, weight.group_size) for weight in quantized}
+    return len(quantized) == len(matrices) and len(forms) == 1
 
 
 def join(matrices: Sequence[MatrixWeight]) -> MatrixWeight:
@@ -75,6 +76,7 @@ def join(matrices: Sequence[MatrixWeight]) -> MatrixWeight:
         codes_OI=torch.cat([weight.codes_OI for weight in quantized]),
         scale_OG=torch.cat([weight.scale_OG for weight in quantized]),
         zero_point_OG=zero_point_OG,
+        bits=quantized[0].bits,
     )
 
 

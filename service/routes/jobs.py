@@ -12,8 +12,8 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from compression.registry import ModelExistsError, ModelNotFoundError
-from jobs.spec import SPECS, SpecError, check_source, parse_spec
+from compression.registry import ModelNotFoundError
+from jobs.spec import SPECS, ExportSpec, SpecError, check_source, parse_spec
 from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
 from jobs.store import Event, Job, JobNotFoundError, NewJob, RequestConflictError
 from service.auth import Identity
@@ -222,13 +222,14 @@ async def _check(request: dict[str, Any], state: AppState) -> dict[str, Any]:
         check_source(spec, state.engines.entry(spec.model).manifest)
     except SpecError as error:
         raise ApiError(error.code, error.message, error.param) from None
-    try:
-        state.registry.get(spec.output)
-        raise ModelExistsError(spec.output)
-    except ModelNotFoundError:
-        pass
-    except ModelExistsError:
-        raise ApiError("model_exists", f"model {spec.output!r} exists already", "output") from None
+    if not isinstance(spec, ExportSpec):
+        try:
+            state.registry.get(spec.output)
+        except ModelNotFoundError:
+            pass
+        else:
+            message = f"model {spec.output!r} exists already"
+            raise ApiError("model_exists", message, "output")
     return spec.model_dump(mode="json", exclude_none=True)
 
 

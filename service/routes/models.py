@@ -1,11 +1,13 @@
 """Models: what is registered, what it lost, and what is loaded."""
 
+import json
 from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 
+from compression.checkpoint import checkpoint_hash, head_dim
 from compression.registry import ModelEntry
 from engines.protocol import EngineError
 from service.deps import AppState, ResponseModel, StateDep, require
@@ -19,7 +21,8 @@ MAX_WAIT_SECONDS = 300.0
 class Model(ResponseModel):
     """OpenAI's model object, and what Lathe knows of the checkpoint.
 
-    `bytes_ratio` is against the model that it was made from. `matrices` is in the answer for one model only.
+    `bytes_ratio` is against the model that it was made from. `matrices` and `head_dim` are in the answer for one
+    model only.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Model(ResponseModel):
     source: dict[str, Any]
     checkpoint_hash: str
     matrices: list[dict[str, Any]] | None = None
+    head_dim: int | None = None
 
 
 class ModelList(ResponseModel):
@@ -63,8 +67,6 @@ class ModelDeleted(ResponseModel):
 
 
 def _model(entry: ModelEntry, status: EngineStatus | None) -> Model:
-    from compression.checkpoint import checkpoint_hash
-
     manifest = entry.manifest
     parent = manifest.source.get("model")
     return Model(
@@ -111,6 +113,9 @@ async def get_model(model_id: str, state: StateDep) -> Model:
     entry = state.engines.entry(model_id)
     model = _model(entry, (await state.engines.status()).get(model_id))
     model.matrices = [matrix.to_json() for matrix in entry.manifest.matrices]
+    if entry.manifest.kind == "decoder":
+        config = await anyio.to_thread.run_sync((entry.path / "config.json").read_bytes)
+        model.head_dim = head_dim(json.loads(config))
     return model
 
 

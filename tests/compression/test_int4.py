@@ -9,7 +9,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compression.checkpoint import verify_checkpoint
 from compression.hf import load_model
 from compression.import_model import import_folder
-from compression.linear import CpuInt4Linear, Int4Linear, cpu_int4_applies
+from compression.linear import CpuInt4Linear, QuantizedLinear, cpu_int4_applies
 from compression.pipeline import compress
 from compression.quantization.int4 import (
     dequantize,
@@ -77,7 +77,7 @@ def test_the_cpu_kernel_agrees_with_the_reference(
     quantized = round_to_nearest(weight_OI, 32, symmetric=False, scale_dtype=torch.bfloat16)
     assert cpu_int4_applies(out_features, 32)
     exact = x_NI.float() @ dequantize(quantized).T
-    reference = (Int4Linear(quantized, None)(x_NI).float() - exact).norm() / exact.norm()
+    reference = (QuantizedLinear(quantized, None)(x_NI).float() - exact).norm() / exact.norm()
     actual = (CpuInt4Linear(quantized, None)(x_NI).float() - exact).norm() / exact.norm()
     assert actual < max(2 * reference, 0.01)
 

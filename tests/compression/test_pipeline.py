@@ -33,6 +33,9 @@ CALIBRATED = [
     [{"wanda": {"sparsity": 0.5}}],
     [{"sparsegpt": {"sparsity": "2:4"}}],
     [{"structured": {"ffn_width": 128}}],
+    [{"structured": {"num_key_value_heads": 1, "ffn_width": 64}}],
+    [{"wanda": {"sparsity": "4:8", "allocation": "owl"}}],
+    [{"flap": {"sparsity": 0.3}}, {"int4": {"group_size": 32, "method": "awq"}}],
     [{"shortgpt": {"remove": 1}}],
     [{"welore": {"err": 0.5, "calibration": "activation", "rank_multiple": 8}}],
     [{"int4": {"method": "gptq", "group_size": 32}}],
@@ -314,6 +317,158 @@ def test_removed_neurons_and_blocks_are_gone_for_transformers_too(
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, logits(tmp_path / "small"))
+
+
+@pytest.mark.parametrize(("groups", "per_group"), [(1, None), (None, 1), (1, 1)])
+def test_removed_heads_are_the_least_active_and_gone_for_transformers_too(
+    source: Path, tmp_path: Path, groups: int | None, per_group: int | None
+) -> None:
+    """Reference: Minitron's statistic from transformers' own o_proj inputs, heads ranked by hand."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"num_key_value_heads": groups, "heads_per_group": per_group}
+    stages = [{"structured": {name: n for name, n in options.items() if n is not None}}]
+    run(source, tmp_path / "small", stages)
+    config = read_config(tmp_path / "small")
+    keep_groups, keep_heads = groups or 2, per_group or 2
+    assert config["num_key_value_heads"] == keep_groups
+    assert config["num_attention_heads"] == keep_groups * keep_heads
+    assert config["head_dim"] == 16
+    model = load_model(source, dtype=torch.float32)
+    inputs: list[Tensor] = []
+    first = model.model.layers[0].self_attn
+    first.o_proj.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    with torch.no_grad():
+        model(calibration_tokens().ids_NS)
+    activation_I = inputs[0].abs().mean(dim=1).norm(dim=0)
+    importance_GQ = activation_I.reshape(4, 16).norm(dim=1).reshape(2, 2)
+    kept = [
+        [int(q) for q in row.argsort(descending=True)[:keep_heads].sort().values]
+        for row in importance_GQ
+    ]
+    sums = [sum(float(importance_GQ[g, q]) for q in kept[g]) for g in range(2)]
+    chosen = sorted(sorted(range(2), key=lambda g: -sums[g])[:keep_groups])
+    heads = [2 * g + q for g in chosen for q in kept[g]]
+
+    def rows(indices: list[int]) -> Tensor:
+        return torch.cat([torch.arange(16 * index, 16 * index + 16) for index in indices])
+
+    small = load_model(tmp_path / "small", dtype=torch.float32)
+    attention = small.model.layers[0].self_attn
+    assert torch.equal(attention.q_proj.weight, first.q_proj.weight[rows(heads)])
+    assert torch.equal(attention.q_proj.bias, first.q_proj.bias[rows(heads)])
+    assert torch.equal(attention.v_proj.weight, first.v_proj.weight[rows(chosen)])
+    assert torch.equal(attention.k_proj.bias, first.k_proj.bias[rows(chosen)])
+    assert torch.equal(attention.o_proj.weight, first.o_proj.weight[:, rows(heads)])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, logits(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_owl_makes_blocks_with_fewer_outliers_sparser(
+    source: Path, tmp_path: Path, method: str
+) -> None:
+    """Reference: shares of outliers from transformers' own inputs of the dense model."""
+    stages = [{method: {"sparsity": 0.5, "allocation": "owl"}}]
+    manifest = run(source, tmp_path / "pruned", stages)
+    plan = manifest.stage_results[0][method]
+    model = load_model(source, dtype=torch.float32)
+    scores: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if ".layers." in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda m, a, name=name: scores.update(
+                    {name: m.weight.abs() * a[0].flatten(0, 1).norm(dim=0)}
+                )
+            )
+    with torch.no_grad():
+        model(calibration_tokens().ids_NS)
+    for block, (share, sparsity) in enumerate(
+        zip(plan["outlier_share"], plan["sparsity"], strict=True)
+    ):
+        prefix = f"model.layers.{block}."
+        flat = torch.cat([s.flatten() for name, s in scores.items() if name.startswith(prefix)])
+        assert share == pytest.approx(float((flat > 5 * flat.mean()).double().mean()), abs=1e-4)
+        for row in manifest.matrices:
+            if row.name.startswith(prefix):
+                assert row.sparsity == pytest.approx(sparsity, abs=0.01)
+    assert sum(plan["sparsity"]) / 3 == pytest.approx(0.5)
+    assert len(set(plan["sparsity"])) > 1
+
+
+def test_owl_gives_ranks_by_block_without_whitening(source: Path, tmp_path: Path) -> None:
+    options = {"err": 0.4, "count": "all", "allocation": "owl", "rank_multiple": 8}
+    manifest = run(source, tmp_path / "low", [{"welore": options}])
+    ranks = manifest.stage_results[0]["welore"]["ranks"]
+    shares = [
+        {ranks[f"model.layers.{block}.{name}"] for name in ("mlp.up_proj", "self_attn.q_proj")}
+        for block in range(3)
+    ]
+    assert all(len(share) == 1 for share in shares)  # both are of rank 64
+    assert len({min(share) for share in shares}) > 1
+    assert manifest.ratios["effective_rank_reduction"] == pytest.approx(0.4, abs=0.06)
+    name = "model.layers.0.mlp.up_proj"
+    low = open_checkpoint(tmp_path / "low")
+    weight_OI = open_checkpoint(source).tensor(f"{name}.weight")
+    u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
+    rank = ranks[name]
+    found = low.linear_tensors(next(row for row in manifest.matrices if row.name == name))
+    product = found["weight_u"] @ found["weight_v"] if "weight_u" in found else found["weight"]
+    torch.testing.assert_close(product, (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.25])
+def test_flap_cuts_unequally_and_biases_stand_in_for_what_went(
+    source: Path, tmp_path: Path, sparsity: float
+) -> None:
+    """Reference: masks on transformers' own modules instead of slices, and the formula of the compensation."""
+    manifest = run(source, tmp_path / "small", [{"flap": {"sparsity": sparsity}}])
+    plan = manifest.stage_results[0]["flap"]
+    shapes = plan["layer_shapes"]
+    assert read_config(tmp_path / "small")["layer_shapes"] == shapes
+    assert len({tuple(shape.values()) for shape in shapes}) > 1
+    assert plan["sparsity"] == pytest.approx(sparsity, abs=0.06)
+    before, after = open_checkpoint(source).manifest, manifest
+    weights = [
+        sum(m.linear.out_features * m.linear.in_features for m in found.matrices)
+        for found in (before, after)
+    ]
+    assert plan["sparsity"] == pytest.approx(1 - weights[1] / weights[0])
+    model = load_model(source, dtype=torch.float32)
+    ids_NS = calibration_tokens().ids_NS
+    for layer, shape in zip(model.model.layers, shapes, strict=True):
+        inputs: dict[str, Tensor] = {}
+        outputs = {"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj}
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, a, name=name, inputs=inputs: inputs.update({name: a[0].flatten(0, 1)})
+            )
+            for name, module in outputs.items()
+        ]
+        with torch.no_grad():
+            model(ids_NS)
+        for handle in handles:
+            handle.remove()
+        for name, module in outputs.items():
+            x_RI = inputs[name]
+            score_I = x_RI.var(dim=0) * module.weight.square().sum(dim=0)
+            if name == "down":
+                keep = score_I.topk(shape["intermediate_size"]).indices
+            else:
+                groups = score_I.reshape(2, 32).mean(dim=1).topk(shape["num_key_value_heads"])
+                keep = torch.cat(
+                    [torch.arange(32 * g, 32 * g + 32) for g in groups.indices.tolist()]
+                )
+            gone_I = torch.ones(len(score_I), dtype=torch.bool).index_fill_(0, keep, False)
+            bias_O = module.weight[:, gone_I] @ x_RI.mean(dim=0)[gone_I]
+            module.bias = torch.nn.Parameter(bias_O, requires_grad=False)
+            module.weight[:, gone_I] = 0
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(logits(tmp_path / "small"), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_blocks_that_change_least_are_removed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from compression.checkpoint import Manifest
 from compression.recipe import STAGES, RecipeError, parse_recipe
-from jobs.spec import SpecError, check_source, parse_spec
+from jobs.spec import CompressSpec, SpecError, check_source, parse_spec
 
 WELORE = {"welore": {"err": 0.3}}
 INT4: dict[str, Any] = {"int4": {}}
@@ -25,13 +25,34 @@ INT4: dict[str, Any] = {"int4": {}}
         ([{"welore": {"err": 0.3, "rank_multiple": 7}}], "recipe[0].welore.rank_multiple", "7"),
         ([{"welore": {"err": 0.3, "rank_multiple": True}}], "recipe[0].welore.rank_multiple", ""),
         ([{"wanda": {"sparsity": "4:2"}}], "recipe[0].wanda.sparsity", "N:M"),
+        (
+            [{"wanda": {"sparsity": "2:4", "allocation": "owl"}}],
+            "recipe[0].wanda.allocation",
+            "M of at least 8",
+        ),
+        ([{"wanda": {"sparsity": 0.5, "allocation": 1}}], "recipe[0].wanda.allocation", "owl"),
+        ([{"welore": {"err": 0.3, "allocation": "owl"}}], "recipe[0].welore.count", "'all'"),
         ([{"wanda": {"sparsity": 1.5}}], "recipe[0].wanda.sparsity", "between"),
         ([{"structured": {"ffn_width": 100}}], "recipe[0].structured.ffn_width", "multiple of 64"),
+        ([{"structured": {}}], "recipe[0].structured.ffn_width", "one of"),
+        (
+            [{"structured": {"heads_per_group": 0}}],
+            "recipe[0].structured.heads_per_group",
+            "at least 1",
+        ),
+        ([{"flap": {"sparsity": 0}}], "recipe[0].flap.sparsity", "between 0 and 1"),
+        (
+            [{"flap": {"sparsity": 0.2}}, {"structured": {"ffn_width": 64}}],
+            "recipe[1].structured",
+            "chosen by what came before",
+        ),
         ([{"shortgpt": {"remove": 0}}], "recipe[0].shortgpt.remove", "at least 1"),
         ([{"int4": {"method": "best"}}], "recipe[0].int4.method", "gptq"),
         ([{"int4": {"group_size": 48}}], "recipe[0].int4.group_size", "64"),
         ([{"int4": {"bits": 4}}], "recipe[0].int4", "unknown option"),
-        ([{"int8": {}}], "recipe[0].int8", "not available"),
+        ([{"nf4": {}}], "recipe[0].nf4", "for comparison only"),
+        ([{"int8": {"group_size": 64}}], "recipe[0].int8", "unknown option"),
+        ([INT4, {"int8": {}}], "recipe[1].int8", "codes cannot be changed"),
         ([{"ffn_skip": {}}], "recipe[0].ffn_skip", "calibrate_skip"),
         ([{"magic": {}}], "recipe[0]", "unknown stage"),
         ([INT4, INT4], "recipe[1].int4", "codes cannot be changed"),
@@ -67,6 +88,8 @@ def test_all_stages_in_their_order_make_a_recipe_that_reads_itself() -> None:
     assert parse_recipe(recipe.to_json()) == recipe
     assert recipe.calibrated
     assert not parse_recipe([WELORE, INT4]).calibrated
+    assert not parse_recipe([{"magnitude": {"sparsity": 0.5}}]).calibrated
+    assert parse_recipe([{"magnitude": {"sparsity": 0.5, "allocation": "owl"}}]).calibrated
     assert {next(iter(stage)) for stage in stages} < STAGES.keys()
 
 
@@ -102,7 +125,7 @@ def spec(**changes: Any) -> dict[str, Any]:
         ),
         (spec(gate={"min_top1_agreement": 1.1}), "gate.min_top1_agreement", "invalid_value"),
         (spec(gate={"min_beauty": 1}), "gate.min_beauty", "unsupported_parameter"),
-        (spec(recipe=[{"int8": {}}]), "recipe[0].int8", "unsupported_parameter"),
+        (spec(recipe=[{"nf4": {}}]), "recipe[0].nf4", "unsupported_parameter"),
     ],
 )
 def test_a_job_is_refused_by_the_field(body: dict[str, Any], param: str, code: str) -> None:
@@ -113,6 +136,7 @@ def test_a_job_is_refused_by_the_field(body: dict[str, Any], param: str, code: s
 
 def test_a_calibrated_job_is_accepted() -> None:
     parsed = parse_spec(spec(recipe=[{"wanda": {"sparsity": 0.5}}], calibration={"samples": 8}))
+    assert isinstance(parsed, CompressSpec)
     assert parsed.calibration is not None
     assert parsed.calibration.corpus == "wikipedia-summaries"
 

@@ -136,6 +136,34 @@ def test_low_rank_logits_equal_those_of_transformers_modules(int4: bool, tmp_pat
         torch.testing.assert_close(actual, _reference(reference, ids_T), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"int8": {}}],
+        [{"welore": {"err": 0.3, "count": "all", "rank_multiple": 8}}, {"int8": {}}],
+        [{"magnitude": {"sparsity": "2:4"}}],
+    ],
+    ids=lambda stages: "+".join(next(iter(s)) for s in stages),
+)
+def test_other_kinds_give_the_logits_of_transformers_modules(
+    stages: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = build_from_config(DECODER_CONFIGS["qwen2"]())
+    folder = tmp_path / "small"
+    compress(write_checkpoint(model, tmp_path), folder, parse_recipe(stages), source_id="model")
+    reference = load_model(folder, dtype=torch.float32)
+    prompts = _prompts()
+    decoder = load_decoder(folder, dtype=torch.float32)
+    for actual, ids_T in zip(_in_chunks(decoder, prompts, [1, 9]), prompts, strict=True):
+        torch.testing.assert_close(actual, _reference(reference, ids_T), atol=1e-4, rtol=1e-4)
+    coarse = load_decoder(
+        folder, dtype=torch.bfloat16
+    )  # on the native products, where there are any
+    for actual, ids_T in zip(_in_chunks(coarse, prompts, [1, 9]), prompts, strict=True):
+        expected = _reference(reference, ids_T)
+        assert (actual - expected).norm() < 0.1 * expected.norm()
+
+
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path: Path) -> None:
     model = build_from_config(DECODER_CONFIGS["llama"]())
     folder = write_checkpoint(model, tmp_path)

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from compression import pipeline
-from compression.checkpoint import checkpoint_hash, verify_checkpoint
+from compression.checkpoint import (
+    checkpoint_hash,
+    hash_file,
+    read_manifest,
+    verify_checkpoint,
+    write_manifest,
+)
 from compression.hf import load_model
 from compression.registry import ModelNotFoundError, ModelRegistry
 from evaluation.corpora import STATE_OF_THE_UNION, Corpus, load_corpus
@@ -105,6 +111,15 @@ def test_sparsity_without_gain_is_said_so(home: Path) -> None:
     assert report["bytes"]["ratio"] == 1
 
 
+def test_packed_sparsity_is_smaller_and_said_to_save_time_on_some_devices_only(home: Path) -> None:
+    context = context_of(home, [{"magnitude": {"sparsity": "2:4"}}])
+    report = outcome(context)["result"]["report"]
+    assert report["bytes"]["ratio"] < 0.6
+    assert len(report["notes"]) == 1
+    assert "NVIDIA GPUs with sparse matrix units only" in report["notes"][0]
+    assert "two_four" in (context.artifacts / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("gate", "reason"),
     [
@@ -167,10 +182,20 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def write_hash(folder: Path, name: str) -> None:
+    """Whoever lies may be consistent."""
+    manifest = read_manifest(folder)
+    manifest.files[name]["sha256"] = hash_file(folder / name)
+    write_manifest(folder, manifest)
+
+
 @pytest.mark.parametrize(
     ("what", "code", "message"),
     [
         ("not finite", "bad_data", "not finite"),
+        ("norm not finite", "bad_data", "model.norm.weight has values that are not finite"),
+        ("config lies soundly", "bad_data", "config.json promises (64, 96)"),
+        ("too few blocks promised", "bad_data", "model.layers.2.self_attn"),
         ("truncated", "bad_data", "model.safetensors"),
         ("bit flipped", "bad_data", "sha256"),
         ("config lies", "bad_data", "config.json"),
@@ -188,6 +213,9 @@ def test_bad_input_ends_in_a_code_and_a_sentence(
     recipe: list[dict[str, Any]] = [{"wanda": {"sparsity": 0.5}}]
     if what == "not finite":
         model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.inf
+    if what == "norm not finite":
+        model.model.norm.weight.data[3] = torch.nan
+        recipe = [{"int8": {}}]
     if what == "unknown blocks":
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -205,6 +233,13 @@ def test_bad_input_ends_in_a_code_and_a_sentence(
             damage_weights(folder, None)
         case "config lies":
             edit_config(folder, hidden_size=128)
+        case "config lies soundly":
+            edit_config(folder, intermediate_size=96)
+            write_hash(folder, "config.json")
+        case "too few blocks promised":
+            edit_config(folder, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+            write_hash(folder, "config.json")
+            recipe = [{"int8": {}}]
         case "too many blocks":
             recipe = [{"shortgpt": {"remove": 5}}]
         case "short text":

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
+from compression.quantization.int8 import round_to_nearest_int8
 from engines.kernels.cpu_linear import (
     NATIVE_ROWS,
     CpuLinear,
     applies,
     build_cpu_linear,
-    pack_int4,
+    pack_weight,
     quantize_on_cpu,
 )
 from engines.kernels.native import NativeLibrary
@@ -214,11 +215,31 @@ def test_threads_share_a_large_product(library: NativeLibrary) -> None:
         torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [(16, 32), (33, 320), (1, 1536), (100, 96)])
+def test_int8_codes_of_a_checkpoint(library: NativeLibrary, sizes: tuple[int, int]) -> None:
+    weight_OI = _random(*sizes).clamp(-1.9, 1.9)
+    weight_OI[:, 0] = -127.5 / 64  # a code of -128 in every row
+    quantized = round_to_nearest_int8(weight_OI, scale_dtype=torch.bfloat16)
+    assert (quantized.codes_OI[:, 0] == -128).all()
+    linear = build_cpu_linear(
+        [LinearWeight(weight=quantized)], dtype=torch.bfloat16, library=library
+    )
+    assert linear.kernel.startswith("native int8")
+    for num_rows in ROWS:
+        x_TI = _random(num_rows, sizes[1])
+        expected = int8_rows(x_TI) @ _exact(quantized).T
+        torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-3)
+    x_TI = _random(MANY_ROWS, sizes[1]).bfloat16()
+    reference = F.linear(x_TI, _exact(quantized).bfloat16())
+    exact = x_TI.double() @ _exact(quantized).T
+    assert _error(linear(x_TI).double(), exact) <= 2 * _error(reference.double(), exact)
+
+
 def test_layout_by_hand() -> None:
     """Input 8j + i of output `lane` is in byte 4 lane + i of the j-th 64: the low half; 8j + 4 + i: the high half."""
     codes_OI = torch.zeros(17, 64, dtype=torch.int8)
     codes_OI[3, 8 + 2], codes_OI[3, 8 + 6], codes_OI[16, 0] = -8, 7, 1
-    packed = pack_int4(
+    packed = pack_weight(
         QuantizedWeight(codes_OI=codes_OI, scale_OG=torch.ones(17, 2), zero_point_OG=None)
     )
     assert packed.packed_BJ64.shape == (2, 8, 64)

@@ -13,8 +13,9 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from compression.pruning.masks import NM, keep_mask
+from compression.pruning.two_four import is_two_four
 from engines.kernels.linear import DenseLinear, build_linear
-from engines.kernels.sparse_linear import SparseLinear, is_two_four, why_not
+from engines.kernels.sparse_linear import SparseLinear, why_not
 from engines.kernels.weights import LinearWeight
 
 CPU = torch.device("cpu")

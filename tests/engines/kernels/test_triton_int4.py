@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
-from engines.kernels.linear import Int4Linear, build_linear
+from engines.kernels.linear import QuantizedLinear, build_linear
 from engines.kernels.triton import int4_matmul
 from engines.kernels.triton.int4_matmul import MAX_ROWS, TritonInt4Linear
 from engines.kernels.weights import LinearWeight
@@ -110,7 +110,7 @@ def test_other_group_sizes_are_refused_by_name() -> None:
 
 @pytest.mark.cuda
 def test_a_gpu_multiplies_with_it_where_it_can() -> None:
-    for group_size, kind in ((64, TritonInt4Linear), (256, Int4Linear)):
+    for group_size, kind in ((64, TritonInt4Linear), (256, QuantizedLinear)):
         quantized = _quantized((70, 512), group_size, symmetric=False)
         linear = build_linear(
             [LinearWeight(weight=quantized)], dtype=torch.bfloat16, device=torch.device("cuda")

@@ -45,7 +45,7 @@ from compression.stages import (
 JsonObject = dict[str, Any]
 Progress = Callable[[int, int], None]
 # Raised whenever the same recipe would give other bytes; unfinished work of another version is thrown away.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 
 
 def compress(

@@ -95,7 +95,7 @@ def main() -> None:
 def _measure(
     side: str, method: str, source: Path, tokens: CalibrationTokens, arguments: argparse.Namespace
 ) -> Row:
-    output = arguments.work / "output"
+    output = arguments.work / f"output of {side}"
     shutil.rmtree(output, ignore_errors=True)
     if side == "lathe":
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

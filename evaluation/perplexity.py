@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from compression.block import trim_heap
 from evaluation.corpora import Corpus
 
 PIECE_CHARACTERS = 200_000
-ROWS_AT_ONCE = 64  # of logits in float32: 12 MB for each at a vocabulary of 49,152
+ROWS_AT_ONCE = 32  # of logits in float32: 6 MB for each at a vocabulary of 49,152
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,29 +198,35 @@ def compare_models(
     windows = windows_of(
         after, folder, corpus, window=window, stride=window, max_windows=max_windows
     )
-    nll = [0.0, 0.0]
-    kl, agreed = 0.0, 0
+    sums = [0.0] * 4
     for index, ids in enumerate(windows.ids):
         on_window(index, len(windows.ids))
+        trim_heap()
         ids_S = torch.tensor(ids, device=after.device)
-        logits_TV = [
-            model(ids_S[None], use_cache=False).logits[0, :-1] for model in (before, after)
-        ]
-        rows = (torch.split(x, ROWS_AT_ONCE) for x in (ids_S[1:], *logits_TV))
-        for targets_R, *logits_RV in zip(*rows, strict=True):
-            logs_RV = [x.float().log_softmax(dim=-1) for x in logits_RV]
-            for which, log_RV in enumerate(logs_RV):
-                nll[which] += float(F.nll_loss(log_RV, targets_R, reduction="sum"))
-            kl += float(F.kl_div(logs_RV[1], logs_RV[0], reduction="sum", log_target=True))
-            agreed += int((logs_RV[0].argmax(dim=-1) == logs_RV[1].argmax(dim=-1)).sum())
+        for which, value in enumerate(_compare(before, after, ids_S)):
+            sums[which] += value
     num_tokens = len(windows.ids) * (window - 1)
     protocol = dataclasses.replace(windows.protocol, num_tokens=num_tokens)
     return Comparison(
-        before=Perplexity(value=_exp(nll[0] / num_tokens), protocol=protocol),
-        after=Perplexity(value=_exp(nll[1] / num_tokens), protocol=protocol),
-        kl_divergence=kl / num_tokens,
-        top1_agreement=agreed / num_tokens,
+        before=Perplexity(value=_exp(sums[0] / num_tokens), protocol=protocol),
+        after=Perplexity(value=_exp(sums[1] / num_tokens), protocol=protocol),
+        kl_divergence=sums[2] / num_tokens,
+        top1_agreement=sums[3] / num_tokens,
     )
+
+
+def _compare(before: Any, after: Any, ids_S: Tensor) -> list[float]:
+    """Of one window: both losses, the divergence and the number of agreements, summed over tokens."""
+    logits = [model(ids_S[None], use_cache=False).logits[0, :-1] for model in (before, after)]
+    sums = [0.0] * 4
+    rows = (torch.split(x, ROWS_AT_ONCE) for x in (ids_S[1:], *logits))
+    for targets_R, *logits_RV in zip(*rows, strict=True):
+        logs_RV = [x_RV.float().log_softmax(dim=-1) for x_RV in logits_RV]
+        for which, log_RV in enumerate(logs_RV):
+            sums[which] += float(F.nll_loss(log_RV, targets_R, reduction="sum"))
+        sums[2] += float(F.kl_div(logs_RV[1], logs_RV[0], reduction="sum", log_target=True))
+        sums[3] += int((logs_RV[0].argmax(dim=-1) == logs_RV[1].argmax(dim=-1)).sum())
+    return sums
 
 
 def _exp(nll: float) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compression.hf import load_model
 from compression.import_model import import_packaged
+from compression.inverse_hessian import DAMPENING
 from compression.pruning.magnitude import magnitude_keep_mask
 from compression.pruning.masks import NM, Sparsity
 from compression.pruning.sparsegpt import sparsegpt
@@ -119,7 +120,7 @@ def nearest(symmetric: bool) -> Method:
     )
 
 
-def gptq_int4(symmetric: bool, act_order: bool) -> Method:
+def gptq_int4(symmetric: bool, act_order: bool, dampening: float = DAMPENING) -> Method:
     return lambda inputs: replace_weights(
         inputs,
         lambda weight_OI, entry: dequantize(
@@ -130,6 +131,7 @@ def gptq_int4(symmetric: bool, act_order: bool) -> Method:
                 symmetric=symmetric,
                 scale_dtype=MODEL_DTYPE,
                 act_order=act_order,
+                dampening=dampening,
             )
         ),
     )
@@ -238,7 +240,7 @@ def calibration_batches(source: Path, corpus: Corpus, options: argparse.Namespac
     high = len(token_ids) - options.length
     starts = torch.randint(high, (options.samples,), generator=generator).tolist()
     ids_NS = torch.tensor([token_ids[start : start + options.length] for start in starts])
-    return list(ids_NS.split(8))
+    return list(torch.split(ids_NS, 8))
 
 
 def part(name: str, text: str) -> Corpus:

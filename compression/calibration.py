@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compression.block import Block
+from compression.block import Block, is_finite
 from compression.checkpoint import Checkpoint
 from compression.hf import build_skeleton, read_config
 from compression.pruning.shortgpt import BlockInfluence
@@ -116,7 +116,7 @@ class BlockRunner:
         self._decoder = model.model
         self._layers = list(model.model.layers)
         embedding = checkpoint.tensor("model.embed_tokens.weight").float()
-        if not torch.isfinite(embedding).all():
+        if not is_finite(embedding):
             raise CheckpointError("model.embed_tokens has weights that are not finite")
         model.model.embed_tokens.load_state_dict({"weight": embedding}, assign=True)
         self._embed(ids_NS)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compression.block import Block, BlockNames, list_blocks, load_block
+from compression.block import Block, BlockNames, list_blocks, load_block, trim_heap
 from compression.calibration import BlockRunner, CalibrationTokens
 from compression.checkpoint import (
     LAYER_SHAPES,
@@ -198,6 +198,7 @@ class _StageRun:
         if (self.destination / "lathe.json").is_file():
             return plan  # finished before an interruption
         self._walk(checkpoint, kept, plan)
+        trim_heap()
         shutil.rmtree(self.destination, ignore_errors=True)
         self._assemble(checkpoint, kept, plan)
         for path in self.work.glob("block-*"):

@@ -633,7 +633,6 @@ def _quantize(
         group_size,
         symmetric=stage.symmetric,
         scale_dtype=linear.scale_dtype,
-        act_order=not stage.symmetric,  # which is better for which: benchmarks/results/pruning_methods_*
     )
 
 

@@ -1,5 +1,7 @@
 """Perplexity, with the protocol that makes a figure comparable.
 
+A corpus is tokenized in pieces that begin at a blank line: whole, its encoding takes a hundred times the text's memory.
+
 Windows of `window` tokens start every `stride` tokens; each window scores its last `stride` tokens (the first
 window all but
 its first token), given what precedes them in the window. Perplexity is exp of the mean negative log-likelihood over all
@@ -9,6 +11,7 @@ scored tokens. With stride == window this is the usual non-overlapping protocol.
 import dataclasses
 import hashlib
 import math
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from compression.block import trim_heap
 from evaluation.corpora import Corpus
+
+PIECE_CHARACTERS = 200_000
+ROWS_AT_ONCE = 32  # of logits in float32: 6 MB for each at a vocabulary of 49,152
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +64,20 @@ def tokenize(folder: Path, corpus: Corpus) -> tuple[list[int], str]:
 
 
 @lru_cache(maxsize=2)
-def _encode(tokenizer_json: bytes, text: str) -> tuple[int, ...]:
+def _encode(tokenizer_json: bytes, text: str) -> "array[int]":
     """A job asks for the same corpora again and again; a large one takes seconds."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     tokenizer.no_truncation()
-    return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+    ids = array("I")
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + PIECE_CHARACTERS)
+        end = len(text) if end < 0 else end
+        ids.extend(tokenizer.encode(text[start:end], add_special_tokens=False).ids)
+        start = end
+    return ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +156,12 @@ def measure_perplexity(
 
 def token_nll(model: Any, ids_S: Tensor) -> Tensor:
     """Negative log-likelihood of every token but the first, float32 (S - 1,)."""
-    logits_SV = model(ids_S[None], use_cache=False).logits[0, :-1].float()
-    return F.cross_entropy(logits_SV, ids_S[1:], reduction="none")
+    logits_SV = model(ids_S[None], use_cache=False).logits[0, :-1]
+    pairs = zip(
+        torch.split(logits_SV, ROWS_AT_ONCE), torch.split(ids_S[1:], ROWS_AT_ONCE), strict=True
+    )
+    losses = [F.cross_entropy(x_RV.float(), ids_R, reduction="none") for x_RV, ids_R in pairs]
+    return torch.cat(losses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,27 +198,35 @@ def compare_models(
     windows = windows_of(
         after, folder, corpus, window=window, stride=window, max_windows=max_windows
     )
-    nll = [0.0, 0.0]
-    kl, agreed = 0.0, 0
+    sums = [0.0] * 4
     for index, ids in enumerate(windows.ids):
         on_window(index, len(windows.ids))
+        trim_heap()
         ids_S = torch.tensor(ids, device=after.device)
-        logs_TV = [
-            model(ids_S[None], use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
-            for model in (before, after)
-        ]
-        for which, log_TV in enumerate(logs_TV):
-            nll[which] += float(F.nll_loss(log_TV, ids_S[1:], reduction="sum"))
-        kl += float(F.kl_div(logs_TV[1], logs_TV[0], reduction="sum", log_target=True))
-        agreed += int((logs_TV[0].argmax(dim=-1) == logs_TV[1].argmax(dim=-1)).sum())
+        for which, value in enumerate(_compare(before, after, ids_S)):
+            sums[which] += value
     num_tokens = len(windows.ids) * (window - 1)
     protocol = dataclasses.replace(windows.protocol, num_tokens=num_tokens)
     return Comparison(
-        before=Perplexity(value=_exp(nll[0] / num_tokens), protocol=protocol),
-        after=Perplexity(value=_exp(nll[1] / num_tokens), protocol=protocol),
-        kl_divergence=kl / num_tokens,
-        top1_agreement=agreed / num_tokens,
+        before=Perplexity(value=_exp(sums[0] / num_tokens), protocol=protocol),
+        after=Perplexity(value=_exp(sums[1] / num_tokens), protocol=protocol),
+        kl_divergence=sums[2] / num_tokens,
+        top1_agreement=sums[3] / num_tokens,
     )
+
+
+def _compare(before: Any, after: Any, ids_S: Tensor) -> list[float]:
+    """Of one window: both losses, the divergence and the number of agreements, summed over tokens."""
+    logits = [model(ids_S[None], use_cache=False).logits[0, :-1] for model in (before, after)]
+    sums = [0.0] * 4
+    rows = (torch.split(x, ROWS_AT_ONCE) for x in (ids_S[1:], *logits))
+    for targets_R, *logits_RV in zip(*rows, strict=True):
+        logs_RV = [x_RV.float().log_softmax(dim=-1) for x_RV in logits_RV]
+        for which, log_RV in enumerate(logs_RV):
+            sums[which] += float(F.nll_loss(log_RV, targets_R, reduction="sum"))
+        sums[2] += float(F.kl_div(logs_RV[1], logs_RV[0], reduction="sum", log_target=True))
+        sums[3] += int((logs_RV[0].argmax(dim=-1) == logs_RV[1].argmax(dim=-1)).sum())
+    return sums
 
 
 def _exp(nll: float) -> float:

@@ -253,11 +253,7 @@ def test_int4_factors_are_calibrated_in_sequence(source: Path, tmp_path: Path) -
     runner = BlockRunner(tmp_path / "low", low, calibration_tokens().ids_NS)
     found = runner.statistics(load_block(low, list_blocks(low)[0]), gram=True)["mlp.gate_proj"]
     assert found.gram_II is not None
-    options: dict[str, Any] = {
-        "symmetric": True,
-        "scale_dtype": torch.float32,
-        "act_order": False,
-    }
+    options: dict[str, Any] = {"symmetric": True, "scale_dtype": torch.float32}
     v_KI = dequantize(gptq(v_KI, found.gram_II, 32, **options))
     u_OK = dequantize(gptq(u_OK, v_KI @ found.gram_II @ v_KI.T, 32, **options))
     layer = load_model(tmp_path / "both", dtype=torch.float32).get_submodule(name)

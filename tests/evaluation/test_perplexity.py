@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from compression.hf import load_model
+from evaluation import perplexity
 from evaluation.corpora import CORPORA, Corpus, CorpusError, load_corpus
-from evaluation.perplexity import measure_perplexity, tokenize
+from evaluation.perplexity import compare_models, measure_perplexity, tokenize
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 4
 
@@ -87,11 +88,51 @@ def test_progress_is_told_and_may_stop_it(model: Any, tiny_llama: Path) -> None:
     assert seen == [(0, 4), (1, 4), (2, 4)]
 
 
+@pytest.mark.parametrize("window", [2, 65, 128])
+def test_two_models_are_compared_as_whole_distributions_would(
+    model: Any, tiny_llama: Path, window: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    other = AutoModelForCausalLM.from_config(model.config).eval()
+    ids, _ = tokenize(tiny_llama, corpus(TEXT))
+    found = compare_models(model, other, tiny_llama, corpus(TEXT), window=window, max_windows=1)
+    targets_S = torch.tensor(ids[1:window])
+    with torch.no_grad():
+        p_SV, q_SV = (
+            m(torch.tensor([ids[: window - 1]])).logits[0].double().softmax(dim=-1)
+            for m in (model, other)
+        )
+    rows_S = torch.arange(window - 1)
+    for measured, x_SV in ((found.before, p_SV), (found.after, q_SV)):
+        expected = float(x_SV[rows_S, targets_S].log().mean().neg().exp())
+        assert measured.value == pytest.approx(expected, rel=1e-5)
+    kl = float((p_SV * (p_SV / q_SV).log()).sum(dim=-1).mean())
+    assert found.kl_divergence == pytest.approx(kl, rel=1e-3)
+    agreement = float((p_SV.argmax(dim=-1) == q_SV.argmax(dim=-1)).double().mean())
+    assert found.top1_agreement == pytest.approx(agreement)
+
+
 def test_a_corpus_has_a_name() -> None:
     assert "state-of-the-union" in CORPORA
     assert len(load_corpus("state-of-the-union").text) > 50_000
     with pytest.raises(CorpusError, match="no corpus 'nothing'"):
         load_corpus("nothing")
+
+
+@pytest.mark.real_model
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(
+    real_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer
+
+    folder = real_home / "models" / "smollm2-135m"
+    text = load_corpus("state-of-the-union").text
+    monkeypatch.setattr(perplexity, "PIECE_CHARACTERS", 1000)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenize(folder, corpus(text))[0] == whole
 
 
 @pytest.mark.real_model

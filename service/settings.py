@@ -36,6 +36,8 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = 32 * 2**20
     max_upload_bytes: int = 512 * 2**20
+    max_files_bytes: int = 64 * 2**30
+    """Of all the files that one API key has uploaded."""
     max_num_queued_requests: int = 256
     max_num_seqs: int = 16
     default_max_tokens: int = Field(default=256, ge=1)
@@ -61,6 +63,10 @@ class Settings(BaseSettings):
     @property
     def graphs_dir(self) -> Path:
         return self.home / "graphs"
+
+    @property
+    def files_dir(self) -> Path:
+        return self.home / "files"
 
     @property
     def jobs_dir(self) -> Path:

@@ -99,6 +99,7 @@ class Service:
             registry=registry,
             engines=pool,
             jobs=cast(Any, None),
+            files=cast(Any, None),
             keys=KeyStore(self.settings.keys_file),
             metrics=self.metrics,
             tokenizers=TokenizerCache(),

@@ -85,7 +85,7 @@ def main() -> None:
         source = registry.get(MODEL).path
     settings = Calibration(samples=arguments.samples, length=arguments.length)
     corpus = load_corpus(settings.corpus)
-    tokens = sample_tokens(tokenize(source, corpus)[0], settings, corpus_sha256=corpus.sha256)
+    tokens = sample_tokens(tokenize(source, corpus)[0], settings, sha256=corpus.sha256)
     dense = load_model(source, dtype=torch.float32)
     rows: list[list[str]] = []
     path = RESULTS / f"compression_{MODEL}_{platform.machine()}_{datetime.date.today()}.md"

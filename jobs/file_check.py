@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.files import Purpose
+from training.data import DataError, read_examples
 
 MAX_CALIBRATION_BYTES = 64 * 2**20
 """Of a calibration file, and of the text in it. A job reads at most a few million tokens of it."""
@@ -134,8 +135,11 @@ def _check_batch(path: Path) -> None:
 
 
 def _check_fine_tune(path: Path) -> None:
-    for _ in _json_lines(path):
-        pass
+    try:
+        for _ in read_examples(path):
+            pass
+    except DataError as error:
+        raise FileContentError(error.message, error.line or None) from None
 
 
 _CHECKS: dict[Purpose, Callable[[Path], None]] = {

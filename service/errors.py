@@ -26,6 +26,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "invalid_json": (400, "invalid_request_error", None),
     "invalid_value": (400, "invalid_request_error", None),
     "unsupported_parameter": (400, "invalid_request_error", None),
+    "job_too_large": (400, "invalid_request_error", None),
     "invalid_file": (400, "invalid_request_error", None),
     "context_length_exceeded": (400, "invalid_request_error", None),
     "invalid_api_key": (401, "authentication_error", None),

@@ -98,12 +98,7 @@ def _file(info: FileInfo) -> FileObject:
     )
 
 
-def owner_of(identity: Identity) -> str | None:
-    """Whose files the asker sees; None is everybody's."""
-    return None if identity.is_admin else identity.tenant
-
-
-def file_not_found(error: UploadNotFoundError, param: str) -> ApiError:
+def _not_found(error: UploadNotFoundError, param: str) -> ApiError:
     return ApiError("file_not_found", str(error), param)
 
 
@@ -203,13 +198,13 @@ async def list_files(
 
     def query() -> list[FileInfo]:
         return state.files.list_files(
-            owner_of(identity), purpose=purpose, after=after, limit=limit + 1, order=order
+            identity.sees, purpose=purpose, after=after, limit=limit + 1, order=order
         )
 
     try:
         found = await anyio.to_thread.run_sync(query)
     except UploadNotFoundError as error:
-        raise file_not_found(error, "after") from None
+        raise _not_found(error, "after") from None
     data = [_file(info) for info in found[:limit]]
     return FileList(
         data=data,
@@ -221,9 +216,9 @@ async def list_files(
 
 async def _find(file_id: str, state: AppState, identity: Identity) -> FileInfo:
     try:
-        return await anyio.to_thread.run_sync(state.files.get, file_id, owner_of(identity))
+        return await anyio.to_thread.run_sync(state.files.get, file_id, identity.sees)
     except UploadNotFoundError as error:
-        raise file_not_found(error, "file_id") from None
+        raise _not_found(error, "file_id") from None
 
 
 @router.get("/{file_id}")
@@ -245,10 +240,10 @@ async def delete_file(file_id: str, state: StateDep, identity: IdentityDep) -> F
     """Delete a file. Refused while a job that has not ended needs it."""
     try:
         await anyio.to_thread.run_sync(
-            state.files.delete, file_id, owner_of(identity), lambda: files_in_use(state.jobs)
+            state.files.delete, file_id, identity.sees, lambda: files_in_use(state.jobs)
         )
     except UploadNotFoundError as error:
-        raise file_not_found(error, "file_id") from None
+        raise _not_found(error, "file_id") from None
     except UploadInUseError as error:
         raise ApiError("file_in_use", str(error), "file_id") from None
     return FileDeleted(id=file_id)

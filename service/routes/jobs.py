@@ -12,10 +12,9 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from compression.registry import ModelExistsError, ModelNotFoundError
-from jobs.spec import SPECS, SpecError, check_source, parse_spec
+from jobs.spec import SPECS
 from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
-from jobs.store import Event, Job, JobNotFoundError, NewJob, RequestConflictError
+from jobs.store import Event, Job, JobNotFoundError
 from service.auth import Identity
 from service.deps import (
     AppState,
@@ -27,8 +26,9 @@ from service.deps import (
     standalone_schema,
 )
 from service.errors import ApiError, error_responses
-from service.idempotency import request_hash, resource_id
+from service.idempotency import resource_id
 from service.sse import EVENT_STREAM, HEADERS, MEDIA_TYPE, with_keep_alive
+from service.submission import submit
 
 router = APIRouter(
     prefix="/v1/jobs",
@@ -82,6 +82,9 @@ class JobObject(ResponseModel):
     progress: JobProgress
     result: dict[str, Any] | None
     error: JobError | None
+    memory: dict[str, int] | None = Field(
+        description="Peak bytes by part, as predicted before it started."
+    )
     created_at: float
     started_at: float | None
     finished_at: float | None
@@ -135,6 +138,7 @@ def _job(job: Job) -> JobObject:
         progress=JobProgress(step=job.progress_step, total=job.progress_total),
         result=job.result,
         error=JobError(**job.error) if job.error else None,
+        memory=job.memory,
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
@@ -174,62 +178,11 @@ async def create_job(
 ) -> JobObject:
     """Submit a job. It is checked in full before the 201; a worker then runs it."""
     request = body.model_dump()
-    new = NewJob(
-        id=resource_id("job", identity, idempotency_key),
-        type=body.type,
-        owner=identity.tenant,
-        spec={},
-        request_hash=request_hash(request),
-    )
-    replay = await _replay(new, state) if idempotency_key is not None else None
-    if replay is None:
-        spec = await _check(request, state)
-        new = NewJob(
-            id=new.id, type=new.type, owner=new.owner, spec=spec, request_hash=new.request_hash
-        )
-        try:
-            job, made = await anyio.to_thread.run_sync(state.jobs.create, new)
-        except RequestConflictError:
-            raise _conflict() from None
-        replay = None if made else job
-    if replay is not None:
+    job_id = resource_id("job", identity, idempotency_key)
+    job, created = await submit(request, request, job_id, state, identity)
+    if not created:
         response.headers["Idempotent-Replayed"] = "true"
-        return _job(replay)
     return _job(job)
-
-
-async def _replay(new: NewJob, state: AppState) -> Job | None:
-    try:
-        job = await anyio.to_thread.run_sync(state.jobs.get, new.id)
-    except JobNotFoundError:
-        return None
-    if job.request_hash != new.request_hash:
-        raise _conflict()
-    return job
-
-
-def _conflict() -> ApiError:
-    return ApiError(
-        "idempotency_conflict",
-        "this Idempotency-Key was used with another body",
-        "Idempotency-Key",
-    )
-
-
-async def _check(request: dict[str, Any], state: AppState) -> dict[str, Any]:
-    try:
-        spec = parse_spec(request)
-        check_source(spec, state.engines.entry(spec.model).manifest)
-    except SpecError as error:
-        raise ApiError(error.code, error.message, error.param) from None
-    try:
-        state.registry.get(spec.output)
-        raise ModelExistsError(spec.output)
-    except ModelNotFoundError:
-        pass
-    except ModelExistsError:
-        raise ApiError("model_exists", f"model {spec.output!r} exists already", "output") from None
-    return spec.model_dump(mode="json", exclude_none=True)
 
 
 @router.get("")
@@ -247,7 +200,7 @@ async def list_jobs(
 
     def query() -> list[Job]:
         return state.jobs.list_jobs(
-            owner=None if identity.is_admin else identity.tenant,
+            owner=identity.sees,
             type=type,
             status=status,
             after=after,
@@ -284,12 +237,8 @@ async def cancel_job(job_id: str, state: StateDep, identity: IdentityDep) -> Job
 
 @router.post("/{job_id}/pause")
 async def pause_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
-    """Pause a queued job. A running compression cannot be paused: cancel it and submit it again."""
-    job = await _find(job_id, state, identity)
-    if job.status != JobStatus.QUEUED:
-        raise ApiError(
-            "job_not_pausable", f"a {job.type} job that is {job.status} cannot be paused"
-        )
+    """Pause a job: a running one keeps what it finished and ends its process; it is `pausing` until then."""
+    await _find(job_id, state, identity)
     try:
         return _job(await anyio.to_thread.run_sync(state.jobs.request_pause, job_id))
     except InvalidTransitionError as error:

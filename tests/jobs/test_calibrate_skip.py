@@ -239,7 +239,8 @@ def test_a_source_that_is_damaged_or_gone(home: Path) -> None:
         ({"k": 0}, "k"),
         ({"recipe": []}, "recipe"),
         ({"gate": {"min_top1_agreement": 0.5}}, "gate.min_top1_agreement"),
-        ({"calibration": {"file": "file-1"}}, "calibration.file"),
+        ({"calibration": {"file": "../file-1"}}, "calibration.file"),
+        ({"calibration": {"file": "file-1", "corpus": "state-of-the-union"}}, "calibration"),
         ({"calibration": {"corpus": "nothing"}}, "calibration.corpus"),
     ],
 )

@@ -32,7 +32,7 @@ def nothing_in_use() -> dict[str, str]:
 
 
 def add(store: FileStore, content: bytes, file_id: str = "file-a", **fields: Any) -> FileInfo:
-    values = {
+    values: dict[str, Any] = {
         "file_id": file_id,
         "owner": "me",
         "filename": "a.jsonl",
@@ -151,12 +151,12 @@ def test_a_file_in_use_is_not_deleted_and_a_held_one_cannot_be(tmp_path: Path) -
     with pytest.raises(UploadInUseError, match="job-7"):
         store.delete("file-a", "me", lambda: {"file-a": "job-7"})
     order: list[str] = []
-    deleting = threading.Thread(
-        target=lambda: (
-            FileStore(tmp_path).delete("file-a", "me", nothing_in_use),
-            order.append("deleted"),
-        )
-    )
+
+    def delete() -> None:
+        FileStore(tmp_path).delete("file-a", "me", nothing_in_use)
+        order.append("deleted")
+
+    deleting = threading.Thread(target=delete)
     with store.held(["file-a"], "me") as infos:
         deleting.start()
         deleting.join(0.3)
@@ -258,6 +258,7 @@ def write_lines(path: Path, *lines: str | bytes) -> Path:
 
 
 TEXT = '{"text": "a b c"}'
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 TASK = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {}}
 
 
@@ -271,6 +272,9 @@ TASK = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {}
         ("calibration", ['{"text": " "}', '{"text": ""}'], "no line has any text"),
         ("calibration", [TEXT, b'{"text": "\xff"}'], "line 2: not UTF-8"),
         ("calibration", ["[" * 100_000], "line 1: not valid JSON: nested too deep"),
+        ("fine-tune", [CHAT] * 16 + ['{"messages": '], "line 17: not JSON"),
+        ("fine-tune", [CHAT, CHAT.replace("user", "pirate")], "line 2: messages[0]: unknown role"),
+        ("fine-tune", [CHAT, CHAT.replace('"b"', '"b", "weight": 0')], "line 2: every assistant"),
         ("batch", [json.dumps(TASK), json.dumps(TASK)], "line 2: its custom_id was on a line"),
         ("batch", [json.dumps(TASK | {"method": "GET"})], 'line 1: needs "custom_id"'),
         ("batch", [json.dumps(TASK | {"body": "x"})], 'line 1: needs "url"'),
@@ -299,6 +303,7 @@ def test_good_content_is_read_as_written(tmp_path: Path) -> None:
     check_file(path, "calibration")
     assert list(read_texts(path)) == ["é", "b\nc"]
     check_file(write_lines(tmp_path / "b", json.dumps(TASK)), "batch")
+    check_file(write_lines(tmp_path / "t", CHAT, '{"prompt": "a", "completion": "b"}'), "fine-tune")
     check_file(write_lines(tmp_path / "u", b"\xff\x00"), "user_data")
     (tmp_path / "e").write_bytes(b"")
     with pytest.raises(FileContentError, match="empty"):
@@ -319,7 +324,7 @@ def test_parquet_with_a_text_column(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a", {"id": [1, 2], "text": ["one", "two"]})
     check_file(path, "calibration")
     assert list(read_texts(path)) == ["one", "two"]
-    bad = {
+    bad: dict[str, dict[str, Any]] = {
         "no column 'text'": {"body": ["a"]},
         "type int64": {"text": [1, 2]},
         'line 2: needs "text"': {"text": ["a", None]},

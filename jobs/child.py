@@ -23,6 +23,7 @@ from jobs.store import JsonObject
 RUNNERS = {
     "calibrate_skip": "jobs.runners.calibrate_skip:run",
     "compress": "jobs.runners.compress:run",
+    "finetune": "jobs.runners.finetune:run",
 }
 MAX_MESSAGE_CHARS = 500
 

@@ -15,17 +15,6 @@ JsonObject = dict[str, Any]
 MAX_PRIORITY = 1000
 EventLevel = Literal["info", "warn", "error"]
 EventKind = Literal["status", "message", "progress", "metrics"]
-StatusReason = Literal[
-    "user",
-    "lease_lost",
-    "worker_shutdown",
-    "deadline_exceeded",
-    "out_of_memory",
-    "disk_full",
-    "bad_data",
-    "gate_refused",
-    "runner_crashed",
-]
 
 
 class JobNotFoundError(Exception):

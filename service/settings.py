@@ -13,6 +13,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from jobs.gpu import GpuPolicy
+
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_EMBEDDING_MODEL = "all-minilm-l6-v2"
 
@@ -48,6 +50,10 @@ class Settings(BaseSettings):
     job_lease_seconds: float = 60.0
     job_heartbeat_seconds: float = 10.0
     job_cancel_grace_seconds: float = 5.0
+    job_checkpoint_grace_seconds: float = 60.0
+    """For a finetune job that is paused or cancelled to end its step and write a checkpoint."""
+    job_gpu_policy: GpuPolicy = "sleep"
+    """What a finetune job does about engines on the GPU: let them `sleep`, fail as `busy`, or `share` it with them."""
 
     @field_validator("models", "allowed_hosts", mode="before")
     @classmethod

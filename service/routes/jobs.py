@@ -1,21 +1,17 @@
 """Jobs: submit, follow, cancel, and fetch what they made. A job belongs to the key that created it; admins see all."""
 
-import asyncio
 import hashlib
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Query, Response
-from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.spec import SPECS
-from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
+from jobs.states import JobStatus
 from jobs.store import Event, Job, JobNotFoundError
-from service.auth import Identity
 from service.deps import (
     AppState,
     IdempotencyKey,
@@ -27,7 +23,8 @@ from service.deps import (
 )
 from service.errors import ApiError, error_responses
 from service.idempotency import resource_id
-from service.sse import EVENT_STREAM, HEADERS, MEDIA_TYPE, with_keep_alive
+from service.job_requests import ask_job, find_job, follow_job, wants_events
+from service.sse import EVENT_STREAM
 from service.submission import submit
 
 router = APIRouter(
@@ -36,7 +33,6 @@ router = APIRouter(
     dependencies=[Depends(require("jobs"))],
     responses=error_responses(409),
 )
-POLL_SECONDS = 0.5
 MAX_LOG_BYTES = 2**20
 
 
@@ -157,17 +153,6 @@ def _event(job_id: str, event: Event) -> JobEvent:
     )
 
 
-async def _find(job_id: str, state: AppState, identity: Identity) -> Job:
-    """Raises: ApiError: job_not_found, also for another owner's."""
-    try:
-        job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
-    except (JobNotFoundError, ValueError):
-        job = None
-    if job is None or not (identity.is_admin or job.owner == identity.tenant):
-        raise ApiError("job_not_found", f"no job {job_id[:100]!r}", "job_id")
-    return job
-
-
 @router.post("", status_code=201, openapi_extra=_CREATE_BODY)
 async def create_job(
     body: JobRequest,
@@ -222,37 +207,25 @@ async def list_jobs(
 
 @router.get("/{job_id}")
 async def get_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
-    return _job(await _find(job_id, state, identity))
+    return _job(await find_job(job_id, state, identity))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
     """Cancel a job. A running one ends within seconds; cancelling twice changes nothing."""
-    await _find(job_id, state, identity)
-    try:
-        return _job(await anyio.to_thread.run_sync(state.jobs.request_cancel, job_id))
-    except InvalidTransitionError as error:
-        raise ApiError("job_not_cancellable", f"the job is {error.current}", "job_id") from None
+    return _job(await ask_job("cancel", job_id, state, identity))
 
 
 @router.post("/{job_id}/pause")
 async def pause_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
     """Pause a job: a running one keeps what it finished and ends its process; it is `pausing` until then."""
-    await _find(job_id, state, identity)
-    try:
-        return _job(await anyio.to_thread.run_sync(state.jobs.request_pause, job_id))
-    except InvalidTransitionError as error:
-        raise ApiError("job_not_pausable", f"the job is {error.current}", "job_id") from None
+    return _job(await ask_job("pause", job_id, state, identity))
 
 
 @router.post("/{job_id}/resume")
 async def resume_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
     """Queue a paused job again."""
-    await _find(job_id, state, identity)
-    try:
-        return _job(await anyio.to_thread.run_sync(state.jobs.request_resume, job_id))
-    except InvalidTransitionError as error:
-        raise ApiError("job_not_pausable", f"the job is {error.current}", "job_id") from None
+    return _job(await ask_job("resume", job_id, state, identity))
 
 
 @router.get(
@@ -273,40 +246,15 @@ async def job_events(
     ] = None,
 ) -> Any:
     """Events in order. With `stream` or `Accept: text/event-stream`: as they happen, until the job has ended."""
-    await _find(job_id, state, identity)
-    if last_event_id is not None:
-        after = max(after, int(last_event_id))
-    if stream or (accept is not None and MEDIA_TYPE in accept):
-        events = _keep(_follow(job_id, state, after))
-        return StreamingResponse(events, media_type=MEDIA_TYPE, headers=HEADERS)
-    found = await _events(job_id, state, after, limit + 1)
+    await find_job(job_id, state, identity)
+    if stream or wants_events(accept):
+        after = max(after, int(last_event_id or 0))
+        return follow_job(job_id, state, after, lambda event: _event(job_id, event))
+    found = await anyio.to_thread.run_sync(
+        lambda: state.jobs.events(job_id, after=after, limit=limit + 1)
+    )
     page = [_event(job_id, event) for event in found[:limit]]
     return JobEventList(data=page, has_more=len(found) > limit)
-
-
-async def _events(job_id: str, state: AppState, after: int, limit: int) -> list[Event]:
-    return await anyio.to_thread.run_sync(
-        lambda: state.jobs.events(job_id, after=after, limit=limit)
-    )
-
-
-async def _keep(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    async for chunk in with_keep_alive(chunks):
-        yield chunk
-
-
-async def _follow(job_id: str, state: AppState, after: int) -> AsyncIterator[str]:
-    while True:
-        job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
-        events = await _events(job_id, state, after, 1000)
-        for event in events:
-            after = event.seq
-            data = json.dumps(_event(job_id, event).model_dump(mode="json"))
-            yield f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n"
-        if job.status in TERMINAL_STATUSES and not events:
-            return
-        if not events:
-            await asyncio.sleep(POLL_SECONDS)
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)
@@ -317,7 +265,7 @@ async def job_logs(
     tail_bytes: Annotated[int, Query(ge=1, le=MAX_LOG_BYTES)] = 65536,
 ) -> PlainTextResponse:
     """The end of what the newest attempt wrote to its standard output and error."""
-    job = await _find(job_id, state, identity)
+    job = await find_job(job_id, state, identity)
     path = state.settings.jobs_dir / job.id / f"attempt-{job.attempt}.log"
 
     def read() -> str:
@@ -342,7 +290,7 @@ def _artifacts(state: AppState, job: Job) -> dict[str, Path]:
 @router.get("/{job_id}/artifacts")
 async def list_artifacts(job_id: str, state: StateDep, identity: IdentityDep) -> ArtifactList:
     """What the job made, besides a model."""
-    job = await _find(job_id, state, identity)
+    job = await find_job(job_id, state, identity)
 
     def describe() -> list[Artifact]:
         return [
@@ -362,7 +310,7 @@ async def get_artifact(
     job_id: str, name: str, state: StateDep, identity: IdentityDep
 ) -> FileResponse:
     """Download one artefact, by a name that the list gave."""
-    job = await _find(job_id, state, identity)
+    job = await find_job(job_id, state, identity)
     path = _artifacts(state, job).get(name)
     if path is None:
         raise ApiError("artifact_not_found", f"the job has no artefact {name[:100]!r}", "name")

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from training.q_galore.group_codes import (
-    CodeBits,
     add_,
     add_to_bfloat16_,
-    code_bytes,
     dequantize,
     quantize,
 )
+from training.q_galore.sizes import CodeBits, code_bytes
 
 
 def generator(seed: int = 0) -> torch.Generator:

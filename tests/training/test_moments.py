@@ -9,9 +9,9 @@ from training.q_galore.moments import (
     decode,
     encode_signed,
     encode_unsigned,
-    moment_bytes,
     zero_moments,
 )
+from training.q_galore.sizes import moment_bytes
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from training.q_galore.group_codes import dequantize, quantize
 from training.q_galore.schedule import RefreshSchedule, fixed_refreshes
+from training.q_galore.sizes import coordinate_shape, side_of
 from training.q_galore.subspace import (
-    coordinate_shape,
     find_basis,
     project,
     project_back,
-    side_of,
     similarity,
 )
 from training.spec import Refresh

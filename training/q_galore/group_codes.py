@@ -15,14 +15,13 @@ Shapes: G groups, E = 256 elements of a group.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-GROUP = 256
-CodeBits = Literal[4, 8]
+from training.q_galore.sizes import GROUP, CodeBits
+
 # Below it a group counts as zeros: its codes are all the zero point.
 MIN_SCALE = 1e-30
 
@@ -46,12 +45,6 @@ class GroupCodes:
     def num_bytes(self) -> int:
         tensors = (self.codes, self.scale_G, self.zero_point_G)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def code_bytes(num_elements: int, bits: CodeBits) -> int:
-    """Bytes of the codes, scales and zero points of a tensor."""
-    num_groups = -(-num_elements // GROUP)
-    return num_groups * (GROUP * bits // 8 + 4 + 1)
 
 
 def quantize(

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from training.q_galore.sizes import BLOCK, MIN_8_BIT_ELEMENTS
 from training.spec import StateBits
 
-BLOCK = 256
-# Smaller tensors, such as norms, keep float32: eight bits would save nothing worth having.
-MIN_8_BIT_ELEMENTS = 4096
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
@@ -32,14 +30,6 @@ class BlockCodes:
 
 
 Moment = Tensor | BlockCodes
-
-
-def moment_bytes(num_elements: int, state_bits: StateBits) -> int:
-    """Bytes of both moments of a tensor."""
-    if state_bits == 32 or num_elements < MIN_8_BIT_ELEMENTS:
-        return 8 * num_elements
-    num_blocks = -(-num_elements // BLOCK)
-    return 2 * num_blocks * (BLOCK + 4)
 
 
 def encode_signed(values: Tensor) -> BlockCodes:

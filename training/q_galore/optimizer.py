@@ -10,7 +10,8 @@ layer, by hooks inside it, so that never more than one whole gradient of a proje
 them is the same,
 in the same order for each slot, and so are the results, to the bit:
 - a projected slot adds up coordinates, in float32, over the passes of a step. In a step in which its basis is due it
-  adds up whole gradients instead, since the basis should be that of all of them;
+  adds up whole gradients instead, since the basis should be that of all of them. Only the very first basis is that of
+  the first pass: all slots need one then, and their whole gradients would not fit together;
 - when the last pass has brought a slot's gradient, it is summed over processes (`Collective`): coordinates, not
   gradients, where it can be;
 - without clipping the weight is updated at once; with clipping when the norm over all slots is known.
@@ -39,14 +40,8 @@ from training.q_galore.group_codes import (
 from training.q_galore.int8_linear import Int8Linear
 from training.q_galore.moments import BlockCodes, Moment, Moments, zero_moments
 from training.q_galore.schedule import RefreshSchedule
-from training.q_galore.subspace import (
-    coordinate_shape,
-    find_basis,
-    project,
-    project_back,
-    side_of,
-    similarity,
-)
+from training.q_galore.sizes import coordinate_shape, side_of
+from training.q_galore.subspace import find_basis, project, project_back, similarity
 from training.spec import Refresh, Similarity, StateBits
 
 
@@ -246,6 +241,13 @@ class SubspaceAdamW:
         assert step is not None
         if gradient is None:
             return
+        if slot.schedule is not None and slot.basis is None:
+            whole = gradient.clone()
+            self.collective.sum_(whole)
+            if not self._refresh(slot, whole, step.number):
+                self.num_skipped += step.last_pass
+                slot.parameter.grad = None
+                return
         if slot.schedule is not None and not slot.schedule.is_due(step.number):
             coordinates = self._project(slot, gradient)
             if slot.gradient is None:
@@ -272,10 +274,9 @@ class SubspaceAdamW:
             self.collective.sum_(whole)
             if slot.schedule is None:
                 slot.gradient = whole.float()
-            elif self._refresh(slot, whole, step.number) or slot.basis is not None:
-                slot.gradient = self._project(slot, whole)
             else:
-                self.num_skipped += 1
+                self._refresh(slot, whole, step.number)
+                slot.gradient = self._project(slot, whole)
             slot.parameter.grad = None
         if self.max_gradient_norm is None:
             self._update(slot, step, 1.0)

@@ -10,25 +10,14 @@ moving one.
 Shapes: L the longer side, D the shorter, K the rank.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from training.q_galore.sizes import Side, side_of
 from training.spec import Refresh, Similarity
 
-Side = Literal["left", "right"]
 OVERSAMPLING = 10
 POWER_ITERATIONS = 2
-
-
-def side_of(shape: tuple[int, ...]) -> Side:
-    return "right" if shape[0] >= shape[1] else "left"
-
-
-def coordinate_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
-    """Of the coordinates of a matrix of this shape."""
-    return (shape[0], rank) if side_of(shape) == "right" else (rank, shape[1])
 
 
 def project(gradient: Tensor, basis_DK: Tensor, side: Side) -> Tensor:

@@ -11,7 +11,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 Render = Callable[[list[dict[str, str]], bool], str]
@@ -187,17 +189,6 @@ def _parse_messages(line: int, rows: object, limits: DataLimits) -> tuple[Messag
     return tuple(messages)
 
 
-class _Encoding(Protocol):
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-class Tokenizer(Protocol):
-    """What is used of `tokenizers.Tokenizer`."""
-
-    def encode(self, sequence: str, /, *, add_special_tokens: bool) -> _Encoding: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Token ids of an example and, for each, whether it is learnt (as what follows the one before it)."""
@@ -214,8 +205,8 @@ class Encoder:
     Attributes:
         end_id: the token that ends a completion or a text; None to add none.
         render: None where the model has no chat template; chat is refused then.
-        control_spellings: texts that the tokenizer takes for control tokens. An example that contains one is refused: a
-            user's text must not become a turn's end.
+        control_spellings: texts that the tokenizer takes for control tokens. An example that contains one is refused:
+            a user's text must not become a turn's end.
     """
 
     tokenizer: Tokenizer

@@ -161,7 +161,8 @@ class LrcOnlyQGaLore(QGaLore):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
-    """Adapters on every linear layer of the blocks, merged into the result (Hu et al. 2021, arXiv:2106.09685); by peft.
+    """Adapters on every linear layer of the blocks, merged into the result (Hu et al. 2021, arXiv:2106.09685); by
+    peft.
 
     Attributes:
         alpha: the adapter's product counts alpha / rank times.
@@ -319,12 +320,23 @@ def _check_known(payload: Mapping[str, Any], fields: set[str], prefix: str) -> N
             )
 
 
-def check_source(settings: FinetuneSettings, manifest: Manifest) -> None:
-    """Whether the method makes sense for a checkpoint.
+def check_source(settings: FinetuneSettings, manifest: Manifest, config: JsonObject) -> None:
+    """Whether the settings make sense for a checkpoint.
+
+    Args:
+        manifest, config: its `lathe.json` and `config.json`.
 
     Raises:
         SettingsError: it does not; the message says why and what would.
     """
+    for field in ("max_position_embeddings", "sliding_window"):
+        limit = config.get(field)
+        # Rows carry a mask of their own, which does not know of windows.
+        if limit is not None and settings.max_length > limit:
+            raise SettingsError(
+                "max_length",
+                f"max_length {settings.max_length:,} exceeds this model's {field}, {limit:,}",
+            )
     method = settings.method
     param = f"method.{method.name}"
 

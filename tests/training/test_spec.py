@@ -92,7 +92,7 @@ def test_a_wrong_field_is_named(payload: Any, param: str) -> None:
 )
 def test_a_method_that_makes_no_sense_is_refused(method: str, source: Manifest, word: str) -> None:
     with pytest.raises(SettingsError, match=word) as caught:
-        check_source(parse_settings({"method": method}), source)
+        check_source(parse_settings({"method": method}), source, {})
     assert caught.value.unsupported
     assert caught.value.param == f"method.{method}"
 
@@ -100,12 +100,21 @@ def test_a_method_that_makes_no_sense_is_refused(method: str, source: Manifest, 
 @pytest.mark.parametrize("linear", [DENSE, INT4, LOW_RANK])
 @pytest.mark.parametrize("method", ["full", "galore", "qgalore", "lora"])
 def test_every_kind_can_be_trained(method: str, linear: Any) -> None:
-    check_source(parse_settings({"method": method}), manifest(linear))
+    check_source(parse_settings({"method": method}), manifest(linear), {})
 
 
 def test_low_rank_methods_take_low_rank_models() -> None:
     for method in ("lrc_only", "lrc_only_qgalore"):
-        check_source(parse_settings({"method": method}), manifest(LOW_RANK))
+        check_source(parse_settings({"method": method}), manifest(LOW_RANK), {})
+
+
+@pytest.mark.parametrize("field", ["max_position_embeddings", "sliding_window"])
+def test_rows_longer_than_the_model_sees_are_refused(field: str) -> None:
+    settings = parse_settings({"method": "full", "max_length": 65})
+    check_source(settings, manifest(), {field: 65})
+    with pytest.raises(SettingsError, match=field) as caught:
+        check_source(settings, manifest(), {field: 64})
+    assert caught.value.param == "max_length"
 
 
 def test_qlora_is_a_lora() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from evaluation.report import PAGE_STYLE, html_table, protocol_line
 
 JsonObject = dict[str, Any]
-_PARTS = ("weights", "gradients", "optimizer", "projections", "activations", "peak")
 
 
 def _tables(report: JsonObject) -> list[tuple[str, list[list[str]]]]:
@@ -38,18 +37,14 @@ def _tables(report: JsonObject) -> list[tuple[str, list[list[str]]]]:
             ]
         )
     memory = [["bytes", "predicted", "measured"]]
-    for part in _PARTS:
-        memory.append([part, *(_count(report[side][part]) for side in ("predicted", "measured"))])
+    for part, predicted in report["predicted"].items():
+        memory.append([part, f"{predicted:,}", f"{report['measured'][part]:,}"])
     return [
         ("Run", run),
         ("Evaluation", evaluations),
         ("Perplexity on other text", corpora),
         ("Memory", memory),
     ]
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
 
 
 def _notes(report: JsonObject) -> list[str]:

@@ -275,8 +275,11 @@ def _settings_error(error: SettingsError) -> SpecError:
     return SpecError(param, error.message, code)
 
 
-def check_source(spec: Spec, manifest: Manifest) -> None:
+def check_source(spec: Spec, manifest: Manifest, config: JsonObject) -> None:
     """Whether this model can go through the job, after what it went through already.
+
+    Args:
+        manifest, config: its `lathe.json` and `config.json`.
 
     Raises:
         SpecError
@@ -287,7 +290,7 @@ def check_source(spec: Spec, manifest: Manifest) -> None:
         if isinstance(spec, CompressSpec):
             parse_recipe(spec.recipe, done=manifest.recipe)
         elif isinstance(spec, FinetuneSpec):
-            check_finetune_source(parse_settings(spec.settings), manifest)
+            check_finetune_source(parse_settings(spec.settings), manifest, config)
     except RecipeError as error:
         raise SpecError(error.param, error.message) from None
     except SettingsError as error:

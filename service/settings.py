@@ -40,6 +40,8 @@ class Settings(BaseSettings):
     max_upload_bytes: int = 512 * 2**20
     max_files_bytes: int = 64 * 2**30
     """Of all the files that one API key has uploaded."""
+    max_loaded_models: int = Field(default=4, ge=0)
+    """A registered model is loaded when it is asked for, while fewer than these are; 0 to load none that way."""
     max_num_queued_requests: int = 256
     max_num_seqs: int = 16
     default_max_tokens: int = Field(default=256, ge=1)

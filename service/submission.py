@@ -18,6 +18,7 @@ from service.auth import Identity
 from service.deps import AppState
 from service.errors import ApiError
 from service.idempotency import request_hash
+from service.training_files import check_examples
 from training.ledger import predict_memory
 from training.spec import parse_settings
 
@@ -41,12 +42,13 @@ async def submit(
     try:
         spec = parse_spec(body)
         entry = state.engines.entry(spec.model)
-        check_source(spec, entry.manifest)
+        config = read_config(entry)
+        check_source(spec, entry.manifest, config)
     except SpecError as error:
         raise ApiError(error.code, error.message, error.param) from None
     _check_output(spec, state)
     files = await _check_files(spec, entry, state, identity)
-    memory = await anyio.to_thread.run_sync(_memory, spec, entry)
+    memory = await anyio.to_thread.run_sync(_memory, spec, entry, config)
     new = NewJob(
         id=job_id,
         type=spec.type,
@@ -56,6 +58,11 @@ async def submit(
         memory=memory,
     )
     return await anyio.to_thread.run_sync(_create, new, files, state, identity)
+
+
+def read_config(entry: ModelEntry) -> JsonObject:
+    config: JsonObject = json.loads((entry.path / "config.json").read_text())
+    return config
 
 
 async def _existing(job_id: str, digest: str, state: AppState) -> Job | None:
@@ -105,7 +112,11 @@ async def _check_files(
                 f"file {file_id} is of purpose {info.purpose!r}, this needs {purpose!r}",
                 param,
             )
-        if not isinstance(spec, FinetuneSpec) and spec.calibration is not None:
+        if isinstance(spec, FinetuneSpec):
+            max_length = parse_settings(spec.settings).max_length
+            path = state.files.path(info)
+            await anyio.to_thread.run_sync(check_examples, entry, path, max_length, param)
+        elif spec.calibration is not None:
             await _check_length(info, spec.calibration.length, entry, state)
     return {file_id: param for file_id, (param, _) in named.items()}
 
@@ -139,7 +150,7 @@ async def _check_length(info: FileInfo, length: int, entry: ModelEntry, state: A
         )
 
 
-def _memory(spec: Spec, entry: ModelEntry) -> JsonObject | None:
+def _memory(spec: Spec, entry: ModelEntry, config: JsonObject) -> JsonObject | None:
     """What the job will hold at its peak, by part.
 
     Raises:
@@ -147,7 +158,6 @@ def _memory(spec: Spec, entry: ModelEntry) -> JsonObject | None:
     """
     if not isinstance(spec, FinetuneSpec):
         return None
-    config = json.loads((entry.path / "config.json").read_text())
     ledger = predict_memory(entry.manifest, config, parse_settings(spec.settings))
     reason = too_large(ledger, psutil.virtual_memory().total, "this machine has")
     if reason is not None and not has_nvidia_gpu():  # its memory is the worker's to look at

@@ -27,7 +27,7 @@ from service.errors import ApiError, error_responses
 from service.idempotency import resource_id
 from service.job_requests import ask_job, find_job, follow_job, wants_events
 from service.sse import EVENT_STREAM
-from service.submission import submit
+from service.submission import read_config, submit
 from training.spec import METHODS, FinetuneSettings, parse_settings
 
 router = APIRouter(
@@ -38,6 +38,8 @@ router = APIRouter(
 )
 SUPERVISED = "supervised"
 DEFAULT_METHOD = "qgalore"
+MAX_LENGTH = 512
+"""Tokens of an example, unless the hyperparameters or the model say otherwise."""
 MAX_MODEL_CHARS = 48
 """Of the source's id in the id of what is made of it."""
 _PAGE = 200
@@ -155,26 +157,35 @@ async def create_fine_tuning_job(
 ) -> FineTuningJob:
     """Submit a finetuning job. Settings, files and memory are checked before the 201; a worker then runs it."""
     job_id = resource_id("ftjob", identity, idempotency_key)
+    settings, place = _settings(body)
+    config = read_config(state.engines.entry(body.model))
+    # OpenAI's clients cannot say how long an example may be, so a small model says it.
+    context = config.get("max_position_embeddings", MAX_LENGTH)
+    settings.setdefault("max_length", min(MAX_LENGTH, context))
     job_body: dict[str, Any] = {
         "type": "finetune",
         "model": body.model,
         "output": f"{body.model[:MAX_MODEL_CHARS]}-{body.suffix or 'ft'}-{job_id[-8:]}",
         "training_file": body.training_file,
         "validation_file": body.validation_file,
-        "settings": _settings(body),
+        "settings": settings,
         "metadata": body.metadata,
     }
     try:
         job, created = await submit(job_body, body.model_dump(), job_id, state, identity)
     except ApiError as error:
-        raise _for_this_body(error) from None
+        raise _for_this_body(error, place) from None
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
     return _object(job)
 
 
-def _settings(body: FineTuningBody) -> dict[str, Any]:
-    """What `parse_settings` takes. Raises: ApiError: the method has not OpenAI's shape."""
+def _settings(body: FineTuningBody) -> tuple[dict[str, Any], str]:
+    """What `parse_settings` takes, and where in the body the hyperparameters are.
+
+    Raises:
+        ApiError: the method has not OpenAI's shape.
+    """
     method = body.method or {"type": SUPERVISED}
     kind = method.get("type")
     if kind not in (SUPERVISED, *METHODS):
@@ -205,7 +216,7 @@ def _settings(body: FineTuningBody) -> dict[str, Any]:
     settings = _from_hyperparameters(hyperparameters or {}, METHODS[name], param)
     if body.seed is not None:
         settings["seed"] = body.seed
-    return {"method": {name: options}, **settings}
+    return {"method": {name: options}, **settings}, param
 
 
 def _from_hyperparameters(given: dict[str, Any], method: Any, param: str) -> dict[str, Any]:
@@ -234,7 +245,7 @@ def _from_hyperparameters(given: dict[str, Any], method: Any, param: str) -> dic
     return settings
 
 
-def _for_this_body(error: ApiError) -> ApiError:
+def _for_this_body(error: ApiError, place: str) -> ApiError:
     """The same error, with the path of the field as this body has it."""
     param = error.param or ""
     if param == "output":
@@ -244,7 +255,7 @@ def _for_this_body(error: ApiError) -> ApiError:
     elif param.startswith("settings"):
         name = param.removeprefix("settings").lstrip(".")
         name = {"epochs": "n_epochs"}.get(name, name)
-        param = f"hyperparameters.{name}".rstrip(".") if name != "seed" else name
+        param = name if name == "seed" else f"{place}.{name}".rstrip(".")
     return ApiError(error.code, error.message, param or None)
 
 

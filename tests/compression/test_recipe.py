@@ -132,9 +132,9 @@ def test_a_calibrated_job_is_accepted() -> None:
 def test_a_job_is_refused_for_what_its_model_went_through() -> None:
     empty: dict[str, Any] = {"source": {}, "matrices": (), "other_tensors": {}}
     parsed = parse_spec(spec(recipe=[WELORE]))
-    check_source(parsed, Manifest(kind="decoder", **empty))
+    check_source(parsed, Manifest(kind="decoder", **empty), {})
     with pytest.raises(SpecError, match="welore cannot follow int4") as refused:
-        check_source(parsed, Manifest(kind="decoder", recipe=[INT4], **empty))
+        check_source(parsed, Manifest(kind="decoder", recipe=[INT4], **empty), {})
     assert refused.value.param == "recipe[0].welore"
     with pytest.raises(SpecError, match="decoders only"):
-        check_source(parsed, Manifest(kind="encoder", **empty))
+        check_source(parsed, Manifest(kind="encoder", **empty), {})

@@ -257,7 +257,7 @@ def test_defaults_and_kind() -> None:
     assert spec.gate.max_perplexity_ratio == 1.5
     encoder: Any = type("Manifest", (), {"kind": "encoder"})()
     with pytest.raises(SpecError, match="decoders only"):
-        check_source(spec, encoder)
+        check_source(spec, encoder, {})
 
 
 def test_dtype_of_the_model_is_kept(home: Path) -> None:

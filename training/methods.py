@@ -1,6 +1,6 @@
 """Methods behind one interface: which weights of a model are trained, in what form, and what they are in the end.
 
-`prepare` turns a model into its trainable form: INT4 codes that are trained become dense, Q-GaLore's matrices INT8
+`prepare` turns a model into its trainable form: INT4 codes become dense, Q-GaLore's matrices INT8
 codes, LoRA's layers get adapters. `TrainableModel.matrix` undoes it for the result.
 
 | method | trained | projected |
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.checkpoint import LowRankLinear, Manifest
+from compression.hf import resident_bytes
 from compression.linear import Int4Linear
 from training.q_galore.int8_linear import Int8Linear
 from training.q_galore.optimizer import Projection, SubspaceAdamW, TrainedWeight, build_optimizer
@@ -73,6 +74,15 @@ class TrainableModel:
             return weight
         adapter: Tensor = layer.get_delta_weight(ADAPTER).detach()
         return _base_weight(base).float() + adapter.float()
+
+    def weight_bytes(self) -> int:
+        """Bytes of the model as held, with the masks of pruned weights and the scales of a quantized base."""
+        masks = [w.keep_mask.numel() for w in self.weights if w.keep_mask is not None]
+        states = [getattr(p, "quant_state", None) for p in self.model.parameters()]
+        scales = [s.absmax.numel() * s.absmax.element_size() for s in states if s is not None]
+        rows = [p.SCB.numel() * 4 for p in self.model.parameters() if hasattr(p, "SCB")]
+        total: int = resident_bytes(self.model) + sum(masks) + sum(scales) + sum(rows)
+        return total
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights as plain tensors, INT8 ones as their codes."""
@@ -145,9 +155,9 @@ def prepare(model: Any, manifest: Manifest, settings: FinetuneSettings) -> Train
         factors = ("weight_u", "weight_v") if low_rank else ()
         for path in [f"{row.name}.{factor}" for factor in factors] or [row.name]:
             trained[path] = row.sparsity > 0
-    outside = [row.name for row in manifest.matrices if not _IN_BLOCK.search(row.name)]
-    for path in [*trained, *outside]:
-        _make_dense(model, path)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Int4Linear):
+            model.set_submodule(path, _dense(layer))
     model.to(dtype)
     model.requires_grad_(False)
     if isinstance(method, Lora):
@@ -184,16 +194,14 @@ def prepare(model: Any, manifest: Manifest, settings: FinetuneSettings) -> Train
     return TrainableModel(model=model, weights=weights, method=method, dtype=dtype)
 
 
-def _make_dense(model: Any, path: str) -> None:
-    layer = model.get_submodule(path)
-    if not isinstance(layer, Int4Linear):
-        return
+def _dense(layer: Int4Linear) -> nn.Linear:
+    """The same layer without codes. Frozen ones too: autograd would keep what they dequantize anyway."""
     weight_OI = layer.dequantize()
     dense = nn.Linear(
         weight_OI.shape[1], weight_OI.shape[0], bias=layer.bias is not None, device="meta"
     )
     dense.weight, dense.bias = nn.Parameter(weight_OI), layer.bias  # type: ignore[assignment]
-    model.set_submodule(path, dense)
+    return dense
 
 
 def _add_adapters(
@@ -219,6 +227,7 @@ def _add_adapters(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # small, and worth the precision
             weights.append(TrainedWeight(name=name, parameter=parameter))
     return weights
 
@@ -238,6 +247,8 @@ def _quantize_base(model: Any, paths: list[str], method: QLora, dtype: torch.dty
         if method.bits == 4:
             base = quantized.Linear4bit(*size, bias=False, compute_dtype=dtype, quant_type="nf4")
             base.weight = quantized.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            # Or else the first evaluation on a CPU turns the weight into a form that has no gradient.
+            base.support_avx512bf16_for_cpu = False
         else:
             # Without a threshold no column is taken for an outlier: all of the base has 8 bits.
             base = quantized.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=0.0)

@@ -24,7 +24,7 @@ from compression.checkpoint import (
     hash_file,
     open_checkpoint,
 )
-from compression.hf import load_model, read_config, resident_bytes
+from compression.hf import load_model, read_config
 from engines.text import find_control_tokens
 from training.batches import Batch, SavedBytes, collate, total_loss
 from training.checkpointing import CheckpointFolder, RunCheckpoint
@@ -116,7 +116,8 @@ class FinetuneReport:
     Attributes:
         losses: [step, loss] of every step, evaluations: [step, loss] of every evaluation, both of all attempts.
         refreshes_fixed: refreshes that the same run without lazy intervals would have made.
-        measured: bytes by part as held; activations only where the device counts them.
+        measured: bytes by part as this attempt held them. Activations are those of its first pass, without what
+            gradient checkpointing computes again.
     """
 
     steps: int
@@ -247,7 +248,7 @@ class _Run:
         identity += [hash_file(path) for path in (self.train, self.evaluation) if path is not None]
         self.folder = CheckpointFolder(self.work, [*identity, self.device.type])
         self._build(checkpoint.manifest)
-        measured_weights = resident_bytes(self.trained.model)
+        measured_weights = self.trained.weight_bytes()
         first = self._resume()
         started = time.monotonic()
         total = self.total_steps
@@ -300,7 +301,10 @@ class _Run:
             raise FinetuneError("missing_dependency", str(error)) from None
         model.train()
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.24 renamed it.
+            name = "activation_checkpointing_enable"
+            enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.optimizer = self.trained.build_optimizer(settings)
 
     def _resume(self) -> int:
@@ -374,7 +378,7 @@ class _Run:
         for index, batch in enumerate(batches):
             # Dropout draws from the step alone, so that a resumed run draws the same.
             torch.manual_seed(settings.seed * 1_000_003 + number * 1_009 + index)
-            with self._watch_activations(number == 0 and index == 0):
+            with self._watch_activations():
                 nll = total_loss(self.trained.model, batch)
             total_nll += float(nll.detach())
             if not math.isfinite(total_nll):
@@ -401,8 +405,9 @@ class _Run:
         return loss
 
     @contextmanager
-    def _watch_activations(self, watching: bool) -> Iterator[None]:
-        if not watching:
+    def _watch_activations(self) -> Iterator[None]:
+        """Measures those of the first pass of an attempt."""
+        if self.activation_bytes:
             yield
             return
         with SavedBytes(self.trained.model) as saved:
@@ -470,14 +475,23 @@ class _Run:
             tokens_per_second=progress.num_tokens / max(progress.seconds, 1e-9),
             seconds=progress.seconds,
             predicted=predicted,
-            measured=MemoryLedger(
-                weights=measured_weights,
-                gradients=optimizer.gradient_bytes,
-                optimizer=optimizer.moment_bytes(),
-                projections=optimizer.basis_bytes(),
-                activations=self.activation_bytes,
-            ),
+            measured=self._measured(measured_weights),
         )
+
+    def _measured(self, weights: int) -> MemoryLedger:
+        optimizer = self.optimizer
+        measured = MemoryLedger(
+            weights=weights,
+            gradients=optimizer.gradient_bytes,
+            optimizer=optimizer.moment_bytes(),
+            projections=optimizer.basis_bytes(),
+            activations=self.activation_bytes,
+            temporary=0,
+        )
+        if self.device.type != "cuda":
+            return measured
+        allocated = torch.cuda.max_memory_allocated(self.device)
+        return dataclasses.replace(measured, temporary=max(0, allocated - measured.peak))
 
     def _write(self, checkpoint: Checkpoint, report: FinetuneReport) -> None:
         shutil.rmtree(self.output, ignore_errors=True)  # what a killed attempt had written
@@ -486,13 +500,12 @@ class _Run:
             for name, path in (("train", self.train), ("evaluation", self.evaluation))
             if path is not None
         }
-        evaluations = {"before": report.evaluations[0][1], "after": report.evaluations[-1][1]}
         provenance = {
             "settings": self.settings.to_json(),
             "data_sha256": hashes,
             "steps": report.steps,
             "num_tokens": report.num_tokens,
-            "evaluation_loss": evaluations,
+            "evaluations": report.evaluations,
         }
         write_result(
             self.trained,

@@ -199,6 +199,7 @@ class SubspaceAdamW:
                 self._complete(slot, step)
         norm = None
         if self.max_gradient_norm is not None:
+            self._note_bytes()
             gradients = [slot.gradient for slot in self.slots if slot.gradient is not None]
             squares = [gradient.square().sum() for gradient in gradients]
             norm = math.sqrt(float(sum(squares, torch.zeros(()))))

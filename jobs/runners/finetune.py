@@ -201,9 +201,15 @@ def _write(path: Path, content: bytes) -> None:
 
 @dataclass(slots=True)
 class _Told:
-    """Attributes: at: `time.monotonic()` of the last step's event."""
+    """What the hooks remember.
+
+    Attributes:
+        at: `time.monotonic()` of the last step's event.
+        checkpoint: the step last saved; what it lost is told after that.
+    """
 
     at: float = float("-inf")
+    checkpoint: int | None = None
 
 
 def _hooks(context: RunnerContext, curve: _Curve) -> Hooks:
@@ -211,6 +217,9 @@ def _hooks(context: RunnerContext, curve: _Curve) -> Hooks:
 
     def on_metrics(metrics: StepMetrics) -> None:
         curve.add(metrics)
+        if metrics.step == told.checkpoint:
+            curve.save()
+            _add_checkpoint(context.folder, metrics.step, curve)
         total = metrics.total + len(CORPORA) * MAX_WINDOWS
         context.send({"progress": [metrics.step, total]})
         now = time.monotonic()
@@ -224,9 +233,9 @@ def _hooks(context: RunnerContext, curve: _Curve) -> Hooks:
         context.event(message, kind="metrics", data=dataclasses.asdict(metrics))
 
     def on_checkpoint(step: int) -> None:
+        told.checkpoint = step
         curve.save()
-        rows = {row["step"]: row for row in curve.rows}
-        _add_checkpoint(context.folder, step, rows.get(step) or {})
+        _add_checkpoint(context.folder, step, curve)
         context.event(f"checkpoint of step {step} written", data={"checkpoint": step})
 
     return Hooks(
@@ -237,16 +246,14 @@ def _hooks(context: RunnerContext, curve: _Curve) -> Hooks:
     )
 
 
-def _add_checkpoint(folder: Path, step: int, row: JsonObject) -> None:
+def _add_checkpoint(folder: Path, step: int, curve: _Curve) -> None:
+    """Note a checkpoint for the API, or what is known of one by now."""
     path = folder / CHECKPOINTS_NAME
     known = json.loads(path.read_text()) if path.is_file() else []
     others = [other for other in known if other["step"] != step]
-    new = {
-        "step": step,
-        "created_at": time.time(),
-        "loss": row.get("loss"),
-        "evaluation_loss": row.get("evaluation_loss"),
-    }
+    row = next((row for row in curve.rows if row["step"] == step), {})
+    losses = {name: row.get(name) for name in ("loss", "evaluation_loss")}
+    new = {"step": step, "created_at": time.time(), **losses}
     _write(path, json.dumps(finite([*others, new])).encode())
 
 

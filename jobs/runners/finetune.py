@@ -330,7 +330,7 @@ def _write_report(context: RunnerContext, report: JsonObject) -> list[str]:
     }
     for name, content in contents.items():
         _write(context.artifacts / name, content)
-    return list(contents)
+    return sorted(contents)
 
 
 def _result(model_id: str, report: JsonObject, artifacts: list[str]) -> JsonObject:

@@ -85,6 +85,7 @@ def plot_refreshes(refreshes: Sequence[tuple[int, int]], fixed: int) -> bytes:
     figure, axes = _figure(7, 2.6)
     axes.plot(*zip(*refreshes, strict=True), drawstyle="steps-post", label="made")
     axes.axhline(fixed, color="grey", linestyle="--", label="with a fixed interval, at the end")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("refreshes")
     axes.legend()

@@ -18,8 +18,6 @@ def follow(client: ApiClient, job_id: str, terminal: Terminal) -> JsonObject:
         step, total = progress_of(event)
         if event["type"] == "metrics" and "loss" in event["data"]:
             terminal.live(training.line(event["data"], sparklines=terminal.can_draw_lines))
-            if event["data"].get("evaluation_loss") is not None:
-                terminal.line(event_line(event))
         elif event["type"] != "progress":
             terminal.line(event_line(event))
         elif total and step > training.total:

@@ -3,6 +3,7 @@ mode."""
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -429,3 +430,68 @@ def test_an_int8_layer_keeps_no_copy_of_its_weight() -> None:
     layer = Int8Linear(matrix(64, 64).detach(), None, torch.bfloat16)
     held = sum(t.untyped_storage().nbytes() for t in [*layer.parameters(), *layer.buffers()])
     assert held == code_bytes(64 * 64, 8) + 2
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    """A process of two: its half of every step's rows."""
+    import torch.distributed
+
+    from training.q_galore.optimizer import DistributedCollective
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    net, optimizer = two_pass_net()
+    optimizer.collective = DistributedCollective()
+    for number in range(5):
+        optimizer.start_step(number, LEARNING_RATE)
+        optimizer.backward(net(rows_of(number)[rank]) / 2, last=True)
+        optimizer.finish_step()
+    torch.save(net.values(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def two_pass_net() -> tuple[Net, SubspaceAdamW]:
+    net = Net(torch.float32)
+    chosen = projection(refresh_interval=2)
+    optimizer = optimizer_of(net.weights(), chosen, per_layer=True, max_gradient_norm=0.5)
+    for (
+        slot
+    ) in optimizer.slots:  # the very first basis of one process would be that of its first pass
+        if slot.schedule is not None:
+            slot.basis = torch.eye(24)[:, :3]
+    return net, optimizer
+
+
+def rows_of(number: int) -> list[Tensor]:
+    source = generator(number)
+    return [torch.randint(0, 11, (8,), generator=source) for _ in range(2)]
+
+
+@pytest.mark.processes
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Each on half of the rows: coordinates are summed, whole gradients where a basis is due, and weights stay
+    alike."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_one_of_two, args=(r, str(tmp_path))) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    net, optimizer = two_pass_net()
+    for number in range(5):
+        optimizer.start_step(number, LEARNING_RATE)
+        for index, ids in enumerate(rows_of(number)):
+            optimizer.backward(net(ids) / 2, last=index == 1)
+        optimizer.finish_step()
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert_equal(first, second)
+    for name, value in net.values().items():
+        found = first[name]
+        if value.dtype == torch.uint8:
+            # a sum in another order may round one code the other way
+            assert float((found.int() - value.int()).abs().float().mean()) < 0.02
+            continue
+        torch.testing.assert_close(found, value, atol=2e-4, rtol=1e-3)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from training.q_galore.sizes import GROUP, CodeBits
+from training.q_galore.sizes import GROUP, CodeBits, chunks
 
 # Below it a group counts as zeros: its codes are all the zero point.
 MIN_SCALE = 1e-30
@@ -84,18 +84,26 @@ def add_(quantized: GroupCodes, update: Tensor, generator: torch.Generator) -> N
         update: finite, in the tensor's shape.
     """
     update_GE = _groups(update)
-    moved_GE = _round(update_GE / quantized.scale_G[:, None], generator)
-    moved_GE += quantized.codes
-    off_grid_G = ((moved_GE < 0) | (moved_GE > 255)).any(dim=1)
+    for chunk in chunks(len(update_GE), update.device.type):
+        part = GroupCodes(
+            quantized.codes[chunk], quantized.scale_G[chunk], quantized.zero_point_G[chunk], ()
+        )
+        _add_chunk(part, update_GE[chunk], generator)
+
+
+def _add_chunk(part: GroupCodes, update_GE: Tensor, generator: torch.Generator) -> None:
+    moved_GE = torch.rand(update_GE.shape, device=update_GE.device, generator=generator)
+    moved_GE.addcmul_(update_GE, (1 / part.scale_G)[:, None]).floor_().add_(part.codes)
+    off_grid_G = (moved_GE.amin(dim=1) < 0) | (moved_GE.amax(dim=1) > 255)
     if bool(off_grid_G.any()):
         rows = off_grid_G.nonzero().flatten()
-        old_GE = quantized.codes[rows].float() - quantized.zero_point_G[rows, None]
-        values_GE = old_GE * quantized.scale_G[rows, None] + update_GE[rows]
+        old_GE = part.codes[rows].float() - part.zero_point_G[rows, None]
+        values_GE = old_GE * part.scale_G[rows, None] + update_GE[rows]
         fresh = quantize(values_GE, 8, generator=generator)
         moved_GE[rows] = fresh.codes.float()
-        quantized.scale_G[rows] = fresh.scale_G
-        quantized.zero_point_G[rows] = fresh.zero_point_G
-    quantized.codes.copy_(moved_GE)
+        part.scale_G[rows] = fresh.scale_G
+        part.zero_point_G[rows] = fresh.zero_point_G
+    part.codes.copy_(moved_GE)
 
 
 def add_to_bfloat16_(weight: Tensor, update: Tensor, generator: torch.Generator) -> None:
@@ -113,7 +121,8 @@ def add_to_bfloat16_(weight: Tensor, update: Tensor, generator: torch.Generator)
 def _groups(tensor: Tensor) -> Tensor:
     """float32 (G, 256), filled up with zeros, which no range minds."""
     flat = tensor.float().flatten()
-    return F.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+    missing = -flat.numel() % GROUP
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, GROUP)
 
 
 def _fit(groups_GE: Tensor, bits: CodeBits) -> tuple[Tensor, Tensor]:

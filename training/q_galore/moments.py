@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from training.q_galore.sizes import BLOCK, MIN_8_BIT_ELEMENTS
+from training.q_galore.sizes import BLOCK, MIN_8_BIT_ELEMENTS, chunks
 from training.spec import StateBits
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -34,37 +34,42 @@ Moment = Tensor | BlockCodes
 
 def encode_signed(values: Tensor) -> BlockCodes:
     """A first moment."""
-    blocks, largest_B = _blocks(values)
-    codes = (blocks.abs().sqrt_() * 127).round_().copysign_(blocks)
+    blocks = _blocks(values)
+    largest_B = blocks.abs().amax(dim=1)
+    codes = (blocks * _inverse(largest_B, 127**2)).abs_().sqrt_().round_().copysign_(blocks)
     return BlockCodes(codes.to(torch.int8), largest_B)
 
 
 def encode_unsigned(values: Tensor) -> BlockCodes:
     """A second moment, not negative."""
-    blocks, largest_B = _blocks(values)
-    codes = (blocks.sqrt().sqrt_() * 255).round_()
-    codes.clamp_(min=(blocks > 0).float())
+    blocks = _blocks(values)
+    largest_B = blocks.amax(dim=1)
+    codes = (blocks * _inverse(largest_B, 255**4)).sqrt_().sqrt_().round_()
+    torch.maximum(codes, blocks.sign(), out=codes)
     return BlockCodes(codes.to(torch.uint8), largest_B)
 
 
-def decode(moment: Moment, shape: torch.Size) -> Tensor:
-    """float32; a moment kept so is returned itself, not copied."""
-    if isinstance(moment, Tensor):
-        return moment
+def decode(moment: BlockCodes) -> Tensor:
+    """float32 (B, 256), the elements that fill up the last block included."""
+    values = moment.codes.float()
     if moment.codes.dtype == torch.int8:
-        roots = moment.codes.float().div_(127)
-        values = roots * roots.abs()
+        values = values * values.abs()
+        values *= (moment.largest_B / 127**2)[:, None]
     else:
-        values = moment.codes.float().div_(255).square_().square_()
-    values *= moment.largest_B[:, None]
-    return values.flatten()[: shape.numel()].view(shape)
+        values.square_().square_()
+        values *= (moment.largest_B / 255**4)[:, None]
+    return values
 
 
-def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+def _blocks(values: Tensor) -> Tensor:
     flat = values.flatten()
-    blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-    largest_B = blocks.abs().amax(dim=1)
-    return blocks / largest_B.clamp(min=torch.finfo(torch.float32).tiny)[:, None], largest_B
+    missing = -flat.numel() % BLOCK
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
+
+
+def _inverse(largest_B: Tensor, factor: int) -> Tensor:
+    """What scales a block such that its largest becomes the factor; a block of zeros stays one."""
+    return (factor / largest_B.clamp(min=1e-28))[:, None]
 
 
 @dataclass(slots=True)
@@ -82,17 +87,36 @@ class Moments:
         bit.
         """
         self.num_updates += 1
-        first = decode(self.first, gradient.shape)
-        second = decode(self.second, gradient.shape)
+        if isinstance(self.first, Tensor):
+            assert isinstance(self.second, Tensor)
+            return self._step(self.first, self.second, gradient, learning_rate)
+        assert isinstance(self.second, BlockCodes)
+        gradient_BE = _blocks(gradient)
+        update_BE = torch.empty_like(gradient_BE)
+        for chunk in chunks(len(gradient_BE), gradient.device.type):
+            kept = [
+                BlockCodes(moment.codes[chunk], moment.largest_B[chunk])
+                for moment in (self.first, self.second)
+            ]
+            first, second = decode(kept[0]), decode(kept[1])
+            update_BE[chunk] = self._step(first, second, gradient_BE[chunk], learning_rate)
+            for moment, fresh in zip(
+                kept, (encode_signed(first), encode_unsigned(second)), strict=True
+            ):
+                moment.codes.copy_(fresh.codes)
+                moment.largest_B.copy_(fresh.largest_B)
+        return update_BE.flatten()[: gradient.numel()].view(gradient.shape)
+
+    def _step(
+        self, first: Tensor, second: Tensor, gradient: Tensor, learning_rate: float
+    ) -> Tensor:
+        """Moves both moments, in place."""
         first.lerp_(gradient, 1 - BETA1)
         second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
         step_size = learning_rate / (1 - BETA1**self.num_updates)
         root_of_correction = (1 - BETA2**self.num_updates) ** 0.5
         divisor = (second.sqrt() / root_of_correction).add_(EPSILON)
-        update = torch.zeros_like(first).addcdiv_(first, divisor, value=-step_size)
-        if isinstance(self.first, BlockCodes):
-            self.first, self.second = encode_signed(first), encode_unsigned(second)
-        return update
+        return torch.zeros_like(first).addcdiv_(first, divisor, value=-step_size)
 
 
 def zero_moments(shape: torch.Size, state_bits: StateBits, device: torch.device) -> Moments:

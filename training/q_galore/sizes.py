@@ -47,3 +47,9 @@ def coordinate_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int]:
 
 def num_coordinates(shape: tuple[int, ...], rank: int) -> int:
     return prod(coordinate_shape(shape, rank))
+
+
+def chunks(num_groups: int, device_type: str) -> list[slice]:
+    """Runs of groups or blocks to work on at a time: on a CPU what its cache holds, else what bounds temporaries."""
+    size = (2**17 if device_type == "cpu" else 2**24) // GROUP
+    return [slice(start, start + size) for start in range(0, num_groups, size)]

@@ -20,6 +20,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from evaluation.corpora import Corpus
 
+_CHARS_PER_TOKEN = 6
+_CUT_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
@@ -50,10 +53,21 @@ class Perplexity:
     protocol: Protocol
 
 
-def tokenize(folder: Path, corpus: Corpus) -> tuple[list[int], str]:
-    """Token ids of a corpus under a checkpoint's tokenizer, and the sha256 of tokenizer.json."""
+def tokenize(folder: Path, corpus: Corpus, *, at_least: int | None = None) -> tuple[list[int], str]:
+    """Token ids of a corpus under a checkpoint's tokenizer, and the sha256 of tokenizer.json.
+
+    Args:
+        at_least: tokens that are needed; of a longer text, only about as much is tokenized.
+    """
     raw = (folder / "tokenizer.json").read_bytes()
-    return list(_encode(raw, corpus.text)), hashlib.sha256(raw).hexdigest()
+    text = corpus.text
+    num_chars = len(text) if at_least is None else _CHARS_PER_TOKEN * (at_least + _CUT_TOKENS)
+    while num_chars < len(text):
+        ids = _encode(raw, text[:num_chars])[:-_CUT_TOKENS]  # where it was cut, they may differ
+        if len(ids) >= (at_least or 0):
+            return list(ids), hashlib.sha256(raw).hexdigest()
+        num_chars *= 2
+    return list(_encode(raw, text)), hashlib.sha256(raw).hexdigest()
 
 
 @lru_cache(maxsize=2)
@@ -85,7 +99,8 @@ def windows_of(
     """
     if not 1 <= stride <= window or window < 2:
         raise ValueError(f"need 1 <= stride <= window, window >= 2; got {stride}, {window}")
-    token_ids, tokenizer_sha256 = tokenize(folder, corpus)
+    needed = (max_windows - 1) * stride + window
+    token_ids, tokenizer_sha256 = tokenize(folder, corpus, at_least=needed)
     starts = list(range(0, len(token_ids) - window + 1, stride))[:max_windows]
     if not starts:
         raise ValueError(

@@ -75,7 +75,7 @@ def main() -> None:
         source = registry.get(MODEL).path
     settings = Calibration(samples=arguments.samples, length=arguments.length)
     corpus = load_corpus(settings.corpus)
-    tokens = sample_tokens(tokenize(source, corpus)[0], settings, corpus_sha256=corpus.sha256)
+    tokens = sample_tokens(tokenize(source, corpus)[0], settings, sha256=corpus.sha256)
     arguments.work.mkdir(parents=True, exist_ok=True)
     (arguments.work / "tokens.json").write_text(json.dumps(tokens.ids_NS.tolist()))
     original = arguments.work / "original.json"

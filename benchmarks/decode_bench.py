@@ -175,7 +175,7 @@ def _compress(source: Path, model: str, stages: list[Any], destination: Path) ->
     if recipe.calibrated:
         settings = Calibration(samples=32, length=512)
         corpus = load_corpus(settings.corpus)
-        tokens = sample_tokens(tokenize(source, corpus)[0], settings, corpus_sha256=corpus.sha256)
+        tokens = sample_tokens(tokenize(source, corpus)[0], settings, sha256=corpus.sha256)
     compress(source, destination, recipe, source_id=model, calibration=tokens)
 
 

@@ -130,7 +130,7 @@ def calibration(source: Path, name: str, arguments: argparse.Namespace) -> list[
     settings = Calibration(corpus=name, samples=arguments.samples, length=arguments.length)
     corpus = load_corpus(name)
     ids = tokenize(source, corpus)[0]
-    tokens = sample_tokens(ids, settings, corpus_sha256=corpus.sha256)
+    tokens = sample_tokens(ids, settings, sha256=corpus.sha256)
     return list(torch.split(tokens.ids_NS, 4))
 
 

@@ -75,7 +75,7 @@ def decompose(source: Path, calibration: argparse.Namespace | None) -> dict[str,
         settings = Calibration(samples=calibration.samples, length=calibration.length)
         corpus = load_corpus(settings.corpus)
         ids = tokenize(source, corpus)[0]
-        tokens = sample_tokens(ids, settings, corpus_sha256=corpus.sha256)
+        tokens = sample_tokens(ids, settings, sha256=corpus.sha256)
         runner = BlockRunner(source, checkpoint, tokens.ids_NS)
     found = {}
     for names in list_blocks(checkpoint):

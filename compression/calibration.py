@@ -8,7 +8,7 @@ Shapes: N samples, S tokens each, H hidden channels, I input channels of a linea
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +36,40 @@ class CalibrationError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationTokens:
-    """Attributes: provenance: corpus, its sha256, samples, length and seed; stored with the result."""
+    """Attributes: provenance: corpus or file, its sha256, samples, length and seed; stored with the result."""
 
     ids_NS: Tensor
     provenance: JsonObject
 
 
-def sample_tokens(
-    token_ids: list[int], settings: Calibration, *, corpus_sha256: str
-) -> CalibrationTokens:
-    """Windows at random positions in the second half of a tokenized corpus; nothing is evaluated there.
+def sample_tokens(token_ids: list[int], settings: Calibration, *, sha256: str) -> CalibrationTokens:
+    """Windows at random positions in the second half of a tokenized corpus, where nothing is evaluated, or in a file.
+
+    Args:
+        sha256: of the corpus or file.
 
     Raises:
-        CalibrationError: the half is shorter than one window.
+        CalibrationError: the text is shorter than one window.
     """
-    half = len(token_ids) // 2
-    num_starts = len(token_ids) - half - settings.length + 1
+    source, part = ("corpus", "second half") if settings.file is None else ("file", "whole")
+    first = len(token_ids) // 2 if settings.file is None else 0
+    num_starts = len(token_ids) - first - settings.length + 1
     if num_starts < 1:
         raise CalibrationError(
-            f"calibration text {settings.corpus} has {len(token_ids) - half} tokens in its second half,"
-            f" one sample needs {settings.length}"
+            f"calibration text {getattr(settings, source)} has {len(token_ids) - first} tokens in its"
+            f" {part}, one sample needs {settings.length}"
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    starts = torch.randint(0, num_starts, (settings.samples,), generator=generator) + half
+    starts = torch.randint(0, num_starts, (settings.samples,), generator=generator) + first
     ids = torch.tensor(token_ids)
     ids_NS = torch.stack([ids[start : start + settings.length] for start in starts.tolist()])
-    provenance = {**asdict(settings), "part": "second half", "corpus_sha256": corpus_sha256}
+    drawn = {"samples": settings.samples, "length": settings.length, "seed": settings.seed}
+    provenance = {
+        source: getattr(settings, source),
+        **drawn,
+        "part": part,
+        f"{source}_sha256": sha256,
+    }
     digest = hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()
     return CalibrationTokens(ids_NS=ids_NS, provenance=provenance | {"tokens_sha256": digest})
 

@@ -283,13 +283,16 @@ _SPOILS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Which text calibrated stages see. Samples come from the second half of the corpus, in which nothing is evaluated.
+    """Which text calibrated stages see. Samples come from the second half of a corpus, in which nothing is evaluated,
+    or from anywhere in an uploaded file.
 
     Attributes:
+        file: id of an uploaded file, to use in place of the corpus.
         samples: sequences; length: tokens in each; seed: of their random positions.
     """
 
     corpus: str = DEFAULT_CALIBRATION_CORPUS
+    file: str | None = None
     samples: int = 32
     length: int = 512
     seed: int = 0

@@ -57,14 +57,18 @@ class Perplexity:
     protocol: Protocol
 
 
-def tokenize(folder: Path, corpus: Corpus) -> tuple[list[int], str]:
-    """Token ids of a corpus under a checkpoint's tokenizer, and the sha256 of tokenizer.json."""
+def tokenize(folder: Path, corpus: Corpus, *, at_least: int | None = None) -> tuple[list[int], str]:
+    """Token ids of a corpus under a checkpoint's tokenizer, and the sha256 of tokenizer.json.
+
+    Args:
+        at_least: tokens that are needed; of a longer text, the pieces behind them are left out.
+    """
     raw = (folder / "tokenizer.json").read_bytes()
-    return list(_encode(raw, corpus.text)), hashlib.sha256(raw).hexdigest()
+    return list(_encode(raw, corpus.text, at_least)), hashlib.sha256(raw).hexdigest()
 
 
 @lru_cache(maxsize=2)
-def _encode(tokenizer_json: bytes, text: str) -> "array[int]":
+def _encode(tokenizer_json: bytes, text: str, at_least: int | None) -> "array[int]":
     """A job asks for the same corpora again and again; a large one takes seconds."""
     from tokenizers import Tokenizer
 
@@ -72,7 +76,7 @@ def _encode(tokenizer_json: bytes, text: str) -> "array[int]":
     tokenizer.no_truncation()
     ids = array("I")
     start = 0
-    while start < len(text):
+    while start < len(text) and (at_least is None or len(ids) < at_least):
         end = text.find("\n\n", start + PIECE_CHARACTERS)
         end = len(text) if end < 0 else end
         ids.extend(tokenizer.encode(text[start:end], add_special_tokens=False).ids)
@@ -99,7 +103,8 @@ def windows_of(
     """
     if not 1 <= stride <= window or window < 2:
         raise ValueError(f"need 1 <= stride <= window, window >= 2; got {stride}, {window}")
-    token_ids, tokenizer_sha256 = tokenize(folder, corpus)
+    needed = (max_windows - 1) * stride + window
+    token_ids, tokenizer_sha256 = tokenize(folder, corpus, at_least=needed)
     starts = list(range(0, len(token_ids) - window + 1, stride))[:max_windows]
     if not starts:
         raise ValueError(

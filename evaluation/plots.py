@@ -1,11 +1,12 @@
-"""Pictures of a low-rank compression: the rank that each matrix kept, and the singular values that decided it.
+"""Pictures: the rank that each matrix kept and the singular values that decided it; a training run's losses and
+refreshes of subspaces.
 
 matplotlib is an extra (`plots`) and is imported when a picture is drawn.
 """
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -57,6 +58,37 @@ def plot_spectra(spectra: Mapping[str, numpy.ndarray[Any, Any]], threshold: floa
             axes.axhline(threshold, color="crimson", linewidth=0.8)
         axes.set_title(kind, fontsize=8)
         axes.set_xlabel("share of the rank", fontsize=7)
+    return _png(figure)
+
+
+def plot_losses(
+    losses: Sequence[tuple[int, float]], evaluations: Sequence[tuple[int, float]]
+) -> bytes:
+    """Both as (step, loss), as PNG."""
+    figure, axes = _figure(7, 3.2)
+    if losses:
+        axes.plot(*zip(*losses, strict=True), color="steelblue", linewidth=0.8, label="training")
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), "o-", color="crimson", label="evaluation")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    return _png(figure)
+
+
+def plot_refreshes(refreshes: Sequence[tuple[int, int]], fixed: int) -> bytes:
+    """Refreshes of subspaces so far, as (step, count), as PNG.
+
+    Args:
+        fixed: how many a fixed interval would have made in all.
+    """
+    figure, axes = _figure(7, 2.6)
+    axes.plot(*zip(*refreshes, strict=True), drawstyle="steps-post", label="made")
+    axes.axhline(fixed, color="grey", linestyle="--", label="with a fixed interval, at the end")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("refreshes")
+    axes.legend()
     return _png(figure)
 
 

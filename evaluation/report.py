@@ -28,7 +28,7 @@ def build_report(
     Args:
         comparisons: one per corpus; `perplexity`, the figure of the gate and of the summary, is the first one's.
     """
-    corpora = [_corpus(comparison) for comparison in comparisons]
+    corpora = [corpus_report(comparison) for comparison in comparisons]
     return {
         "parameters": _pair(before.parameters, after.parameters),
         "bytes": _pair(before.tensor_bytes, after.tensor_bytes),
@@ -53,7 +53,7 @@ def build_report(
     }
 
 
-def _corpus(comparison: Comparison) -> JsonObject:
+def corpus_report(comparison: Comparison) -> JsonObject:
     assert comparison.before.protocol == comparison.after.protocol
     return {
         **_pair(comparison.before.value, comparison.after.value),
@@ -150,17 +150,18 @@ def _stored_as(row: JsonObject) -> str:
     return str(row["kind"])
 
 
+def protocol_line(protocol: JsonObject) -> str:
+    hashes = [protocol[f"{what}_sha256"][:12] for what in ("corpus", "tokenizer")]
+    return (
+        f"{protocol['corpus']}: {protocol['num_windows']} windows of {protocol['window']} tokens, stride"
+        f" {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']} on"
+        f" {protocol['device']}, corpus sha256 {hashes[0]}, tokenizer sha256 {hashes[1]}."
+    )
+
+
 def _protocol(report: JsonObject) -> list[str]:
     speed = report["speed"]
-    lines = []
-    for corpus in report["corpora"]:
-        protocol = corpus["protocol"]
-        hashes = [protocol[f"{what}_sha256"][:12] for what in ("corpus", "tokenizer")]
-        lines.append(
-            f"{protocol['corpus']}: {protocol['num_windows']} windows of {protocol['window']} tokens, stride"
-            f" {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']} on"
-            f" {protocol['device']}, corpus sha256 {hashes[0]}, tokenizer sha256 {hashes[1]}."
-        )
+    lines = [protocol_line(corpus["protocol"]) for corpus in report["corpora"]]
     lines.append(
         f"Speed: {speed['note']}; medians of {speed['after']['rounds']} interleaved rounds,"
         f" {speed['after']['num_threads']} threads."
@@ -184,7 +185,7 @@ def to_markdown(title: str, report: JsonObject) -> str:
     return "\n".join(lines) + "\n"
 
 
-_STYLE = (
+PAGE_STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}"
     "td:first-child,th:first-child,td:last-child{text-align:left}img{max-width:100%}"
@@ -199,10 +200,10 @@ def to_html(title: str, report: JsonObject, pictures: Mapping[str, bytes]) -> st
     """
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<title>{html.escape(title)}</title><style>{PAGE_STYLE}</style>",
         f"<h1>{html.escape(title)}</h1><p>Recipe: <code>{html.escape(str(report['recipe']))}</code>",
     ]
-    tables = {name: _html_table(rows) for name, rows in _tables(report)}
+    tables = {name: html_table(rows) for name, rows in _tables(report)}
     for name in ("Totals", "Perplexity"):
         parts.append(f"<h2>{name}</h2>{tables[name]}")
     notes = "".join(f"<li>{html.escape(line)}" for line in _protocol(report))
@@ -215,7 +216,7 @@ def to_html(title: str, report: JsonObject, pictures: Mapping[str, bytes]) -> st
     return "\n".join(parts) + "\n"
 
 
-def _html_table(rows: list[list[str]]) -> str:
+def html_table(rows: list[list[str]]) -> str:
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
     lines = ["<tr><th>" + "<th>".join(head), *("<tr><td>" + "<td>".join(row) for row in body)]
     return f"<table>{''.join(lines)}</table>"

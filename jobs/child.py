@@ -24,6 +24,7 @@ RUNNERS = {
     "calibrate_skip": "jobs.runners.calibrate_skip:run",
     "compress": "jobs.runners.compress:run",
     "export": "jobs.runners.export:run",
+    "finetune": "jobs.runners.finetune:run",
 }
 MAX_MESSAGE_CHARS = 500
 

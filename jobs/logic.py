@@ -49,6 +49,7 @@ def created(new: NewJob, now: float) -> Change:
         started_at=None,
         finished_at=None,
         updated_at=now,
+        memory=new.memory,
     )
     return job, [_status_event(job)]
 

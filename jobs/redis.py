@@ -192,6 +192,16 @@ class RedisJobStore(JobStore):
         rows = self._redis.zrangebyscore(key, f"({after}", "+inf", start=0, num=limit)
         return [_load_event(key, row) for row in rows]
 
+    def newest_events(
+        self, job_id: str, *, before: int | None = None, limit: int = 100
+    ) -> list[Event]:
+        if not self._redis.exists(self._key("job", job_id)):
+            raise JobNotFoundError(job_id)
+        key = self._key("events", job_id)
+        below = "+inf" if before is None else f"({before}"
+        rows = self._redis.zrevrangebyscore(key, below, "-inf", start=0, num=limit)
+        return [_load_event(key, row) for row in rows]
+
     def reap(self) -> list[Job]:
         expired = self._redis.zrangebyscore(self._key("leased"), "-inf", self._now())
         lost = self._key("lease_lost")

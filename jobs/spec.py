@@ -1,7 +1,7 @@
 """Typed job specifications: what a POST /v1/jobs may say. Checked in full before a job is accepted."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -11,6 +11,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 
 from compression.checkpoint import Manifest
@@ -22,11 +23,16 @@ from compression.recipe import (
     parse_recipe,
 )
 from compression.registry import MODEL_ID_PATTERN
-from evaluation.corpora import CORPORA, CorpusName
+from evaluation.corpora import CorpusName
+from jobs.files import FILE_ID_PATTERN
+from jobs.store import JsonObject
+from training.spec import METHODS, FinetuneSettings, SettingsError, parse_settings
+from training.spec import check_source as check_finetune_source
 
-PLANNED_TYPES = ("finetune", "evaluate", "train_projector", "enrich")
+PLANNED_TYPES = ("evaluate", "train_projector", "enrich")
 MAX_STAGES = 16
 MAX_TARGETS = 8
+MAX_METADATA = 16
 DEFAULT_TARGETS = (0.1, 0.2, 0.25, 0.3)
 
 
@@ -54,6 +60,17 @@ def _recipe_schema() -> dict[str, Any]:
     return {"type": "array", "items": stage_schema, "minItems": 1, "maxItems": MAX_STAGES}
 
 
+def _settings_schema() -> dict[str, Any]:
+    """JSON Schema of finetuning settings, for the API's documentation; `parse_settings` is what checks them."""
+    closed = {"additionalProperties": False}
+    schema = TypeAdapter(FinetuneSettings).json_schema()
+    methods = {name: TypeAdapter(m).json_schema() | closed for name, m in METHODS.items()}
+    one = {"type": "object", "minProperties": 1, "maxProperties": 1, "properties": methods}
+    method = {"oneOf": [{"enum": list(METHODS)}, one | closed]}
+    properties = {**schema["properties"], "method": method}
+    return {"type": "object", "properties": properties, "required": ["method"]} | closed
+
+
 class _Spec(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -68,12 +85,24 @@ class Gate(_Spec):
 
 
 class CalibrationSpec(_Spec):
-    """Text that calibrated stages see: random windows from the second half of a packaged corpus."""
+    """Text that calibrated stages see: random windows from the second half of a packaged corpus, or from an uploaded
+    file of purpose `calibration`."""
 
-    corpus: CorpusName = DEFAULT_CALIBRATION_CORPUS
+    corpus: CorpusName | None = Field(
+        default=None, description=f"Of neither, it is {DEFAULT_CALIBRATION_CORPUS}."
+    )
+    file: str | None = Field(default=None, pattern=FILE_ID_PATTERN)
     samples: int = Field(default=32, ge=1, le=1024)
     length: int = Field(default=512, ge=16, le=4096)
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.file is not None and self.corpus is not None:
+            raise ValueError("name a corpus or a file, not both")
+        if self.file is None and self.corpus is None:
+            self.corpus = DEFAULT_CALIBRATION_CORPUS
+        return self
 
 
 class CompressSpec(_Spec):
@@ -170,11 +199,45 @@ class ExportSpec(_Spec):
     format: ExportFormat = "dense"
 
 
-Spec = CompressSpec | CalibrateSkipSpec | ExportSpec
+class FinetuneSpec(_Spec):
+    """Train `model` on an uploaded file and register the result as `output`.
+
+    Attributes:
+        validation_file: without, a share of the training examples is kept back to evaluate on.
+        metadata: the client's own notes, given back as they are.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "finetune",
+                    "model": "smollm2-135m",
+                    "output": "smollm2-135m-mine",
+                    "training_file": "file-0123456789abcdef01234567",
+                    "settings": {"method": {"qgalore": {"rank": 64}}, "epochs": 2},
+                }
+            ]
+        }
+    )
+
+    type: Literal["finetune"]
+    model: str = Field(max_length=96)
+    output: str = Field(pattern=MODEL_ID_PATTERN)
+    training_file: str = Field(pattern=FILE_ID_PATTERN)
+    validation_file: str | None = Field(default=None, pattern=FILE_ID_PATTERN)
+    settings: Annotated[dict[str, Any], WithJsonSchema(_settings_schema())]
+    metadata: (
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
+    ) = Field(default=None, max_length=MAX_METADATA)
+
+
+Spec = CompressSpec | CalibrateSkipSpec | ExportSpec | FinetuneSpec
 SPECS: dict[str, type[Spec]] = {
     "compress": CompressSpec,
     "calibrate_skip": CalibrateSkipSpec,
     "export": ExportSpec,
+    "finetune": FinetuneSpec,
 }
 JOB_TYPES = tuple(SPECS)
 
@@ -194,16 +257,11 @@ def parse_spec(body: Mapping[str, Any]) -> Spec:
         )
     if job_type not in JOB_TYPES:
         raise SpecError("type", f"type must be one of: {', '.join(JOB_TYPES)}")
-    calibration = body.get("calibration")
-    if isinstance(calibration, Mapping) and "file" in calibration:
-        raise SpecError(
-            "calibration.file",
-            f"uploaded files are not available in this version; corpora: {', '.join(CORPORA)}",
-            "unsupported_parameter",
-        )
     try:
         spec = SPECS[job_type].model_validate(body)
         recipe = parse_recipe(spec.recipe) if isinstance(spec, CompressSpec) else None
+        if isinstance(spec, FinetuneSpec):
+            parse_settings(spec.settings)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         unknown = first["type"] == "extra_forbidden"
@@ -215,27 +273,49 @@ def parse_spec(body: Mapping[str, Any]) -> Spec:
     except RecipeError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise SpecError(error.param, error.message, code) from None
-    if isinstance(spec, CompressSpec) and spec.calibration and recipe and not recipe.calibrated:
+    except SettingsError as error:
+        raise _settings_error(error) from None
+    if recipe is not None and not recipe.calibrated and body.get("calibration") is not None:
         raise SpecError(
             "calibration", "no stage of this recipe is calibrated", "unsupported_parameter"
         )
     return spec
 
 
-def check_source(spec: Spec, manifest: Manifest) -> None:
+def spec_json(spec: Spec) -> JsonObject:
+    """What is stored of a checked specification, and what its runner reads."""
+    stored = spec.model_dump(mode="json", exclude_none=True)
+    if isinstance(spec, FinetuneSpec):
+        stored["settings"] = parse_settings(spec.settings).to_json()  # null is a value there
+    return stored
+
+
+def _settings_error(error: SettingsError) -> SpecError:
+    param = f"settings.{error.param}" if error.param else "settings"
+    code = "unsupported_parameter" if error.unsupported else "invalid_value"
+    return SpecError(param, error.message, code)
+
+
+def check_source(spec: Spec, manifest: Manifest, config: JsonObject) -> None:
     """Whether this model can go through the job, after what it went through already.
+
+    Args:
+        manifest, config: its `lathe.json` and `config.json`.
 
     Raises:
         SpecError
     """
     if manifest.kind != "decoder":
         raise SpecError("model", f"{spec.type} is for decoders only")
-    if not isinstance(spec, CompressSpec):
-        return
     try:
-        parse_recipe(spec.recipe, done=manifest.recipe)
+        if isinstance(spec, CompressSpec):
+            parse_recipe(spec.recipe, done=manifest.recipe)
+        elif isinstance(spec, FinetuneSpec):
+            check_finetune_source(parse_settings(spec.settings), manifest, config)
     except RecipeError as error:
         raise SpecError(error.param, error.message) from None
+    except SettingsError as error:
+        raise _settings_error(error) from None
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

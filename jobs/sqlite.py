@@ -214,6 +214,19 @@ class SqliteJobStore(JobStore):
             )
             return [logic.event_from_json(json.loads(row[0])) for row in rows.fetchall()]
 
+    def newest_events(
+        self, job_id: str, *, before: int | None = None, limit: int = 100
+    ) -> list[Event]:
+        with self._connection() as db:
+            if _find(db, job_id) is None:
+                raise JobNotFoundError(job_id)
+            rows = db.execute(
+                "SELECT document FROM events WHERE job_id = ? AND (? IS NULL OR seq < ?)"
+                " ORDER BY seq DESC LIMIT ?",
+                (job_id, before, before, limit),
+            )
+            return [logic.event_from_json(json.loads(row[0])) for row in rows.fetchall()]
+
     def reap(self) -> list[Job]:
         expired = (
             "SELECT document FROM jobs WHERE status IN ('running', 'pausing', 'cancelling')"

@@ -15,17 +15,6 @@ JsonObject = dict[str, Any]
 MAX_PRIORITY = 1000
 EventLevel = Literal["info", "warn", "error"]
 EventKind = Literal["status", "message", "progress", "metrics"]
-StatusReason = Literal[
-    "user",
-    "lease_lost",
-    "worker_shutdown",
-    "deadline_exceeded",
-    "out_of_memory",
-    "disk_full",
-    "bad_data",
-    "gate_refused",
-    "runner_crashed",
-]
 
 
 class JobNotFoundError(Exception):
@@ -51,6 +40,7 @@ class NewJob:
         priority: -1000 to 1000; lower runs first.
         max_attempts: how many attempts may be lost before the job fails.
         deadline_seconds: most seconds of running per attempt; None is no limit.
+        memory: peak bytes by part, as predicted; None where nothing was.
     """
 
     id: str
@@ -61,6 +51,7 @@ class NewJob:
     priority: int = 0
     max_attempts: int = 3
     deadline_seconds: float | None = None
+    memory: JsonObject | None = None
 
     def __post_init__(self) -> None:
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
@@ -106,6 +97,7 @@ class Job:
     finished_at: float | None
     updated_at: float
     attempts_lost: int = 0
+    memory: JsonObject | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +218,11 @@ class JobStore(Protocol):
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]:
         """Events with seq > after, oldest first. Raises: JobNotFoundError."""
+
+    def newest_events(
+        self, job_id: str, *, before: int | None = None, limit: int = 100
+    ) -> list[Event]:
+        """Events with seq < before, newest first. Raises: JobNotFoundError."""
 
     def reap(self) -> list[Job]:
         """End expired leases: queued again, failed after `max_attempts`, cancelled or paused if asked to be.

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.child import RUNNERS
+from jobs.gpu import GPU_POLICIES, GpuBusyError, GpuPolicy, give_gpu_back, take_gpu
 from jobs.open import STORE_ERRORS, open_job_store
 from jobs.states import InvalidTransitionError, JobStatus
 from jobs.store import Job, JobStore, JsonObject, NewEvent, StaleLeaseError
@@ -44,15 +45,27 @@ _PIPE_SECONDS = 5.0
 logger = logging.getLogger("lathe.worker")
 
 
+TRAINING_TYPES = frozenset({"finetune"})
+"""Jobs that take the GPU, and that write a checkpoint before they stop."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """Attributes: runners: job type to "module:function"."""
+    """How a worker works.
+
+    Attributes:
+        checkpoint_grace_seconds: for a job of `TRAINING_TYPES` to end its step and write a checkpoint;
+            `cancel_grace_seconds` is for the others, and for all of them when the worker stops.
+        runners: job type to "module:function".
+    """
 
     home: Path
     name: str = field(default_factory=lambda: f"{os.uname().nodename}-{os.getpid()}")
     lease_seconds: float = 60.0
     heartbeat_seconds: float = 10.0
     cancel_grace_seconds: float = 5.0
+    checkpoint_grace_seconds: float = 60.0
+    gpu_policy: GpuPolicy = "sleep"
     runners: Mapping[str, str] = field(default_factory=lambda: dict(RUNNERS))
 
     def __post_init__(self) -> None:
@@ -61,10 +74,14 @@ class WorkerConfig:
                 f"heartbeat_seconds must be above 0 and at most half of lease_seconds"
                 f" ({self.lease_seconds}), got {self.heartbeat_seconds}"
             )
-        if self.cancel_grace_seconds < 0:
-            raise ValueError(
-                f"cancel_grace_seconds must be at least 0, got {self.cancel_grace_seconds}"
-            )
+        for name in ("cancel_grace_seconds", "checkpoint_grace_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the engines' sockets are."""
+        return self.home / "run"
 
 
 class Worker:
@@ -77,6 +94,7 @@ class Worker:
 
     def run(self, stop: threading.Event) -> None:
         """Claim and run until `stop` is set; a job under way is then given back."""
+        give_gpu_back(self._config.run_dir)  # of a worker that died
         backoff = IDLE_SECONDS
         while not stop.is_set():
             claim_at = time.monotonic()
@@ -164,6 +182,19 @@ class _Attempt:
 
     def run(self) -> None:
         """Raises: StaleLeaseError: the job is somebody else's, or may be by now; the child is gone."""
+        if self._job.type not in TRAINING_TYPES:
+            self._run_child()
+            return
+        try:
+            take_gpu(self._config.run_dir, self._config.gpu_policy)
+            self._run_child()
+        except GpuBusyError as error:
+            self._outcome = {"failed": {"code": "gpu_busy", "message": str(error)}}
+            self._finish(None)
+        finally:
+            give_gpu_back(self._config.run_dir)
+
+    def _run_child(self) -> None:
         process: subprocess.Popen[bytes] | None = None
         try:
             process = self._start()
@@ -338,8 +369,13 @@ class _Attempt:
             self._asked_at = now
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
-        elif now - self._asked_at > self._config.cancel_grace_seconds:
+        elif now - self._asked_at > self._grace_seconds():
             _kill_group(process)
+
+    def _grace_seconds(self) -> float:
+        if self._job.type in TRAINING_TYPES and not self._stop.is_set():
+            return self._config.checkpoint_grace_seconds
+        return self._config.cancel_grace_seconds
 
     def _report(self) -> None:
         """Write what has gathered; it is kept until the store has it."""
@@ -459,6 +495,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lease-seconds", type=float, default=60.0)
     parser.add_argument("--heartbeat-seconds", type=float, default=10.0)
     parser.add_argument("--cancel-grace-seconds", type=float, default=5.0)
+    parser.add_argument("--checkpoint-grace-seconds", type=float, default=60.0)
+    parser.add_argument("--gpu-policy", choices=GPU_POLICIES, default="sleep")
     arguments = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", level="INFO")
     config = WorkerConfig(
@@ -466,6 +504,8 @@ def main(argv: list[str] | None = None) -> int:
         lease_seconds=arguments.lease_seconds,
         heartbeat_seconds=arguments.heartbeat_seconds,
         cancel_grace_seconds=arguments.cancel_grace_seconds,
+        checkpoint_grace_seconds=arguments.checkpoint_grace_seconds,
+        gpu_policy=arguments.gpu_policy,
     )
     store = open_job_store(arguments.home / "lathe.db", os.environ.get("LATHE_REDIS_URL"))
     run_until_signal(store, config)

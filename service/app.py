@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import importlib.metadata
 import logging
 import re
@@ -23,6 +24,7 @@ from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from engines.protocol import EngineError
 from graph.store import GraphStore
+from jobs.files import FileStore
 from jobs.open import open_job_store
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
@@ -37,6 +39,8 @@ from service.routes import (
     completions,
     embeddings,
     enrich,
+    files,
+    fine_tuning,
     graphs,
     health,
     jobs,
@@ -59,6 +63,8 @@ ROUTERS = (
     score.router,
     tokenize.router,
     jobs.router,
+    files.router,
+    fine_tuning.router,
     graphs.router,
     enrich.router,
     prompts.router,
@@ -79,6 +85,7 @@ def build_state(settings: Settings) -> AppState:
         registry=registry,
         engines=engines,
         jobs=open_job_store(settings.database, redis_url),
+        files=FileStore(settings.files_dir),
         keys=KeyStore(settings.keys_file),
         metrics=metrics,
         tokenizers=tokenizers,
@@ -186,7 +193,15 @@ def _handle_errors(app: FastAPI) -> None:
             headers["Allow"] = ", ".join(sorted(_allowed(app, request)))
         return _respond(_from_http(request, error), headers)
 
+    def disk_error(_: Request, error: Any) -> JSONResponse:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        logger.error("the disk is full", exc_info=error)
+        return _respond(ApiError("disk_full", "the disk is full; nothing was kept"))
+
     def store_error(_: Request, error: Any) -> JSONResponse:
+        if getattr(error, "sqlite_errorname", None) == "SQLITE_FULL":
+            return disk_error(_, OSError(errno.ENOSPC, str(error)))
         logger.error("a store does not answer", exc_info=error)
         return _respond(ApiError("store_unavailable", "a store does not answer"))
 
@@ -199,6 +214,7 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(CheckpointError, checkpoint_error)
+    app.add_exception_handler(OSError, disk_error)
     app.add_exception_handler(sqlite3.OperationalError, store_error)
     with contextlib.suppress(ImportError):
         from redis.exceptions import ConnectionError as RedisConnectionError

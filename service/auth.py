@@ -59,6 +59,11 @@ class Identity:
     def is_admin(self) -> bool:
         return "admin" in self.roles
 
+    @property
+    def sees(self) -> str | None:
+        """Whose jobs and files it may see; None is everybody's."""
+        return None if self.is_admin else self.tenant
+
     def may(self, role: Role) -> bool:
         return role in self.roles or self.is_admin
 

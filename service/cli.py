@@ -176,6 +176,8 @@ def worker_arguments(settings: "Settings") -> list[str]:
         *("--lease-seconds", str(settings.job_lease_seconds)),
         *("--heartbeat-seconds", str(settings.job_heartbeat_seconds)),
         *("--cancel-grace-seconds", str(settings.job_cancel_grace_seconds)),
+        *("--checkpoint-grace-seconds", str(settings.job_checkpoint_grace_seconds)),
+        *("--gpu-policy", settings.job_gpu_policy),
     ]
 
 

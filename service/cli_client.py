@@ -233,6 +233,154 @@ def calibrate_skip(
             _follow_to_the_end(client, job["id"])
 
 
+@click.command()
+@click.argument("model")
+@click.argument("training_file")
+@click.option("--validation-file", help="Examples to evaluate on; else a share is kept back.")
+@click.option("--method", default="qgalore", show_default=True, help="See docs/training.md.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
+@click.option("--suffix", help="Part of the new model's id.")
+@click.option("--detach", is_flag=True, help="Print the job's id and return.")
+@url_option
+def finetune(
+    model: str,
+    training_file: str,
+    validation_file: str | None,
+    method: str,
+    settings: tuple[str, ...],
+    suffix: str | None,
+    detach: bool,
+    url: str,
+) -> None:
+    """Train a model on examples, as a job of the service. Files are local ones or ids of uploaded ones.
+
+    \b
+    Examples:
+      lathe finetune smollm2-135m examples.jsonl --set n_epochs=3
+      lathe finetune smollm2-135m file-0123456789abcdef01234567 --method lora --set rank=16 --set max_steps=100
+    """
+    from training.spec import METHODS
+
+    options = {name: _setting(value) for name, value in map(_pair, settings)}
+    own = {field for field in getattr(METHODS.get(method), "__dataclass_fields__", ())}
+    chosen = {name: value for name, value in options.items() if name in own}
+    chosen["hyperparameters"] = {n: value for n, value in options.items() if n not in own}
+    body = {"model": model, "suffix": suffix, "method": {"type": method, method: chosen}}
+    with connected(url) as client:
+        body["training_file"] = _uploaded(client, training_file)
+        if validation_file is not None:
+            body["validation_file"] = _uploaded(client, validation_file)
+        job = client.post("/v1/fine_tuning/jobs", body)
+        click.echo(job["id"])
+        if job["memory"] is not None:
+            from service.job_view import human_bytes
+
+            click.echo(f"predicted peak memory: {human_bytes(job['memory']['peak'])}", err=True)
+        if not detach:
+            _follow_to_the_end(client, job["id"])
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--set")
+    return name, value
+
+
+def _setting(text: str) -> Any:
+    """A number or a word of JSON as such, anything else as text."""
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _uploaded(client: "ApiClient", name: str) -> str:
+    """The id of a file: given as such, or of a local file that is uploaded now."""
+    if not Path(name).exists() and name.startswith("file-"):
+        return name
+    return str(_upload(client, Path(name), "fine-tune")["id"])
+
+
+def _upload(client: "ApiClient", path: Path, purpose: str) -> Any:
+    try:
+        with path.open("rb") as file:
+            return client.upload("/v1/files", path.name, file, {"purpose": purpose})
+    except OSError as error:
+        raise click.ClickException(f"{path}: {error.strerror}") from None
+
+
+@click.group()
+def files() -> None:
+    """Files of a running service: what jobs train and calibrate on.
+
+    \b
+    Example:
+      lathe files upload examples.jsonl --purpose fine-tune
+    """
+
+
+@files.command("upload")
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--purpose",
+    type=click.Choice(["fine-tune", "calibration", "batch", "user_data"]),
+    default="fine-tune",
+    show_default=True,
+)
+@url_option
+def upload_file(path: Path, purpose: str, url: str) -> None:
+    """Upload a file; it is checked, and its id is printed.
+
+    \b
+    Examples:
+      lathe files upload examples.jsonl
+      lathe files upload texts.parquet --purpose calibration
+    """
+    with connected(url) as client:
+        click.echo(_upload(client, path, purpose)["id"])
+
+
+@files.command("list")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True)
+@url_option
+def list_files(limit: int, url: str) -> None:
+    """List the newest files.
+
+    \b
+    Example:
+      lathe files list
+    """
+    from service.job_view import human_bytes, table
+
+    with connected(url) as client:
+        found = client.get("/v1/files", limit=limit)["data"]
+    rows = [["id", "purpose", "size", "created", "name"]]
+    for file in found:
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(file["created_at"]))
+        rows.append(
+            [file["id"], file["purpose"], human_bytes(file["bytes"]), created, file["filename"]]
+        )
+    _echo(table(rows) if found else ["no files"])
+
+
+@files.command("delete")
+@click.argument("file_id")
+@url_option
+def delete_file(file_id: str, url: str) -> None:
+    """Delete a file. Refused while a job needs it.
+
+    \b
+    Example:
+      lathe files delete file-0123456789abcdef01234567
+    """
+    with connected(url) as client:
+        client.delete(f"/v1/files/{_segment(file_id)}")
+    click.echo(f"deleted {file_id}")
+
+
 def _yaml(text: str, option: str) -> Any:
     """What an option says, itself or in the file that it names."""
     import yaml
@@ -366,6 +514,36 @@ def cancel_job(job_id: str, url: str) -> None:
     click.echo(f"{job['id']}: {job['status']}")
 
 
+@jobs.command("pause")
+@click.argument("job_id")
+@url_option
+def pause_job(job_id: str, url: str) -> None:
+    """Pause a job; a running one keeps what it finished and frees the machine.
+
+    \b
+    Example:
+      lathe jobs pause job-0123456789abcdef01234567
+    """
+    with connected(url) as client:
+        job = client.post(f"/v1/jobs/{_segment(job_id)}/pause")
+    click.echo(f"{job['id']}: {job['status']}")
+
+
+@jobs.command("resume")
+@click.argument("job_id")
+@url_option
+def resume_job(job_id: str, url: str) -> None:
+    """Queue a paused job again; it goes on where it was.
+
+    \b
+    Example:
+      lathe jobs resume job-0123456789abcdef01234567
+    """
+    with connected(url) as client:
+        job = client.post(f"/v1/jobs/{_segment(job_id)}/resume")
+    click.echo(f"{job['id']}: {job['status']}")
+
+
 @jobs.command("artifacts")
 @click.argument("job_id")
 @click.option(
@@ -488,4 +666,12 @@ def _echo_json(body: Any) -> None:
     click.echo(json.dumps(body, indent=2, ensure_ascii=False))
 
 
-COMMANDS: tuple[click.Command, ...] = (models, compress, calibrate_skip, jobs, chat)
+COMMANDS: tuple[click.Command, ...] = (
+    models,
+    compress,
+    calibrate_skip,
+    finetune,
+    files,
+    jobs,
+    chat,
+)

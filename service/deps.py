@@ -8,6 +8,7 @@ from fastapi import Depends, Header, Request
 from pydantic import BaseModel, ConfigDict
 
 from compression.registry import ModelRegistry
+from jobs.files import FileStore
 from jobs.store import JobStore
 from service.auth import LOCAL_IDENTITY, Identity, KeyStore, Role, bearer_token
 from service.engine_pool import EnginePool
@@ -29,6 +30,7 @@ class AppState:
     registry: ModelRegistry
     engines: EnginePool
     jobs: JobStore
+    files: FileStore
     keys: KeyStore
     metrics: Metrics
     tokenizers: TokenizerCache

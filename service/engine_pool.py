@@ -38,6 +38,8 @@ POLL_SECONDS = 2.0
 CANARY_IDLE_SECONDS = 60.0
 CANARY_TIMEOUT_SECONDS = 20.0
 FRESH_SECONDS = 120.0
+LOAD_WAIT_SECONDS = 120.0
+"""How long a request waits for a model that is loaded because of it."""
 
 logger = logging.getLogger("lathe.engines")
 ModelState = Literal[
@@ -85,6 +87,7 @@ class EnginePool:
         self._processes: dict[str, EngineProcess] = {}
         self._supervised = False
         self._connecting: dict[str, asyncio.Lock] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -109,8 +112,11 @@ class EnginePool:
                 "model_not_found", f"the model {model_id[:100]!r} does not exist", "model"
             ) from None
 
-    async def get(self, model_id: str) -> AsyncEngine:
-        """The engine that serves a model now.
+    async def get(self, model_id: str, *, load: bool = True) -> AsyncEngine:
+        """The engine that serves a model.
+
+        Args:
+            load: have a model loaded that is not, if few enough are.
 
         Raises:
             ApiError: model_not_found, model_not_loaded, model_loading, engine_dead.
@@ -121,8 +127,32 @@ class EnginePool:
             loaded = await self._connect(model_id)
         if loaded is None:
             await self._refresh_processes()
+            if load:
+                await self._load_on_request(model_id)
+            loaded = await self._connect(model_id)
+        if loaded is None:
             raise self._why_not(model_id)
         return loaded.client
+
+    async def _load_on_request(self, model_id: str) -> None:
+        """Have a model loaded that nobody loaded yet, and wait for it together with all who ask for it meanwhile.
+
+        Raises:
+            ApiError: model_load_failed, model_loading.
+        """
+        if model_id not in self._loads:
+            limit = self._settings.max_loaded_models
+            if not self._supervised or model_id in self._processes or len(self._processes) >= limit:
+                return
+            self._loads[model_id] = asyncio.create_task(self._load_and_wait(model_id))
+        await asyncio.shield(self._loads[model_id])
+
+    async def _load_and_wait(self, model_id: str) -> None:
+        try:
+            await self.load(model_id)
+            await self.wait_loaded(model_id, LOAD_WAIT_SECONDS)
+        finally:
+            del self._loads[model_id]
 
     def add(self, model_id: str, engine: AsyncEngine) -> None:
         """Serve a model by an engine in this process."""
@@ -151,7 +181,10 @@ class EnginePool:
     def _why_not(self, model_id: str) -> ApiError:
         process = self._processes.get(model_id)
         if process is None:
-            return ApiError("model_not_loaded", f"model {model_id!r} is not loaded", "model")
+            why = f"model {model_id!r} is not loaded"
+            if self._supervised:
+                why += f", and {len(self._processes)} are: unload one, or raise LATHE_MAX_LOADED_MODELS"
+            return ApiError("model_not_loaded", why, "model")
         if process.state in ("importing", "starting", "ready"):
             return ApiError("model_loading", f"model {model_id!r} is being loaded", "model")
         return ApiError("engine_dead", f"the engine of {model_id!r} is {process.state}", "model")

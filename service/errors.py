@@ -26,6 +26,8 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "invalid_json": (400, "invalid_request_error", None),
     "invalid_value": (400, "invalid_request_error", None),
     "unsupported_parameter": (400, "invalid_request_error", None),
+    "job_too_large": (400, "invalid_request_error", None),
+    "invalid_file": (400, "invalid_request_error", None),
     "context_length_exceeded": (400, "invalid_request_error", None),
     "invalid_api_key": (401, "authentication_error", None),
     "insufficient_scope": (403, "permission_error", None),
@@ -33,6 +35,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "not_found": (404, "invalid_request_error", None),
     "model_not_found": (404, "invalid_request_error", None),
     "job_not_found": (404, "invalid_request_error", None),
+    "file_not_found": (404, "invalid_request_error", None),
     "graph_not_found": (404, "invalid_request_error", None),
     "prompt_not_found": (404, "invalid_request_error", None),
     "artifact_not_found": (404, "invalid_request_error", None),
@@ -42,11 +45,13 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "idempotency_conflict": (409, "conflict_error", None),
     "job_not_cancellable": (409, "conflict_error", None),
     "job_not_pausable": (409, "conflict_error", None),
+    "file_in_use": (409, "conflict_error", None),
     "model_exists": (409, "conflict_error", None),
     "model_in_use": (409, "conflict_error", None),
     "model_not_loaded": (409, "conflict_error", None),
     "model_sleeping": (409, "conflict_error", None),
     "request_too_large": (413, "invalid_request_error", None),
+    "quota_exceeded": (413, "invalid_request_error", None),
     "unsupported_media_type": (415, "invalid_request_error", None),
     "rate_limit_exceeded": (429, "rate_limit_error", 1),
     "internal_error": (500, "server_error", None),
@@ -58,6 +63,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "draining": (503, "server_error", 5),
     "store_unavailable": (503, "server_error", 2),
     "supervisor_unavailable": (503, "server_error", 5),
+    "disk_full": (507, "server_error", None),
 }
 
 
@@ -88,11 +94,11 @@ class ApiError(Exception):
         }
 
     def headers(self) -> dict[str, str]:
-        """Clients retry 409 and 5xx on their own; a conflict will not go away, so they are told."""
+        """Clients retry 409 and 5xx on their own; a conflict or a full disk stays, so they are told."""
         headers: dict[str, str] = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
-        if self.status == 409:
+        if self.status in (409, 507):
             headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -135,6 +141,7 @@ _DESCRIPTIONS = {
     429: "Too many requests",
     500: "Internal error",
     503: "Cannot serve now; retry after the given time",
+    507: "The disk is full; nothing was kept",
 }
 COMMON_STATUSES = (400, 401, 403, 404, 405, 413, 415, 500, 503)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.api_client import ApiClient
-from service.terminal import Terminal
+from service.terminal import Terminal, bar, clock, sparkline
 
 JsonObject = dict[str, Any]
 
@@ -13,13 +13,43 @@ JsonObject = dict[str, Any]
 def follow(client: ApiClient, job_id: str, terminal: Terminal) -> JsonObject:
     """Show a job's events and progress until it ends; returns the job as it ended."""
     started = time.monotonic()
+    training = _Training()
     for event in client.follow_job(job_id):
         step, total = progress_of(event)
-        if total:
-            terminal.progress(f"step {step}/{total}", step / total, started)
-        if event["type"] != "progress":
+        if event["type"] == "metrics" and "loss" in event["data"]:
+            terminal.live(training.line(event["data"], sparklines=terminal.can_draw_lines))
+        elif event["type"] != "progress":
             terminal.line(event_line(event))
+        elif total and step > training.total:
+            terminal.progress(f"step {step}/{total}", step / total, started)
     return dict(client.get(f"/v1/jobs/{job_id}"))
+
+
+class _Training:
+    """The live line of a training run.
+
+    Attributes:
+        total: steps of the run; what is beyond them is measured after it.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._losses: dict[int, float] = {}
+
+    def line(self, data: JsonObject, *, sparklines: bool) -> str:
+        step, self.total = int(data["step"]), int(data["total"])
+        # A resumed run repeats steps; what came behind them is no more.
+        self._losses = {s: loss for s, loss in self._losses.items() if s < step}
+        parts = [f"step {step}/{self.total} {bar(step / self.total)}"]
+        if data["loss"] is not None:
+            self._losses[step] = float(data["loss"])
+            course = f" {sparkline(list(self._losses.values()))}" if sparklines else ""
+            parts.append(f"loss {data['loss']:.4f}{course}")
+        parts.append(f"lr {data['learning_rate']:.2e}")
+        parts.append(f"{data['tokens_per_second']:,.0f} tokens/s")
+        if data["eta_seconds"] is not None:
+            parts.append(f"ETA {clock(data['eta_seconds'])}")
+        return "  ".join(parts)
 
 
 def progress_of(event: JsonObject) -> tuple[int, int]:
@@ -57,9 +87,11 @@ def human_bytes(count: float) -> str:
 
 
 def report_lines(report: JsonObject) -> list[str]:
-    """A compression report, what changed, by how much, and how it was measured; or that of a skip calibration."""
+    """A job's report, by its kind: what changed, by how much, and how it was measured."""
     if "targets" in report:
         return _skip_lines(report)
+    if "evaluations" in report:
+        return _training_lines(report)
     speed = report["speed"]
     rows = [
         ["", "before", "after", "after / before"],
@@ -109,6 +141,27 @@ def _skip_lines(report: JsonObject) -> list[str]:
     offered = ", ".join(f"{ratio:.0%}" for ratio in report["offered"]) or "nothing"
     limit = report["max_perplexity_ratio"]
     return [*table(rows), f"Offered: {offered}, of a perplexity ratio of at most {limit}."]
+
+
+def _training_lines(report: JsonObject) -> list[str]:
+    evaluations = [["step", "evaluation loss"]]
+    evaluations += [[str(step), f"{loss:.4f}"] for step, loss in report["evaluations"]]
+    memory = [["memory", "predicted", "measured"]]
+    for part, predicted in report["predicted"].items():
+        measured = report["measured"][part]
+        shown = "" if measured is None else human_bytes(measured)
+        memory.append([part, human_bytes(predicted), shown])
+    lines = [
+        f"{report['steps']} steps over {report['num_tokens']:,} tokens of {report['num_examples']} examples, "
+        f"{report['tokens_per_second']:,.0f} tokens/s, {clock(report['seconds'])}",
+        *(table(evaluations) if report["evaluations"] else []),
+        *table(memory),
+    ]
+    for corpus in report["corpora"]:
+        lines.append(
+            f"Perplexity on {corpus['protocol']['corpus']}: {corpus['before']:.3f} before, {corpus['after']:.3f} after."
+        )
+    return lines
 
 
 def _row(name: str, pair: JsonObject, form: str) -> list[str]:

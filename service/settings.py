@@ -14,6 +14,7 @@ from pydantic_settings import (
 )
 
 from engines.protocol import Skip
+from jobs.gpu import GpuPolicy
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_EMBEDDING_MODEL = "all-minilm-l6-v2"
@@ -38,6 +39,10 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = 32 * 2**20
     max_upload_bytes: int = 512 * 2**20
+    max_files_bytes: int = 64 * 2**30
+    """Of all the files that one API key has uploaded."""
+    max_loaded_models: int = Field(default=4, ge=0)
+    """A registered model is loaded when it is asked for, while fewer than these are; 0 to load none that way."""
     max_num_queued_requests: int = 256
     max_num_seqs: int = 16
     default_max_tokens: int = Field(default=256, ge=1)
@@ -51,6 +56,10 @@ class Settings(BaseSettings):
     job_lease_seconds: float = 60.0
     job_heartbeat_seconds: float = 10.0
     job_cancel_grace_seconds: float = 5.0
+    job_checkpoint_grace_seconds: float = 60.0
+    """For a finetune job that is paused or cancelled to end its step and write a checkpoint."""
+    job_gpu_policy: GpuPolicy = "sleep"
+    """What a finetune job does about engines on the GPU: let them `sleep`, fail as `busy`, or `share` it with them."""
 
     @field_validator("models", "allowed_hosts", mode="before")
     @classmethod
@@ -69,6 +78,10 @@ class Settings(BaseSettings):
     @property
     def graphs_dir(self) -> Path:
         return self.home / "graphs"
+
+    @property
+    def files_dir(self) -> Path:
+        return self.home / "files"
 
     @property
     def jobs_dir(self) -> Path:

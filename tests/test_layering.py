@@ -11,8 +11,9 @@ ALLOWED = {
     "engines": {"compression"},
     "evaluation": {"engines", "compression"},
     "graph": {"engines", "compression"},
-    "jobs": {"graph", "evaluation", "engines", "compression"},
-    "service": {"jobs", "graph", "evaluation", "engines", "compression"},
+    "training": {"engines", "compression"},
+    "jobs": {"graph", "training", "evaluation", "engines", "compression"},
+    "service": {"jobs", "graph", "training", "evaluation", "engines", "compression"},
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from compression.calibration import ARCHITECTURES, CalibrationError, sample_tokens
+from compression.calibration import ARCHITECTURES, CalibrationError
 from compression.checkpoint import (
     add_skip_profile,
     checkpoint_hash,
@@ -34,13 +34,12 @@ from compression.ffn_skip.rule import SkipRule
 from compression.ffn_skip.substitute import Fitted
 from compression.ffn_skip.traffic import WeightTraffic, weight_traffic
 from compression.hf import check_fingerprint, load_model, read_config
-from compression.recipe import Calibration
 from compression.registry import ModelEntry, ModelExistsError, ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from evaluation.corpora import STATE_OF_THE_UNION, CorpusError, load_corpus
-from evaluation.perplexity import tokenize
 from evaluation.skip import POLICIES, SkipTrial, to_markdown
 from jobs.context import JobFailedError, RunnerContext
+from jobs.runners.calibration import calibration_tokens
 from jobs.runners.earlier import earlier_report
 from jobs.store import JsonObject
 
@@ -136,10 +135,7 @@ def _calibrate(
     model = load_model(source.path)
     if source.manifest.fingerprint is not None:
         check_fingerprint(model, source.manifest.fingerprint)
-    settings = Calibration(**spec["calibration"])
-    corpus = load_corpus(settings.corpus)
-    token_ids, _ = tokenize(source.path, corpus)
-    tokens = sample_tokens(token_ids, settings, corpus_sha256=corpus.sha256)
+    tokens = calibration_tokens(context, source.path)
     if tokens.ids_NS.shape[1] > model.config.max_position_embeddings:
         raise CalibrationError(
             f"samples of {tokens.ids_NS.shape[1]} tokens, the model takes"

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy
 import torch
 
-from compression.calibration import CalibrationError, CalibrationTokens, sample_tokens
+from compression.calibration import CalibrationError
 from compression.checkpoint import Manifest, read_manifest, verify_checkpoint, write_manifest
 from compression.hf import check_fingerprint, fingerprint, load_model, read_config, resident_bytes
 from compression.pipeline import compress
-from compression.recipe import Calibration, Recipe, parse_recipe
+from compression.recipe import parse_recipe
 from compression.registry import ModelExistsError, ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from compression.stages import SPECTRA_NAME, StageError
 from evaluation.corpora import CORPORA, CorpusError, load_corpus
-from evaluation.perplexity import Comparison, compare_models, tokenize
+from evaluation.perplexity import Comparison, compare_models
 from evaluation.plots import can_plot, plot_ranks, plot_spectra
 from evaluation.report import (
     build_report,
@@ -34,6 +34,7 @@ from evaluation.report import (
 )
 from evaluation.speed import Speed, compare_speed
 from jobs.context import JobFailedError, RunnerContext, finite
+from jobs.runners.calibration import calibration_tokens
 from jobs.runners.earlier import earlier_report
 from jobs.store import JsonObject
 
@@ -100,7 +101,7 @@ def _compress(context: RunnerContext, source: Path) -> tuple[Manifest, Path]:
         recipe,
         source_id=context.spec["model"],
         job_id=context.job_id,
-        calibration=_calibration(context, source, recipe),
+        calibration=calibration_tokens(context, source) if recipe.calibrated else None,
         work=_work(context),
         cache=context.home / "cache" / "singular-values",
         progress=lambda done, total: context.progress(done, total + _num_steps()),
@@ -110,15 +111,6 @@ def _compress(context: RunnerContext, source: Path) -> tuple[Manifest, Path]:
         raise CheckpointError(f"the written checkpoint is unsound: {problems[0]}")
     context.event("checkpoint written and verified", data={"ratios": manifest.ratios})
     return manifest, folder
-
-
-def _calibration(context: RunnerContext, source: Path, recipe: Recipe) -> CalibrationTokens | None:
-    if not recipe.calibrated:
-        return None
-    settings = Calibration(**context.spec.get("calibration") or {})
-    corpus = load_corpus(settings.corpus)
-    token_ids, _ = tokenize(source, corpus)
-    return sample_tokens(token_ids, settings, corpus_sha256=corpus.sha256)
 
 
 def _num_steps() -> int:

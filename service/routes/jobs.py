@@ -1,22 +1,17 @@
 """Jobs: submit, follow, cancel, and fetch what they made. A job belongs to the key that created it; admins see all."""
 
-import asyncio
 import hashlib
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Query, Response
-from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from compression.registry import ModelNotFoundError
-from jobs.spec import SPECS, ExportSpec, SpecError, check_source, parse_spec
-from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
-from jobs.store import Event, Job, JobNotFoundError, NewJob, RequestConflictError
-from service.auth import Identity
+from jobs.spec import SPECS
+from jobs.states import JobStatus
+from jobs.store import Event, Job, JobNotFoundError
 from service.deps import (
     AppState,
     IdempotencyKey,
@@ -27,8 +22,10 @@ from service.deps import (
     standalone_schema,
 )
 from service.errors import ApiError, error_responses
-from service.idempotency import request_hash, resource_id
-from service.sse import EVENT_STREAM, HEADERS, MEDIA_TYPE, with_keep_alive
+from service.idempotency import resource_id
+from service.job_requests import ask_job, find_job, follow_job, wants_events
+from service.sse import EVENT_STREAM
+from service.submission import submit
 
 router = APIRouter(
     prefix="/v1/jobs",
@@ -36,7 +33,6 @@ router = APIRouter(
     dependencies=[Depends(require("jobs"))],
     responses=error_responses(409),
 )
-POLL_SECONDS = 0.5
 MAX_LOG_BYTES = 2**20
 
 
@@ -82,6 +78,9 @@ class JobObject(ResponseModel):
     progress: JobProgress
     result: dict[str, Any] | None
     error: JobError | None
+    memory: dict[str, int] | None = Field(
+        description="Peak bytes by part, as predicted before it started."
+    )
     created_at: float
     started_at: float | None
     finished_at: float | None
@@ -135,6 +134,7 @@ def _job(job: Job) -> JobObject:
         progress=JobProgress(step=job.progress_step, total=job.progress_total),
         result=job.result,
         error=JobError(**job.error) if job.error else None,
+        memory=job.memory,
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
@@ -153,17 +153,6 @@ def _event(job_id: str, event: Event) -> JobEvent:
     )
 
 
-async def _find(job_id: str, state: AppState, identity: Identity) -> Job:
-    """Raises: ApiError: job_not_found, also for another owner's."""
-    try:
-        job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
-    except (JobNotFoundError, ValueError):
-        job = None
-    if job is None or not (identity.is_admin or job.owner == identity.tenant):
-        raise ApiError("job_not_found", f"no job {job_id[:100]!r}", "job_id")
-    return job
-
-
 @router.post("", status_code=201, openapi_extra=_CREATE_BODY)
 async def create_job(
     body: JobRequest,
@@ -174,63 +163,11 @@ async def create_job(
 ) -> JobObject:
     """Submit a job. It is checked in full before the 201; a worker then runs it."""
     request = body.model_dump()
-    new = NewJob(
-        id=resource_id("job", identity, idempotency_key),
-        type=body.type,
-        owner=identity.tenant,
-        spec={},
-        request_hash=request_hash(request),
-    )
-    replay = await _replay(new, state) if idempotency_key is not None else None
-    if replay is None:
-        spec = await _check(request, state)
-        new = NewJob(
-            id=new.id, type=new.type, owner=new.owner, spec=spec, request_hash=new.request_hash
-        )
-        try:
-            job, made = await anyio.to_thread.run_sync(state.jobs.create, new)
-        except RequestConflictError:
-            raise _conflict() from None
-        replay = None if made else job
-    if replay is not None:
+    job_id = resource_id("job", identity, idempotency_key)
+    job, created = await submit(request, request, job_id, state, identity)
+    if not created:
         response.headers["Idempotent-Replayed"] = "true"
-        return _job(replay)
     return _job(job)
-
-
-async def _replay(new: NewJob, state: AppState) -> Job | None:
-    try:
-        job = await anyio.to_thread.run_sync(state.jobs.get, new.id)
-    except JobNotFoundError:
-        return None
-    if job.request_hash != new.request_hash:
-        raise _conflict()
-    return job
-
-
-def _conflict() -> ApiError:
-    return ApiError(
-        "idempotency_conflict",
-        "this Idempotency-Key was used with another body",
-        "Idempotency-Key",
-    )
-
-
-async def _check(request: dict[str, Any], state: AppState) -> dict[str, Any]:
-    try:
-        spec = parse_spec(request)
-        check_source(spec, state.engines.entry(spec.model).manifest)
-    except SpecError as error:
-        raise ApiError(error.code, error.message, error.param) from None
-    if not isinstance(spec, ExportSpec):
-        try:
-            state.registry.get(spec.output)
-        except ModelNotFoundError:
-            pass
-        else:
-            message = f"model {spec.output!r} exists already"
-            raise ApiError("model_exists", message, "output")
-    return spec.model_dump(mode="json", exclude_none=True)
 
 
 @router.get("")
@@ -248,7 +185,7 @@ async def list_jobs(
 
     def query() -> list[Job]:
         return state.jobs.list_jobs(
-            owner=None if identity.is_admin else identity.tenant,
+            owner=identity.sees,
             type=type,
             status=status,
             after=after,
@@ -270,41 +207,25 @@ async def list_jobs(
 
 @router.get("/{job_id}")
 async def get_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
-    return _job(await _find(job_id, state, identity))
+    return _job(await find_job(job_id, state, identity))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
     """Cancel a job. A running one ends within seconds; cancelling twice changes nothing."""
-    await _find(job_id, state, identity)
-    try:
-        return _job(await anyio.to_thread.run_sync(state.jobs.request_cancel, job_id))
-    except InvalidTransitionError as error:
-        raise ApiError("job_not_cancellable", f"the job is {error.current}", "job_id") from None
+    return _job(await ask_job("cancel", job_id, state, identity))
 
 
 @router.post("/{job_id}/pause")
 async def pause_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
-    """Pause a queued job. A running compression cannot be paused: cancel it and submit it again."""
-    job = await _find(job_id, state, identity)
-    if job.status != JobStatus.QUEUED:
-        raise ApiError(
-            "job_not_pausable", f"a {job.type} job that is {job.status} cannot be paused"
-        )
-    try:
-        return _job(await anyio.to_thread.run_sync(state.jobs.request_pause, job_id))
-    except InvalidTransitionError as error:
-        raise ApiError("job_not_pausable", f"the job is {error.current}", "job_id") from None
+    """Pause a job: a running one keeps what it finished and ends its process; it is `pausing` until then."""
+    return _job(await ask_job("pause", job_id, state, identity))
 
 
 @router.post("/{job_id}/resume")
 async def resume_job(job_id: str, state: StateDep, identity: IdentityDep) -> JobObject:
     """Queue a paused job again."""
-    await _find(job_id, state, identity)
-    try:
-        return _job(await anyio.to_thread.run_sync(state.jobs.request_resume, job_id))
-    except InvalidTransitionError as error:
-        raise ApiError("job_not_pausable", f"the job is {error.current}", "job_id") from None
+    return _job(await ask_job("resume", job_id, state, identity))
 
 
 @router.get(
@@ -325,40 +246,15 @@ async def job_events(
     ] = None,
 ) -> Any:
     """Events in order. With `stream` or `Accept: text/event-stream`: as they happen, until the job has ended."""
-    await _find(job_id, state, identity)
-    if last_event_id is not None:
-        after = max(after, int(last_event_id))
-    if stream or (accept is not None and MEDIA_TYPE in accept):
-        events = _keep(_follow(job_id, state, after))
-        return StreamingResponse(events, media_type=MEDIA_TYPE, headers=HEADERS)
-    found = await _events(job_id, state, after, limit + 1)
+    await find_job(job_id, state, identity)
+    if stream or wants_events(accept):
+        after = max(after, int(last_event_id or 0))
+        return follow_job(job_id, state, after, lambda event: _event(job_id, event))
+    found = await anyio.to_thread.run_sync(
+        lambda: state.jobs.events(job_id, after=after, limit=limit + 1)
+    )
     page = [_event(job_id, event) for event in found[:limit]]
     return JobEventList(data=page, has_more=len(found) > limit)
-
-
-async def _events(job_id: str, state: AppState, after: int, limit: int) -> list[Event]:
-    return await anyio.to_thread.run_sync(
-        lambda: state.jobs.events(job_id, after=after, limit=limit)
-    )
-
-
-async def _keep(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    async for chunk in with_keep_alive(chunks):
-        yield chunk
-
-
-async def _follow(job_id: str, state: AppState, after: int) -> AsyncIterator[str]:
-    while True:
-        job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
-        events = await _events(job_id, state, after, 1000)
-        for event in events:
-            after = event.seq
-            data = json.dumps(_event(job_id, event).model_dump(mode="json"))
-            yield f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n"
-        if job.status in TERMINAL_STATUSES and not events:
-            return
-        if not events:
-            await asyncio.sleep(POLL_SECONDS)
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)
@@ -369,7 +265,7 @@ async def job_logs(
     tail_bytes: Annotated[int, Query(ge=1, le=MAX_LOG_BYTES)] = 65536,
 ) -> PlainTextResponse:
     """The end of what the newest attempt wrote to its standard output and error."""
-    job = await _find(job_id, state, identity)
+    job = await find_job(job_id, state, identity)
     path = state.settings.jobs_dir / job.id / f"attempt-{job.attempt}.log"
 
     def read() -> str:
@@ -394,7 +290,7 @@ def _artifacts(state: AppState, job: Job) -> dict[str, Path]:
 @router.get("/{job_id}/artifacts")
 async def list_artifacts(job_id: str, state: StateDep, identity: IdentityDep) -> ArtifactList:
     """What the job made, besides a model."""
-    job = await _find(job_id, state, identity)
+    job = await find_job(job_id, state, identity)
 
     def describe() -> list[Artifact]:
         return [
@@ -414,7 +310,7 @@ async def get_artifact(
     job_id: str, name: str, state: StateDep, identity: IdentityDep
 ) -> FileResponse:
     """Download one artefact, by a name that the list gave."""
-    job = await _find(job_id, state, identity)
+    job = await find_job(job_id, state, identity)
     path = _artifacts(state, job).get(name)
     if path is None:
         raise ApiError("artifact_not_found", f"the job has no artefact {name[:100]!r}", "name")

@@ -152,7 +152,7 @@ async def wake_model(model_id: str, state: StateDep) -> ModelStatus:
 
 
 async def _sleep_or_wake(model_id: str, state: AppState, *, wake: bool) -> ModelStatus:
-    engine = await state.engines.get(model_id)
+    engine = await state.engines.get(model_id, load=False)
     try:
         await (engine.wake() if wake else engine.sleep())
     except EngineError as error:

@@ -514,14 +514,27 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name(tmp_pat
 
 def test_calibration_samples_are_seeded_and_from_the_second_half() -> None:
     settings = Calibration(corpus="numbers", samples=200, length=7, seed=3)
-    found = sample_tokens(list(range(41)), settings, corpus_sha256="c")
+    found = sample_tokens(list(range(41)), settings, sha256="c")
     assert found.ids_NS.shape == (200, 7)
     assert torch.equal(found.ids_NS.diff(dim=1), torch.ones(200, 6, dtype=torch.int64))
     assert (int(found.ids_NS.min()), int(found.ids_NS.max())) == (20, 40)
-    again = sample_tokens(list(range(41)), settings, corpus_sha256="c")
+    again = sample_tokens(list(range(41)), settings, sha256="c")
     assert again.provenance == found.provenance
     with pytest.raises(CalibrationError, match="21 tokens in its second half, one sample needs 22"):
-        sample_tokens(list(range(41)), Calibration(corpus="numbers", length=22), corpus_sha256="c")
+        sample_tokens(list(range(41)), Calibration(corpus="numbers", length=22), sha256="c")
+
+
+def test_calibration_samples_of_a_file_are_from_anywhere_in_it() -> None:
+    settings = Calibration(file="file-1", samples=200, length=7, seed=3)
+    found = sample_tokens(list(range(41)), settings, sha256="f")
+    assert (int(found.ids_NS.min()), int(found.ids_NS.max())) == (0, 40)
+    tokens_sha256 = found.provenance.pop("tokens_sha256")
+    assert len(tokens_sha256) == 64
+    assert found.provenance == {
+        "file": "file-1", "file_sha256": "f", "part": "whole", "samples": 200, "length": 7, "seed": 3
+    }  # fmt: skip
+    with pytest.raises(CalibrationError, match="file-1 has 41 tokens in its whole"):
+        sample_tokens(list(range(41)), Calibration(file="file-1", length=42), sha256="f")
 
 
 def test_unknown_architectures_and_samples_that_do_not_fit_are_refused(

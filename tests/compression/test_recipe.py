@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from compression.checkpoint import Manifest
-from compression.recipe import STAGES, RecipeError, parse_recipe
-from jobs.spec import CompressSpec, SpecError, check_source, parse_spec
+from compression.recipe import STAGES, Calibration, RecipeError, parse_recipe
+from jobs.spec import CompressSpec, SpecError, check_source, parse_spec, spec_json
 
 WELORE = {"welore": {"err": 0.3}}
+WANDA = {"wanda": {"sparsity": 0.5}}
 INT4: dict[str, Any] = {"int4": {}}
 
 
@@ -112,7 +113,13 @@ def spec(**changes: Any) -> dict[str, Any]:
             "calibration",
             "unsupported_parameter",
         ),
-        (spec(calibration={"file": "file-1"}), "calibration.file", "unsupported_parameter"),
+        (spec(calibration={"file": "file-1"}), "calibration", "unsupported_parameter"),
+        (spec(recipe=[WANDA], calibration={"file": "../x"}), "calibration.file", "invalid_value"),
+        (
+            spec(recipe=[WANDA], calibration={"file": "file-1", "corpus": "wikipedia-summaries"}),
+            "calibration",
+            "invalid_value",
+        ),
         (
             spec(recipe=[{"int4": {"method": "gptq"}}], calibration={"corpus": "c4"}),
             "calibration.corpus",
@@ -135,18 +142,22 @@ def test_a_job_is_refused_by_the_field(body: dict[str, Any], param: str, code: s
 
 
 def test_a_calibrated_job_is_accepted() -> None:
-    parsed = parse_spec(spec(recipe=[{"wanda": {"sparsity": 0.5}}], calibration={"samples": 8}))
+    parsed = parse_spec(spec(recipe=[WANDA], calibration={"samples": 8}))
     assert isinstance(parsed, CompressSpec)
     assert parsed.calibration is not None
     assert parsed.calibration.corpus == "wikipedia-summaries"
+    parsed = parse_spec(spec(recipe=[WANDA], calibration={"file": "file-1"}))
+    stored = spec_json(parsed)["calibration"]
+    assert stored == {"file": "file-1", "samples": 32, "length": 512, "seed": 0}
+    assert Calibration(**stored).file == "file-1"
 
 
 def test_a_job_is_refused_for_what_its_model_went_through() -> None:
     empty: dict[str, Any] = {"source": {}, "matrices": (), "other_tensors": {}}
     parsed = parse_spec(spec(recipe=[WELORE]))
-    check_source(parsed, Manifest(kind="decoder", **empty))
+    check_source(parsed, Manifest(kind="decoder", **empty), {})
     with pytest.raises(SpecError, match="welore cannot follow int4") as refused:
-        check_source(parsed, Manifest(kind="decoder", recipe=[INT4], **empty))
+        check_source(parsed, Manifest(kind="decoder", recipe=[INT4], **empty), {})
     assert refused.value.param == "recipe[0].welore"
     with pytest.raises(SpecError, match="decoders only"):
-        check_source(parsed, Manifest(kind="encoder", **empty))
+        check_source(parsed, Manifest(kind="encoder", **empty), {})

@@ -146,3 +146,17 @@ def test_smollm2_against_transformers_own_loss(real_home: Path) -> None:
     with torch.inference_mode():
         expected = math.exp(float(model(windows_BS, labels=windows_BS).loss))
     assert measured.value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("at_least", [1, 60, 300, 10_000])
+def test_of_a_long_text_only_as_much_is_tokenized_as_is_needed(
+    tiny_llama: Path, at_least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.perplexity.PIECE_CHARACTERS", len(TEXT))
+    long = corpus("\n\n".join([TEXT] * 50))
+    whole, sha256 = tokenize(tiny_llama, long)
+    part, same = tokenize(tiny_llama, long, at_least=at_least)
+    assert part == whole[: len(part)]
+    assert same == sha256
+    piece = len(whole) // 50 + 1
+    assert min(at_least, len(whole)) <= len(part) <= max(at_least, 1) + piece

@@ -1,5 +1,6 @@
 """Runners for tests of the worker."""
 
+import json
 import os
 import signal
 import time
@@ -24,3 +25,8 @@ def stubborn(context: RunnerContext) -> JsonObject:
 
 def broken(context: RunnerContext) -> JsonObject:
     raise ZeroDivisionError("on purpose")
+
+
+def who_sleeps(context: RunnerContext) -> JsonObject:
+    path = context.home / "run" / "asleep.json"
+    return {"asleep": sorted(json.loads(path.read_text())) if path.is_file() else []}

@@ -239,7 +239,8 @@ def test_a_source_that_is_damaged_or_gone(home: Path) -> None:
         ({"k": 0}, "k"),
         ({"recipe": []}, "recipe"),
         ({"gate": {"min_top1_agreement": 0.5}}, "gate.min_top1_agreement"),
-        ({"calibration": {"file": "file-1"}}, "calibration.file"),
+        ({"calibration": {"file": "../file-1"}}, "calibration.file"),
+        ({"calibration": {"file": "file-1", "corpus": "state-of-the-union"}}, "calibration"),
         ({"calibration": {"corpus": "nothing"}}, "calibration.corpus"),
     ],
 )
@@ -256,7 +257,7 @@ def test_defaults_and_kind() -> None:
     assert spec.gate.max_perplexity_ratio == 1.5
     encoder: Any = type("Manifest", (), {"kind": "encoder"})()
     with pytest.raises(SpecError, match="decoders only"):
-        check_source(spec, encoder)
+        check_source(spec, encoder, {})
 
 
 def test_dtype_of_the_model_is_kept(home: Path) -> None:

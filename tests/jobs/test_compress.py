@@ -23,6 +23,7 @@ from evaluation.corpora import STATE_OF_THE_UNION, Corpus, load_corpus
 from evaluation.perplexity import measure_perplexity, tokenize
 from jobs import child
 from jobs.context import RunnerContext
+from jobs.files import FileInfo, FileStore
 from jobs.runners import compress as runner
 from tests.compression.models import save_and_import, tiny_decoder
 
@@ -170,6 +171,53 @@ def test_a_killed_job_ends_in_the_same_bytes(home: Path) -> None:
     assert len(hashes) == 1
 
 
+def upload(home: Path, *texts: str) -> FileInfo:
+    store = FileStore(home / "files")
+    with store.begin() as file:
+        file.write(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts))
+        return store.add(
+            file, file_id="file-1", owner="local", filename="f", purpose="calibration",
+            request_hash="h", max_owner_bytes=10**6,
+        )[0]  # fmt: skip
+
+
+def test_calibration_from_an_uploaded_file(home: Path) -> None:
+    """Token for token what the packaged corpus gives, where the file holds its second half."""
+    ids, _ = tokenize(home / "models" / "tiny", load_corpus(STATE_OF_THE_UNION))
+    text = load_corpus(STATE_OF_THE_UNION).text
+    assert len(ids) == len(text)  # a tokenizer of letters
+    info = upload(home, text[len(text) // 2 :])
+    recipe = [{"wanda": {"sparsity": 0.5}}]
+    first = context_of(home, recipe, calibration=CALIBRATION)
+    outcome(first)
+    settings = CALIBRATION | {"file": "file-1"}
+    del settings["corpus"]
+    second = replace(
+        first,
+        folder=home / "jobs" / "job-2",
+        spec=first.spec | {"output": "mine", "calibration": settings},
+    )
+    result = outcome(second)["result"]
+    registry = ModelRegistry(home / "models")
+    small, mine = (registry.get(name).manifest for name in ("small", "mine"))
+    assert mine.calibration is not None
+    assert small.calibration is not None
+    assert mine.calibration["tokens_sha256"] == small.calibration["tokens_sha256"]
+    assert (mine.calibration["file"], mine.calibration["file_sha256"]) == ("file-1", info.sha256)
+    assert checkpoint_hash(small) == checkpoint_hash(mine)
+    assert result["report"]["calibration"]["file_sha256"] == info.sha256
+
+
+def test_a_file_that_is_gone_or_short_fails_by_name(home: Path) -> None:
+    recipe = [{"wanda": {"sparsity": 0.5}}]
+    context = context_of(home, recipe, calibration={"file": "file-1", "length": 32})
+    assert outcome(context)["failed"]["code"] == "file_not_found"
+    upload(home, "a b c")
+    failed = outcome(context)["failed"]
+    assert failed["code"] == "bad_calibration"
+    assert "5 tokens in its whole, one sample needs 32" in failed["message"]
+
+
 def damage_weights(folder: Path, size: int | None) -> None:
     path = folder / "model.safetensors"
     raw = bytearray(path.read_bytes())
@@ -244,7 +292,7 @@ def test_bad_input_ends_in_a_code_and_a_sentence(
             recipe = [{"shortgpt": {"remove": 5}}]
         case "short text":
             text = Corpus(name="short", text="a b c", sha256="s")
-            monkeypatch.setattr(runner, "load_corpus", lambda name: text)
+            monkeypatch.setattr("jobs.runners.calibration.load_corpus", lambda name: text)
         case "full disk":
 
             def full(*_: object) -> None:

@@ -49,6 +49,21 @@ def status_events(store: JobStore, job_id: str = "job-0") -> list[str]:
     return [e.data["status"] for e in store.events(job_id) if e.kind == "status"]
 
 
+def test_newest_events_go_backwards(store: JobStore) -> None:
+    store.create(new_job(memory={"peak": 3}))
+    assert store.get("job-0").memory == {"peak": 3}
+    job = claim(store)
+    store.report("job-0", job.fencing, [NewEvent(kind="message", message=f"{n}") for n in range(5)])
+    everything = store.events("job-0")
+    assert store.newest_events("job-0") == everything[::-1]
+    page = store.newest_events("job-0", limit=3)
+    assert [event.seq for event in page] == [7, 6, 5]
+    rest = store.newest_events("job-0", before=page[-1].seq, limit=10)
+    assert [event.seq for event in rest] == [4, 3, 2, 1]
+    with pytest.raises(JobNotFoundError):
+        store.newest_events("no")
+
+
 def test_create_is_idempotent_by_id(store: JobStore) -> None:
     first, created = store.create(new_job(deadline_seconds=2.5, priority=-3))
     again, created_again = store.create(new_job(deadline_seconds=2.5, priority=-3))

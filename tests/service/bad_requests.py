@@ -52,7 +52,10 @@ def _bad_request(openapi: dict[str, Any], path: str, draw: random.Random) -> Bad
         kinds.append(_unknown_id)
     if any(p["in"] == "query" for p in operations[method].get("parameters", ())):
         kinds.append(_wrong_query)
-    if "requestBody" in operations[method]:
+    content = operations[method].get("requestBody", {}).get("content", {})
+    if content and JSON not in content:
+        kinds += [_not_json, _wrong_type]
+    elif content:
         kinds += [_wrong_body, _wrong_body, _unknown_field, _missing_field, _not_json, _wrong_type]
     return draw.choice(kinds)(openapi, path, method, draw)
 

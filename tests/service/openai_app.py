@@ -85,8 +85,8 @@ class Service:
         self.encoder = FakeAsyncEngine(info=encoder_info)
         self.settings = Settings(home=home, default_max_tokens=20, **setting)
         config = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}
-        _add_model(self.settings.models_dir / DECODER, "decoder", decoder_json(), config)
-        _add_model(self.settings.models_dir / ENCODER, "encoder", encoder_json(), {})
+        add_model(self.settings.models_dir / DECODER, "decoder", decoder_json(), config)
+        add_model(self.settings.models_dir / ENCODER, "encoder", encoder_json(), {})
         registry = ModelRegistry(self.settings.models_dir)
         pool = EnginePool(
             self.settings, registry, SupervisorClient(self.settings.supervisor_socket)
@@ -99,6 +99,7 @@ class Service:
             registry=registry,
             engines=pool,
             jobs=cast(Any, None),
+            files=cast(Any, None),
             keys=KeyStore(self.settings.keys_file),
             metrics=self.metrics,
             tokenizers=TokenizerCache(),
@@ -141,7 +142,7 @@ class Service:
         return self.metrics.registry.get_sample_value(name, labels)
 
 
-def _add_model(folder: Path, kind: ModelKind, tokenizer: str, config: dict[str, Any]) -> None:
+def add_model(folder: Path, kind: ModelKind, tokenizer: str, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(tokenizer)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

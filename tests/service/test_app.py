@@ -167,7 +167,7 @@ def test_control_tokens_in_user_text_stay_text(client: TestClient) -> None:
         ("POST", "/v1/completions", b"{", 400, "invalid_json"),
         ("POST", "/v1/completions", b'{"model":"tiny","prompt":"a","n":NaN}', 400, "invalid_value"),
         ("POST", "/v1/completions", b'{"model":"tiny","prompt":"a","n":99}', 400, "invalid_value"),
-        ("POST", "/v1/jobs", b'{"type":"finetune"}', 400, "unsupported_parameter"),
+        ("POST", "/v1/jobs", b'{"type":"enrich"}', 400, "unsupported_parameter"),
         ("GET", "/v1/jobs/job-x", None, 404, "job_not_found"),
         ("GET", "/v1/graphs/graph-x", None, 404, "graph_not_found"),
         ("DELETE", "/v1/models/..%2f..", None, 404, None),

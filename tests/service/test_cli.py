@@ -1,4 +1,5 @@
 import http.server
+import io
 import json
 import os
 import subprocess
@@ -16,8 +17,9 @@ from compression.checkpoint import DenseLinear, Matrix
 from service.api_client import ApiClient, ServerEvent, ServiceError, read_events
 from service.auth import KeyStore
 from service.cli import main, worker_arguments
-from service.job_view import human_bytes, report_lines, table
+from service.job_view import follow, human_bytes, report_lines, table
 from service.settings import Settings
+from service.terminal import Terminal, clock, sparkline
 
 JOB_ID = "job-0123456789ab"
 
@@ -64,7 +66,9 @@ def stub() -> Iterator[Stub]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
+            raw = self.rfile.read(length)
+            is_form = self.headers.get("Content-Type", "").startswith("multipart/form-data")
+            body = raw if is_form else json.loads(raw) if raw else None
             request = f"{self.command} {self.path}"
             stub.requests.append((request, body, dict(self.headers)))
             answer = stub.take(request)
@@ -182,7 +186,7 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
 def test_the_commands_of_the_design_are_there() -> None:
     expected = (
         "up serve engine worker models import compress calibrate-skip jobs chat verify export doctor"
-        " keys"
+        " keys finetune files"
     )
     assert set(main.commands) == set(expected.split())
 
@@ -401,6 +405,140 @@ def test_watching_a_job_that_fails_exits_with_1(lathe: Lathe, stub: Stub) -> Non
     result = lathe("jobs", "watch", JOB_ID)
     assert result.exit_code == 1
     assert result.output.splitlines()[-1] == f"Error: {JOB_ID} failed: it lost too much"
+
+
+def step(seq: int, number: int, loss: float, **data: Any) -> dict[str, Any]:
+    metrics = {
+        "step": number,
+        "total": 4,
+        "loss": loss,
+        "learning_rate": 1e-4,
+        "tokens_per_second": 1234.5,
+        "eta_seconds": 61.0,
+        "evaluation_loss": None,
+    }
+    return event(seq, "metrics", f"step {number}/4: loss {loss}", **(metrics | data))
+
+
+class Screen(io.StringIO):
+    """A terminal; what is on it after each write."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_training_run_is_one_live_line(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.terminal.REDRAW_SECONDS", 0.0)
+    monkeypatch.setenv("COLUMNS", "200")
+    stub.on(f"GET /v1/jobs/{JOB_ID}", Answer(job("succeeded")))
+    rows = [
+        step(1, 1, 4.0),
+        step(2, 2, 3.0),
+        event(3, "progress", "2/20", step=2, total=20),
+        step(4, 2, 2.0),  # the same step, of a resumed run
+        event(5, "message", "checkpoint of step 2 written"),
+    ]
+    stub.on(f"GET /v1/jobs/{JOB_ID}/events", events(*rows))
+    screen = Screen()
+    with ApiClient(stub.url) as client:
+        follow(client, JOB_ID, Terminal(screen))
+    drawn = screen.getvalue().split("\r\x1b[K")
+    bar = "[############............]  50%"
+    assert [line for line in drawn if line.startswith("step 2")] == [
+        f"step 2/4 {bar}  loss 3.0000 █▁  lr 1.00e-04  1,234 tokens/s  ETA 1:01",
+        f"step 2/4 {bar}  loss 2.0000 █▁  lr 1.00e-04  1,234 tokens/s  ETA 1:01",
+    ]
+    assert [line[10:] for line in drawn[-1].splitlines()] == ["checkpoint of step 2 written"]
+    assert "2/20" not in screen.getvalue()
+
+
+def test_elsewhere_a_training_run_is_a_line_now_and_then(lathe: Lathe, stub: Stub) -> None:
+    report = {
+        "steps": 4, "num_tokens": 2048, "num_examples": 8, "tokens_per_second": 100.0, "seconds": 3671.0,
+        "evaluations": [[0, 3.5], [4, 2.25]],
+        "corpora": [{"protocol": {"corpus": "speech"}, "before": 20, "after": 21}],
+        "predicted": {"weights": 2048, "peak": 4096}, "measured": {"weights": 2048, "peak": None},
+    }  # fmt: skip
+    done = job("succeeded", result={"model": "mine", "report": report})
+    stub.on(f"GET /v1/jobs/{JOB_ID}", Answer(done))
+    rows = [step(n, n, 5.0 - n) for n in range(1, 5)]
+    stub.on(f"GET /v1/jobs/{JOB_ID}/events", events(*rows))
+    result = lathe("jobs", "watch", JOB_ID)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert [line for line in lines if line.startswith("step ")] == [
+        "step 1/4 [######..................]  25%  loss 4.0000 ▁  lr 1.00e-04  1,234 tokens/s  ETA 1:01",
+        "step  evaluation loss",
+    ]
+    assert "4 steps over 2,048 tokens of 8 examples, 100 tokens/s, 1:01:11" in lines
+    assert "4     2.2500" in lines
+    assert "peak     4.0 KiB" in lines
+    assert "Perplexity on speech: 20.000 before, 21.000 after." in lines
+    assert lines[-1] == "mine is registered; serve it with: lathe models load mine"
+
+
+def test_a_sparkline_follows_the_means() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([3.0]) == sparkline([2, 2])[:1] == "▁"
+    assert sparkline([0, 7]) == "▁█"
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0, 0, 7, 7], width=2) == "▁█"
+    assert len(sparkline(range(1000), width=30)) == 30
+    assert [clock(s) for s in (0, 59.6, 3600)] == ["0:00", "1:00", "1:00:00"]
+
+
+def test_finetune_uploads_submits_and_follows(lathe: Lathe, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a b"}')
+    stub.on("POST /v1/files", Answer({"id": "file-1"}, 201))
+    created = {"id": JOB_ID, "memory": {"peak": 2048}}
+    stub.on("POST /v1/fine_tuning/jobs", Answer(created, 201))
+    stub.on(f"GET /v1/jobs/{JOB_ID}", Answer(job("succeeded", result={"model": "mine"})))
+    stub.on(f"GET /v1/jobs/{JOB_ID}/events", events(event(1, "status", "succeeded")))
+    result = lathe(
+        "finetune", "tiny", "train.jsonl", "--validation-file", "file-9", "--suffix", "s",
+        "--set", "rank=16", "--set", "n_epochs=2", "--set", "dtype=float32",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    form = stub.sent("POST /v1/files")
+    assert b'name="purpose"\r\n\r\nfine-tune' in form
+    assert b'filename="train.jsonl"' in form
+    assert b'{"text": "a b"}' in form
+    assert stub.sent("POST /v1/fine_tuning/jobs") == {
+        "model": "tiny",
+        "suffix": "s",
+        "training_file": "file-1",
+        "validation_file": "file-9",
+        "method": {
+            "type": "qgalore",
+            "qgalore": {"rank": 16, "hyperparameters": {"n_epochs": 2, "dtype": "float32"}},
+        },
+    }
+    assert "predicted peak memory: 2.0 KiB" in result.output
+    missing = lathe("finetune", "tiny", "no.jsonl")
+    assert missing.output.splitlines()[-1] == "Error: no.jsonl: No such file or directory"
+    assert "KEY=VALUE" in lathe("finetune", "tiny", "train.jsonl", "--set", "x").output
+
+
+def test_files_upload_list_and_delete(lathe: Lathe, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    stub.on("POST /v1/files", Answer({"id": "file-1"}, 201))
+    row = {"id": "file-1", "purpose": "calibration", "bytes": 2048, "filename": "t.parquet"}
+    stub.on("GET /v1/files?limit=100", Answer({"data": [row | {"created_at": 0}]}))
+    stub.on("DELETE /v1/files/file-1", Answer({"id": "file-1", "deleted": True}))
+    uploaded = lathe("files", "upload", "t.parquet", "--purpose", "calibration")
+    assert uploaded.output == "file-1\n"
+    assert b"calibration" in stub.sent("POST /v1/files")
+    assert "2.0 KiB" in lathe("files", "list").output
+    assert lathe("files", "delete", "file-1").output == "deleted file-1\n"
+
+
+def test_jobs_pause_and_resume(lathe: Lathe, stub: Stub) -> None:
+    stub.on(f"POST /v1/jobs/{JOB_ID}/pause", Answer(job("pausing")))
+    stub.on(f"POST /v1/jobs/{JOB_ID}/resume", Answer(job("queued")))
+    assert lathe("jobs", "pause", JOB_ID).output == f"{JOB_ID}: pausing\n"
+    assert lathe("jobs", "resume", JOB_ID).output == f"{JOB_ID}: queued\n"
 
 
 def test_jobs_list_logs_and_cancel(lathe: Lathe, stub: Stub) -> None:

@@ -94,6 +94,7 @@ class Service:
             registry=registry,
             engines=EnginePool(settings, registry, supervisor),
             jobs=cast(Any, None),
+            files=cast(Any, None),
             keys=KeyStore(settings.keys_file),
             metrics=metrics,
             tokenizers=TokenizerCache(),

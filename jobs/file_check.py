@@ -1,0 +1,150 @@
+"""What an upload of each purpose must hold, and how text for calibration is read from one.
+
+JSON lines or, for calibration, Parquet. Read line by line or in pieces: a hostile file costs bounded memory.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.files import Purpose
+from training.data import DataError, read_examples
+
+MAX_CALIBRATION_BYTES = 64 * 2**20
+"""Of a calibration file, and of the text in it. A job reads at most a few million tokens of it."""
+MAX_LINE_BYTES = 16 * 2**20
+_ROWS_PER_PIECE = 1024
+
+
+class FileContentError(ValueError):
+    """Content that its purpose cannot use.
+
+    Attributes:
+        line: 1, 2, ...; None where no single line is at fault.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message if line is None else f"line {line}: {message}")
+        self.line = line
+
+
+def check_file(path: Path, purpose: Purpose) -> None:
+    """Raises: FileContentError."""
+    if path.stat().st_size == 0:
+        raise FileContentError("the file is empty")
+    _CHECKS[purpose](path)
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a calibration file: the `text` of every JSON line or Parquet row; other fields are not read.
+
+    Raises:
+        FileContentError
+    """
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    num_bytes = 0
+    for line, text in enumerate(_parquet_texts(path) if is_parquet else _line_texts(path), start=1):
+        if not isinstance(text, str):
+            raise FileContentError('needs "text", a string', line)
+        num_bytes += len(text.encode())
+        if num_bytes > MAX_CALIBRATION_BYTES:
+            raise FileContentError(
+                f"the text of a calibration file has at most {MAX_CALIBRATION_BYTES} bytes"
+            )
+        yield text
+
+
+def _line_texts(path: Path) -> Iterator[Any]:
+    return (row.get("text") for _, row in _json_lines(path))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank."""
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(raw) > MAX_LINE_BYTES:
+                raise FileContentError(f"longer than {MAX_LINE_BYTES} bytes", number)
+            if raw.isspace():
+                continue
+            try:
+                row = json.loads(raw.decode())
+            except UnicodeDecodeError:
+                raise FileContentError("not UTF-8", number) from None
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+                raise FileContentError(f"not valid JSON: {reason}", number) from None
+            if not isinstance(row, dict):
+                raise FileContentError("not a JSON object", number)
+            yield number, row
+
+
+def _parquet_texts(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as reader:
+            if "text" not in reader.schema_arrow.names:
+                raise FileContentError("the Parquet file has no column 'text'")
+            kind = reader.schema_arrow.field("text").type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise FileContentError(f"column 'text' has type {kind}, not string")
+            place = reader.schema_arrow.names.index("text")
+            for index in range(reader.metadata.num_row_groups):
+                size = reader.metadata.row_group(index).column(place).total_uncompressed_size
+                if size > MAX_CALIBRATION_BYTES:
+                    raise FileContentError(
+                        f"a row group has {size} bytes of text, at most {MAX_CALIBRATION_BYTES}"
+                    )
+            for batch in reader.iter_batches(_ROWS_PER_PIECE, columns=["text"], use_threads=False):
+                batch.validate(full=True)
+                if batch.nbytes > MAX_CALIBRATION_BYTES:
+                    raise FileContentError(
+                        f"the text of a calibration file has at most {MAX_CALIBRATION_BYTES} bytes"
+                    )
+                yield from batch.column(0).to_pylist()
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise FileContentError(f"not a readable Parquet file: {reason}") from None
+
+
+def _check_calibration(path: Path) -> None:
+    if path.stat().st_size > MAX_CALIBRATION_BYTES:
+        raise FileContentError(f"a calibration file has at most {MAX_CALIBRATION_BYTES} bytes")
+    if not any([text.strip() != "" for text in read_texts(path)]):  # every line, not the first
+        raise FileContentError("no line has any text")
+
+
+def _check_batch(path: Path) -> None:
+    seen: set[str] = set()
+    for number, row in _json_lines(path):
+        custom_id = row.get("custom_id")
+        if not isinstance(custom_id, str) or row.get("method") != "POST":
+            raise FileContentError('needs "custom_id", a string, and "method": "POST"', number)
+        if not isinstance(row.get("url"), str) or not isinstance(row.get("body"), dict):
+            raise FileContentError('needs "url", a string, and "body", an object', number)
+        if custom_id in seen:
+            raise FileContentError("its custom_id was on a line before", number)
+        seen.add(custom_id)
+    if not seen:
+        raise FileContentError("the file has no line")
+
+
+def _check_fine_tune(path: Path) -> None:
+    try:
+        for _ in read_examples(path):
+            pass
+    except DataError as error:
+        raise FileContentError(error.message, error.line or None) from None
+
+
+_CHECKS: dict[Purpose, Callable[[Path], None]] = {
+    "fine-tune": _check_fine_tune,
+    "batch": _check_batch,
+    "user_data": lambda path: None,
+    "calibration": _check_calibration,
+}

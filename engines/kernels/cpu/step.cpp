@@ -9,7 +9,7 @@
 #include "attention.h"
 #include "lathe.h"
 #include "pool.h"
-#include "product.h"
+#include "product_kernels.h"
 #include "rows.h"
 #include "simd.h"
 
@@ -22,17 +22,12 @@ struct LatheContext {
     Pool pool;
     Attention attention;
     LinearScratch scratch;
-    std::vector<float> hidden, normed, wide, narrow, output;
+    Buffer<float> hidden, wide, narrow, output;
     std::vector<int32_t> remaining;  // feed-forwards that each row still skips
     std::vector<int> run, skipped;   // rows of one layer
 };
 
 namespace {
-
-float* grown(std::vector<float>& buffer, size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-    return buffer.data();
-}
 
 void to_floats(const void* from, bool is_bf16, size_t size, float* to) {
     if (!is_bf16) {
@@ -188,6 +183,10 @@ void run_attention(LatheContext& context, const LatheModel& model, const LatheLa
 }  // namespace
 
 extern "C" {
+
+int32_t lathe_has_amx() {
+    return has_amx();
+}
 
 LatheContext* lathe_context_create(int32_t num_threads) {
     return new LatheContext(num_threads);

@@ -1,7 +1,4 @@
-// Products on AMX, the x86 matrix units: tiles of 16 rows x 64 bytes times 64 bytes x 16 outputs, summed in 32 bits.
-//
-// One instruction adds to C (16 rows x 16 outputs) the product of A (rows x inputs) and B (inputs x outputs). B holds inputs
-// in fours of bytes or pairs of bfloat16: its line k has, for each of 16 outputs, its k-th such word.
+// Products on AMX, of 16 or 32 rows with 32 outputs at a time.
 //
 // Dense weights lie in memory as one B after the other (`LATHE_BF16_TILES`). A product of 16 rows is done before the weights
 // of the next have come from memory, so one path serves a decode step of one row and a prefill of thousands.
@@ -12,11 +9,11 @@
 // In either a row's sums do not depend on the rows beside it: they are the same bits in a step and in a prefill.
 #include "product_kernels.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
-#include <immintrin.h>
+#include "amx.h"
+
+#if LATHE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
-#define LATHE_AMX 1
 #endif
 
 namespace lathe {
@@ -24,55 +21,6 @@ namespace lathe {
 #if LATHE_AMX
 
 namespace {
-
-// Tiles 0-3 hold C, of two blocks of rows and two of outputs; 4 and 5 A; 6 and 7 B.
-template <int kNumber>
-LATHE_INLINE void tile_load(const void* from, size_t stride_bytes) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(kNumber) : "memory");
-}
-
-template <int kNumber>
-LATHE_INLINE void tile_store(void* to) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(size_t(64)), "i"(kNumber) : "memory");
-}
-
-template <int kNumber>
-LATHE_INLINE void tile_zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(kNumber));
-}
-
-template <int kC, int kA, int kB>
-LATHE_INLINE void multiply_bf16() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
-}
-
-template <int kC, int kA, int kB>
-LATHE_INLINE void multiply_int8() {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
-}
-
-// A thread's use of tiles, while the object lives. Tiles that hold nothing are not saved when the thread is switched.
-class Tiles {
-   public:
-    // num_rows: of A and C. row_bytes: of A; B has as many lines as that is words.
-    Tiles(int num_rows, int row_bytes) {
-        struct alignas(64) {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {};
-            uint8_t rows[16] = {};
-        } config;
-        for (int tile = 0; tile < 8; tile++) {
-            const bool is_a = tile == 4 || tile == 5, is_b = tile >= 6;
-            config.row_bytes[tile] = is_a ? row_bytes : 64;
-            config.rows[tile] = is_b ? row_bytes / 4 : num_rows;
-        }
-        asm volatile("ldtilecfg %0" ::"m"(config));
-    }
-    ~Tiles() { asm volatile("tilerelease"); }
-};
-
-constexpr int kDepth = 32;              // inputs of a bfloat16 tile
-constexpr int kTile = kLanes * kDepth;  // elements of one
 
 template <bool kTwoBlocks>
 void dense_blocks(const Work& work, int row, const uint16_t* unit_0, const uint16_t* unit_1, int depth) {
@@ -233,8 +181,7 @@ void round_for_amx(const float* x, int num_features, uint16_t* to) {
         const bool is_whole = i + kDepth <= num_features;
         if (!is_whole) std::copy(x + i, x + num_features, last);
         const float* from = is_whole ? x + i : last;
-        const f32x16 low = load_lanes(from), high = load_lanes(from + kLanes);
-        store(to, (u16x32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+        store(to, pack_bf16(load_lanes(from), load_lanes(from + kLanes)));
     }
 }
 

@@ -6,10 +6,11 @@
 #include <cmath>
 #include <mutex>
 
+#include "amx.h"
 #include "attention.h"
 #include "lathe.h"
 #include "pool.h"
-#include "product_kernels.h"
+#include "product.h"
 #include "rows.h"
 #include "simd.h"
 
@@ -174,7 +175,7 @@ void run_attention(LatheContext& context, const LatheModel& model, const LatheLa
     scratch.inputs.reset(layer.o, 0, num_rows);
     pool.run_items(num_rows, attended_size, [&](int row) {
         float* attended = narrow + size_t(row) * attended_size;
-        context.attention.gather_row(model, layer, row, attended);
+        context.attention.gather_row(model, layer, batch, row, attended);
         scratch.inputs.prepare_row(row, attended);
     });
     multiply(pool, layer.o, scratch, hidden_TH, hidden_size, true);
@@ -276,7 +277,7 @@ void lathe_attention(LatheContext* context, const LatheModel* model, int32_t lay
     context->attention.plan(*model, *batch);
     context->attention.run(context->pool, *model, one, *batch, qkv_TA, stride);
     context->pool.run(batch->num_rows, [&](int row) {
-        context->attention.gather_row(*model, one, row,
+        context->attention.gather_row(*model, one, *batch, row,
                                       output_TND + size_t(row) * one.num_heads * model->head_dim);
     });
 }

@@ -10,6 +10,7 @@ reads of 64 bytes.
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,19 @@ from engines.kernels.weights import (
 
 LANES = 16
 GROUP_MULTIPLE = 32
+TILE_INPUTS = 32
 HEAD_GROUP_SIZE = 64
 DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 
+NAMES = {
+    native.FP32: "fp32",
+    native.BF16: "bf16",
+    native.INT4: "int4 x int8 rows",
+    native.INT8: "int8 x int8 rows",
+    native.BF16_TILES: "bf16 AMX",
+}
+
+ANY_NUMBER = sys.maxsize
 NATIVE_ROWS = {native.FP32: 32, native.BF16: 32, native.INT4: 64, native.INT8: 64}
 """Most rows that the native product is used for, by kind.
 
@@ -93,6 +104,30 @@ def _pack_int8_codes(quantized: QuantizedWeight) -> PackedWeight:
     return _packed(native.INT8, bytes_BLJ4, quantized)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileWeight:
+    """A bfloat16 matrix as AMX reads it.
+
+    Attributes:
+        tiles_BPL2: pairs of inputs of 16 outputs, P = ceil(I / 32) * 16; zeros past O and I.
+    """
+
+    out_features: int
+    in_features: int
+    tiles_BPL2: Tensor
+
+
+def pack_tiles(weight_OI: Tensor) -> TileWeight:
+    out_features, in_features = weight_OI.shape
+    padded_OI = F.pad(weight_OI, (0, -in_features % TILE_INPUTS, 0, -out_features % LANES))
+    pairs_BLP2 = padded_OI.view(-1, LANES, padded_OI.shape[1] // 2, 2)
+    return TileWeight(
+        out_features=out_features,
+        in_features=in_features,
+        tiles_BPL2=in_huge_pages(pairs_BLP2.transpose(1, 2)),
+    )
+
+
 def _pad(values_OX: Tensor) -> Tensor:
     return F.pad(values_OX, (0, 0, 0, -len(values_OX) % LANES))
 
@@ -118,11 +153,14 @@ def _packed(kind: int, bytes_BLJ4: Tensor, quantized: QuantizedWeight) -> Packed
     )
 
 
+HeldMatrix = Tensor | TileWeight | PackedWeight
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """One matrix and where it stands; see `LatheSegment`."""
 
-    matrix: Tensor | PackedWeight
+    matrix: HeldMatrix
     stage: int = 0
     into_middle: bool = False
     in_offset: int = 0
@@ -132,22 +170,26 @@ class _Part:
     @property
     def out_features(self) -> int:
         matrix = self.matrix
-        return matrix.out_features if isinstance(matrix, PackedWeight) else len(matrix)
+        return len(matrix) if isinstance(matrix, Tensor) else matrix.out_features
 
     @property
     def in_features(self) -> int:
         matrix = self.matrix
-        return matrix.in_features if isinstance(matrix, PackedWeight) else matrix.shape[1]
+        return matrix.shape[1] if isinstance(matrix, Tensor) else matrix.in_features
 
     @property
     def kind(self) -> int:
         matrix = self.matrix
-        return matrix.kind if isinstance(matrix, PackedWeight) else DTYPES[matrix.dtype]
+        if isinstance(matrix, TileWeight):
+            return native.BF16_TILES
+        return DTYPES[matrix.dtype] if isinstance(matrix, Tensor) else matrix.kind
 
     def tensors(self) -> list[Tensor]:
         matrix = self.matrix
         held = [matrix, self.bias_O]
-        if isinstance(matrix, PackedWeight):
+        if isinstance(matrix, TileWeight):
+            held = [matrix.tiles_BPL2, self.bias_O]
+        elif isinstance(matrix, PackedWeight):
             held = [matrix.packed_BJ64, matrix.scale_BGL, matrix.zero_point_BGL, self.bias_O]
         return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
@@ -165,6 +207,9 @@ class _Part:
         )
         if isinstance(matrix, Tensor):
             segment.weight = matrix.data_ptr()
+            return segment
+        if isinstance(matrix, TileWeight):
+            segment.weight = matrix.tiles_BPL2.data_ptr()
             return segment
         segment.weight = matrix.packed_BJ64.data_ptr()
         segment.scale = matrix.scale_BGL.data_ptr()
@@ -199,16 +244,17 @@ def build_cpu_linear(
     for weight in weights:
         bias_O = None if weight.bias_O is None else weight.bias_O.float()
         if isinstance(weight.weight, LowRankWeight):
-            u = _lay_out(weight.weight.weight_u, dtype)
-            rank = u.in_features if isinstance(u, PackedWeight) else u.shape[1]
-            parts.append(
-                _Part(
-                    matrix=u, stage=1, in_offset=middle_offset, out_offset=out_offset, bias_O=bias_O
-                )
+            part = _Part(
+                matrix=_lay_out(weight.weight.weight_u, dtype, library),
+                stage=1,
+                in_offset=middle_offset,
+                out_offset=out_offset,
+                bias_O=bias_O,
             )
-            middle_offset += rank
+            parts.append(part)
+            middle_offset += part.in_features
         else:
-            matrix = _lay_out(weight.weight, dtype)
+            matrix = _lay_out(weight.weight, dtype, library)
             parts.append(_Part(matrix=matrix, out_offset=out_offset, bias_O=bias_O))
         out_offset += weight.out_features
     factors = [w.weight.weight_v for w in weights if isinstance(w.weight, LowRankWeight)]
@@ -216,7 +262,9 @@ def build_cpu_linear(
         factors = [join(factors)]
     middle_offset = 0
     for factor in factors:
-        part = _Part(matrix=_lay_out(factor, dtype), into_middle=True, out_offset=middle_offset)
+        part = _Part(
+            matrix=_lay_out(factor, dtype, library), into_middle=True, out_offset=middle_offset
+        )
         middle_offset += part.out_features
         parts.append(part)
     return CpuLinear(parts, dtype=dtype, library=library)
@@ -225,7 +273,9 @@ def build_cpu_linear(
 def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
     """See `linear.share_weight`."""
     assert weight_OI.is_contiguous()
-    return CpuLinear([_Part(matrix=weight_OI)], dtype=weight_OI.dtype, library=library)
+    is_tiled = library.has_amx and weight_OI.dtype == torch.bfloat16
+    matrix = pack_tiles(weight_OI) if is_tiled else weight_OI
+    return CpuLinear([_Part(matrix=matrix)], dtype=weight_OI.dtype, library=library)
 
 
 def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
@@ -234,9 +284,11 @@ def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
     return CpuLinear([_Part(matrix=packed)], dtype=weight_OI.dtype, library=library)
 
 
-def _lay_out(matrix: MatrixWeight, dtype: torch.dtype) -> Tensor | PackedWeight:
+def _lay_out(matrix: MatrixWeight, dtype: torch.dtype, library: NativeLibrary) -> HeldMatrix:
     if isinstance(matrix, QuantizedWeight):
         return pack_weight(matrix)
+    if library.has_amx and dtype == torch.bfloat16:
+        return pack_tiles(matrix.to(dtype))
     return in_huge_pages(matrix.to(dtype))
 
 
@@ -264,18 +316,15 @@ class CpuLinear:
             middle_features=sum(p.out_features for p in self._parts if p.into_middle),
             out_features=sum(p.out_features for p in self._parts if not p.into_middle),
         )
-        self.native_rows = min(NATIVE_ROWS[part.kind] for part in self._parts)
-        names = {
-            native.FP32: "fp32",
-            native.BF16: "bf16",
-            native.INT4: "int4 x int8 rows",
-            native.INT8: "int8 x int8 rows",
-        }
-        kinds = " + ".join(dict.fromkeys(names[part.kind] for part in self._parts))
+        kinds = list(dict.fromkeys(part.kind for part in self._parts))
         low_rank = "low rank " if self.native_linear.middle_features else ""
-        self.kernel = (
-            f"native {low_rank}{kinds} up to {self.native_rows} rows, then torch {dtype}"
-        ).replace("torch.", "")
+        self.kernel = f"native {low_rank}{' + '.join(NAMES[kind] for kind in kinds)}"
+        self.native_rows = ANY_NUMBER
+        if native.FP32 in kinds or not library.has_amx:
+            self.native_rows = min(NATIVE_ROWS[kind] for kind in kinds)
+            self.kernel += f" up to {self.native_rows} rows, then torch {dtype}".replace(
+                "torch.", ""
+            )
 
     def __call__(self, x_TI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or x_TI.dtype
@@ -319,6 +368,7 @@ class CpuLinear:
         matrix = self._parts[index].matrix
         if isinstance(matrix, Tensor):
             return matrix
+        assert isinstance(matrix, PackedWeight)
         weight_OI = torch.empty(matrix.out_features, matrix.in_features, dtype=torch.bfloat16)
         self._library.functions.lathe_dequantize(
             self._library.context,

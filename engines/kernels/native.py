@@ -28,7 +28,7 @@ NATIVE = "-march=native"
 REQUIRED_FEATURES = frozenset({"avx2", "fma", "f16c"})
 BUILD_TIMEOUT_SECONDS = 300
 
-FP32, BF16, INT4, INT8 = range(4)
+FP32, BF16, INT4, INT8, BF16_TILES = range(5)
 """Kinds of a `Segment`."""
 
 
@@ -149,11 +149,13 @@ class NativeLibrary:
     """Attributes:
     functions: the loaded library.
     context: its threads and buffers; lives as long as the process.
+    has_amx: whether it multiplies on AMX; it then takes `BF16_TILES` weights.
     description: for `EngineInfo.kernels` and `lathe doctor`.
     """
 
     functions: ctypes.CDLL
     context: int
+    has_amx: bool
     description: str
 
 
@@ -184,10 +186,16 @@ def open_library(folder: Path, *, flags: Sequence[str], num_threads: int) -> Nat
         getattr(functions, name).restype = None
     functions.lathe_context_create.argtypes = (_INT,)
     functions.lathe_context_create.restype = _POINTER
+    functions.lathe_has_amx.argtypes = ()
+    functions.lathe_has_amx.restype = _INT
     context = functions.lathe_context_create(num_threads)
-    used = [name for name in ("avx512_vnni", "avx512_bf16", "avx_vnni") if name in features]
+    has_amx = bool(functions.lathe_has_amx())
+    used = ["amx_bf16"] if has_amx else []
+    used += [name for name in ("avx512_vnni", "avx512_bf16", "avx_vnni") if name in features]
     description = f"native C++, {num_threads} threads, {', '.join(used) or 'avx2'}"
-    return NativeLibrary(functions=functions, context=context, description=description)
+    return NativeLibrary(
+        functions=functions, context=context, has_amx=has_amx, description=description
+    )
 
 
 def cpu_features() -> frozenset[str]:

@@ -5,19 +5,17 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <numeric>
 
-#include "simd.h"
+#include "amx.h"
 
 namespace lathe {
 namespace {
 
-constexpr int kPartTokens = 256;
-constexpr int kBlock = 16;      // tokens of a cache block: one lane each
 constexpr int kMaxVectors = 16;  // head_dim / 16
 constexpr double kValuesPerNanosecond = 8;  // of keys and as many of values, that a thread attends to
-constexpr float kMasked = -1e30f;
 
 float to_float(float value) {
     return value;
@@ -27,28 +25,14 @@ float to_float(uint16_t bf16) {
     return from_bf16(bf16);
 }
 
-}  // namespace
-
-void Attention::plan(const LatheModel& model, const LatheBatch& batch) {
-    pieces_.clear();
-    first_piece_.assign(1, 0);
-    for (int request = 0; request < batch.num_requests; request++)
-        for (int row = batch.query_start_S1[request]; row < batch.query_start_S1[request + 1]; row++) {
-            const int parts = int(batch.positions_T[row] / kPartTokens) + 1;
-            for (int part = 0; part < parts; part++) pieces_.push_back({row, request, part});
-            first_piece_.push_back(int(pieces_.size()));
-        }
-    int most_heads = 0;
-    for (int l = 0; l < model.num_layers; l++)
-        most_heads = std::max(most_heads, model.layers[l].num_heads);
-    const size_t wanted = pieces_.size() * most_heads * (model.head_dim + 2);
-    if (partial_.size() < wanted) partial_.resize(wanted);
+int num_parts(int64_t position) {
+    return int(position / kPartTokens) + 1;
 }
 
 // kVectors: head_dim / 16 where it is known at compile time, so that accumulators stay in registers; else 0.
 template <class Cache, int kVectors>
-void Attention::piece(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
-                      const Piece& piece, int index, int kv_head, const float* queries) {
+void attend_row(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                const AttentionPiece& piece, int kv_head, const float* queries, float* partial) {
     const int head_dim = model.head_dim;
     const int vectors = kVectors ? kVectors : head_dim / kLanes;
     const int tail = kVectors ? 0 : head_dim % kLanes;
@@ -62,8 +46,6 @@ void Attention::piece(const LatheModel& model, const LatheLayer& layer, const La
     const size_t token_stride = size_t(layer.num_kv_heads) * head_dim;
     const auto* keys = static_cast<const Cache*>(layer.key_cache) + size_t(kv_head) * head_dim;
     const auto* values = static_cast<const Cache*>(layer.value_cache) + size_t(kv_head) * head_dim;
-    float* partial = partial_.data() + (size_t(index) * layer.num_heads + size_t(kv_head) * group) *
-                                           (head_dim + 2);
     for (int head = 0; head < group; head++) {
         partial[head * (head_dim + 2)] = kMasked;
         std::fill_n(partial + head * (head_dim + 2) + 1, head_dim + 1, 0.0f);
@@ -119,50 +101,92 @@ void Attention::piece(const LatheModel& model, const LatheLayer& layer, const La
 }
 
 template <class Cache>
-void Attention::piece_of(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
-                         const Piece& one, int index, int kv_head, const float* queries) {
+void attend_row_of(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                   const AttentionPiece& piece, int kv_head, const float* queries, float* partial) {
     switch (model.head_dim) {
-        case 32: return piece<Cache, 2>(model, layer, batch, one, index, kv_head, queries);
-        case 64: return piece<Cache, 4>(model, layer, batch, one, index, kv_head, queries);
-        case 80: return piece<Cache, 5>(model, layer, batch, one, index, kv_head, queries);
-        case 128: return piece<Cache, 8>(model, layer, batch, one, index, kv_head, queries);
-        default: return piece<Cache, 0>(model, layer, batch, one, index, kv_head, queries);
+        case 32: return attend_row<Cache, 2>(model, layer, batch, piece, kv_head, queries, partial);
+        case 64: return attend_row<Cache, 4>(model, layer, batch, piece, kv_head, queries, partial);
+        case 80: return attend_row<Cache, 5>(model, layer, batch, piece, kv_head, queries, partial);
+        case 128: return attend_row<Cache, 8>(model, layer, batch, piece, kv_head, queries, partial);
+        default: return attend_row<Cache, 0>(model, layer, batch, piece, kv_head, queries, partial);
     }
+}
+
+int group_of(const LatheLayer& layer) {
+    return layer.num_heads / layer.num_kv_heads;
+}
+
+}  // namespace
+
+void attend_with_vectors(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                         const AttentionPiece& piece, int kv_head, const float* qkv_TA, int qkv_stride,
+                         float* partial) {
+    assert(piece.num_rows == 1);
+    const float* queries =
+        qkv_TA + size_t(piece.row) * qkv_stride + size_t(kv_head) * group_of(layer) * model.head_dim;
+    model.is_bf16 ? attend_row_of<uint16_t>(model, layer, batch, piece, kv_head, queries, partial)
+                  : attend_row_of<float>(model, layer, batch, piece, kv_head, queries, partial);
+}
+
+void Attention::plan(const LatheModel& model, const LatheBatch& batch) {
+    int most_heads = 0, largest_group = 0;
+    for (int l = 0; l < model.num_layers; l++) {
+        most_heads = std::max(most_heads, model.layers[l].num_heads);
+        largest_group = std::max(largest_group, group_of(model.layers[l]));
+    }
+    uses_amx_ = has_amx() && model.is_bf16 && model.head_dim % 32 == 0 && largest_group <= kLanes;
+    const int rows_per_piece = uses_amx_ ? kLanes / largest_group : 1;
+    pieces_.clear();
+    first_slot_.clear();
+    slot_step_.clear();
+    int slot = 0;
+    for (int request = 0; request < batch.num_requests; request++) {
+        const int end = batch.query_start_S1[request + 1];
+        for (int row = batch.query_start_S1[request]; row < end; row += rows_per_piece) {
+            const int num_rows = std::min(rows_per_piece, end - row);
+            for (int r = 0; r < num_rows; r++) {
+                first_slot_.push_back(slot + r);
+                slot_step_.push_back(num_rows);
+            }
+            const int parts = num_parts(batch.positions_T[row + num_rows - 1]);
+            for (int part = 0; part < parts; part++, slot += num_rows)
+                pieces_.push_back({row, num_rows, request, part, slot});
+        }
+    }
+    grown(partial_, size_t(slot) * most_heads * (model.head_dim + 2));
 }
 
 void Attention::run(Pool& pool, const LatheModel& model, const LatheLayer& layer,
                     const LatheBatch& batch, const float* qkv_TA, int qkv_stride) {
     const int num_tasks = int(pieces_.size()) * layer.num_kv_heads;
-    const int group = layer.num_heads / layer.num_kv_heads;
     const double context = std::accumulate(
         batch.positions_T, batch.positions_T + batch.num_rows, double(batch.num_rows));
     const double values = context * layer.num_heads * model.head_dim;
     pool.run_items(num_tasks, values / num_tasks / kValuesPerNanosecond, [&](int task) {
-        const int index = task / layer.num_kv_heads, kv_head = task % layer.num_kv_heads;
-        const Piece& one = pieces_[index];
-        const float* queries =
-            qkv_TA + size_t(one.row) * qkv_stride + size_t(kv_head) * group * model.head_dim;
-        if (model.is_bf16)
-            piece_of<uint16_t>(model, layer, batch, one, index, kv_head, queries);
-        else
-            piece_of<float>(model, layer, batch, one, index, kv_head, queries);
+        const AttentionPiece& piece = pieces_[task / layer.num_kv_heads];
+        const int kv_head = task % layer.num_kv_heads;
+        const size_t first_head = size_t(piece.slot) * layer.num_heads + kv_head * group_of(layer);
+        float* partial = partial_.data() + first_head * (model.head_dim + 2);
+        (uses_amx_ ? attend_with_amx : attend_with_vectors)(model, layer, batch, piece, kv_head, qkv_TA,
+                                                            qkv_stride, partial);
     });
 }
 
-void Attention::gather_row(const LatheModel& model, const LatheLayer& layer, int row,
-                           float* output_ND) const {
-    const int head_dim = model.head_dim;
-    const size_t piece_stride = size_t(layer.num_heads) * (head_dim + 2);
-    const int first = first_piece_[row], last = first_piece_[row + 1];
+void Attention::gather_row(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                           int row, float* output_ND) const {
+    const int head_dim = model.head_dim, parts = num_parts(batch.positions_T[row]);
+    const size_t slot_size = size_t(layer.num_heads) * (head_dim + 2);
+    const size_t part_stride = slot_step_[row] * slot_size;
     for (int head = 0; head < layer.num_heads; head++) {
-        const float* partial = partial_.data() + first * piece_stride + size_t(head) * (head_dim + 2);
+        const float* partial =
+            partial_.data() + first_slot_[row] * slot_size + size_t(head) * (head_dim + 2);
         float* output = output_ND + size_t(head) * head_dim;
         float peak = kMasked;
-        for (int p = 0; p < last - first; p++) peak = std::max(peak, partial[p * piece_stride]);
+        for (int p = 0; p < parts; p++) peak = std::max(peak, partial[p * part_stride]);
         float total = 0;
         std::fill_n(output, head_dim, 0.0f);
-        for (int p = 0; p < last - first; p++) {
-            const float* part = partial + p * piece_stride;
+        for (int p = 0; p < parts; p++) {
+            const float* part = partial + p * part_stride;
             const float keep = std::exp(part[0] - peak);
             total += part[1] * keep;
             for (int i = 0; i < head_dim; i++) output[i] += keep * part[2 + i];

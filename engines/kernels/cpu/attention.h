@@ -3,10 +3,28 @@
 
 #include <vector>
 
+#include "buffer.h"
 #include "lathe.h"
 #include "pool.h"
 
 namespace lathe {
+
+constexpr int kPartTokens = 256;
+constexpr int kBlock = 16;  // tokens of a cache block: one lane each
+constexpr float kMasked = -1e30f;
+
+// Rows [row, row + num_rows) of a request over one part of its context. What it finds stands in as many slots from `slot` on.
+struct AttentionPiece {
+    int row, num_rows, request, part, slot;
+};
+
+// Query heads of one key/value head, for a piece, to (rows, N, D + 2) at `partial`, which is the first of its heads.
+void attend_with_vectors(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                         const AttentionPiece& piece, int kv_head, const float* qkv_TA, int qkv_stride,
+                         float* partial);
+void attend_with_amx(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                     const AttentionPiece& piece, int kv_head, const float* qkv_TA, int qkv_stride,
+                     float* partial);
 
 // Buffers and the cut of a step's attention into pieces; `plan` once a step, the rest once a layer.
 class Attention {
@@ -18,22 +36,14 @@ class Attention {
              const float* qkv_TA, int qkv_stride);
 
     // One row's output (N, D), from its pieces. Safe for different rows at once.
-    void gather_row(const LatheModel& model, const LatheLayer& layer, int row, float* output_ND) const;
+    void gather_row(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch, int row,
+                    float* output_ND) const;
 
    private:
-    struct Piece {
-        int row, request, part;
-    };
-    template <class Cache>
-    void piece_of(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
-                  const Piece& piece, int index, int kv_head, const float* queries);
-    template <class Cache, int kVectors>
-    void piece(const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
-               const Piece& piece, int index, int kv_head, const float* queries);
-
-    std::vector<Piece> pieces_;
-    std::vector<int> first_piece_;  // of each row, and the end
-    std::vector<float> partial_;    // per piece and head: maximum, sum, D accumulators
+    bool uses_amx_ = false;
+    std::vector<AttentionPiece> pieces_;
+    std::vector<int> first_slot_, slot_step_;  // of each row: its first part's slot, and from part to part
+    Buffer<float> partial_;  // per slot and head: maximum, sum, D accumulators
 };
 
 }  // namespace lathe

@@ -11,8 +11,10 @@ extern "C" {
 enum LatheKind : int32_t {
     LATHE_FP32 = 0,  // row-major (O, I)
     LATHE_BF16 = 1,  // row-major (O, I)
-    LATHE_INT4 = 2,  // product.cpp's layout of 16 outputs x 8 inputs
-    LATHE_INT8 = 3,  // product.cpp's layout of 16 outputs x 4 inputs
+    LATHE_INT4 = 2,  // vector_product.cpp's layout of 16 outputs x 8 inputs
+    LATHE_INT8 = 3,  // vector_product.cpp's layout of 16 outputs x 4 inputs
+    // (ceil(O / 16), ceil(I / 32) * 16, 16, 2): pairs of inputs of 16 outputs, zeros past I and O; needs AMX
+    LATHE_BF16_TILES = 4,
 };
 
 // One matrix of a linear layer. Several may share an input (q, k, v), and a low-rank pair is two: weight_v into the
@@ -97,6 +99,9 @@ struct LatheSkip {
 };
 
 typedef struct LatheContext LatheContext;
+
+// Whether there is AMX, for `LATHE_BF16_TILES` and for many rows of quantized weights; asks Linux for the permission.
+int32_t lathe_has_amx();
 
 // The threads, and the buffers of what they compute. Calls on one context wait for each other.
 LatheContext* lathe_context_create(int32_t num_threads);

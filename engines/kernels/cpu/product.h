@@ -3,13 +3,22 @@
 
 #include <vector>
 
+#include "buffer.h"
 #include "lathe.h"
 #include "pool.h"
 
 namespace lathe {
 
-// The rows of one stage of a `LatheLinear`, in every form that its segments multiply with: as they are, reordered
-// for bfloat16 weights, or quantized in groups. Segments that want the same form of the same features share it.
+// The order in which a kernel reads its rows.
+enum class Layout {
+    kFloats,    // float32, as they are
+    kEvenOdd,   // float32; of every 32 the even ones, then the odd ones (vector_product.cpp)
+    kCodes,     // INT8 with a scale to 32 (vector_product.cpp)
+    kTiles,     // bfloat16, in blocks of 16 rows (amx_product.cpp)
+};
+
+// The rows of one stage of a `LatheLinear`, in every layout that its segments are multiplied in. Segments that want the
+// same layout of the same features share it.
 class Inputs {
    public:
     // Ready for the rows [0, num_rows) of a stage; `prepare_row` then fills each.
@@ -19,12 +28,14 @@ class Inputs {
     void prepare_row(int row, const float* x);
 
     struct Form {
-        int32_t kind, in_offset, in_features;
+        Layout layout;
+        int32_t in_offset, in_features;
         int32_t stride;  // elements from row to row; features padded to 32 with zeros
-        std::vector<float> floats;
-        std::vector<int8_t> codes;
-        std::vector<float> scale_TG;   // of the codes
-        std::vector<int32_t> sum_TG;  // of a group's codes
+        Buffer<float> floats;
+        Buffer<uint16_t> bf16;
+        Buffer<int8_t> codes;
+        Buffer<float> scale_TG;    // of the codes
+        Buffer<int32_t> sum_TG;  // of a group's codes
     };
     const Form& form_of(const LatheSegment& segment) const;
     int num_rows() const { return num_rows_; }
@@ -35,17 +46,14 @@ class Inputs {
     int num_rows_ = 0;
 };
 
-// One stage, on all threads: write (or, with `add`, add) to output_TO with `stride` floats from row to row.
-void multiply_stage(Pool& pool, const LatheLinear& linear, int stage, const Inputs& inputs,
-                    float* middle, float* output, int output_stride, bool add);
-
 // Buffers of a whole linear layer. `inputs` are prepared by the caller, row by row, as part of whatever made the rows.
 struct LinearScratch {
     Inputs inputs;
     Inputs middle_inputs;
-    std::vector<float> middle;
+    Buffer<float> middle;
 };
 
+// The whole layer on all threads: write (or, with `add`, add) to `output` with `stride` floats from row to row.
 void multiply(Pool& pool, const LatheLinear& linear, LinearScratch& scratch, float* output,
               int output_stride, bool add);
 

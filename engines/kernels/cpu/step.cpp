@@ -6,6 +6,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "amx.h"
 #include "attention.h"
 #include "lathe.h"
 #include "pool.h"
@@ -22,17 +23,12 @@ struct LatheContext {
     Pool pool;
     Attention attention;
     LinearScratch scratch;
-    std::vector<float> hidden, normed, wide, narrow, output;
+    Buffer<float> hidden, wide, narrow, output;
     std::vector<int32_t> remaining;  // feed-forwards that each row still skips
     std::vector<int> run, skipped;   // rows of one layer
 };
 
 namespace {
-
-float* grown(std::vector<float>& buffer, size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-    return buffer.data();
-}
 
 void to_floats(const void* from, bool is_bf16, size_t size, float* to) {
     if (!is_bf16) {
@@ -179,7 +175,7 @@ void run_attention(LatheContext& context, const LatheModel& model, const LatheLa
     scratch.inputs.reset(layer.o, 0, num_rows);
     pool.run_items(num_rows, attended_size, [&](int row) {
         float* attended = narrow + size_t(row) * attended_size;
-        context.attention.gather_row(model, layer, row, attended);
+        context.attention.gather_row(model, layer, batch, row, attended);
         scratch.inputs.prepare_row(row, attended);
     });
     multiply(pool, layer.o, scratch, hidden_TH, hidden_size, true);
@@ -188,6 +184,10 @@ void run_attention(LatheContext& context, const LatheModel& model, const LatheLa
 }  // namespace
 
 extern "C" {
+
+int32_t lathe_has_amx() {
+    return has_amx();
+}
 
 LatheContext* lathe_context_create(int32_t num_threads) {
     return new LatheContext(num_threads);
@@ -277,7 +277,7 @@ void lathe_attention(LatheContext* context, const LatheModel* model, int32_t lay
     context->attention.plan(*model, *batch);
     context->attention.run(context->pool, *model, one, *batch, qkv_TA, stride);
     context->pool.run(batch->num_rows, [&](int row) {
-        context->attention.gather_row(*model, one, row,
+        context->attention.gather_row(*model, one, *batch, row,
                                       output_TND + size_t(row) * one.num_heads * model->head_dim);
     });
 }

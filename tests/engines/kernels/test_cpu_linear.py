@@ -3,6 +3,8 @@
 Shapes: T rows, O output channels, I input channels, R rank.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from engines.kernels.cpu_linear import (
     CpuLinear,
     applies,
     build_cpu_linear,
+    pack_tiles,
     pack_weight,
     quantize_on_cpu,
 )
@@ -23,6 +26,7 @@ from engines.kernels.weights import LinearWeight, LowRankWeight, MatrixWeight
 from tests.reference.decoder_ops import int8_rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17)
+BATCHES = (1, 2, 7, 16, 17, 33, 100, 300)
 MANY_ROWS = max(NATIVE_ROWS.values()) + 1
 
 
@@ -114,6 +118,8 @@ def test_int8_head(library: NativeLibrary, sizes: tuple[int, int]) -> None:
         x_TI = _random(num_rows, sizes[1])
         expected = int8_rows(x_TI) @ held_OI.T
         torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-4)
+    if library.has_amx:  # of many rows no other product
+        return
     x_TI = _random(MANY_ROWS, sizes[1]).bfloat16()
     reference = F.linear(x_TI, held_OI.bfloat16())
     exact = x_TI.double() @ held_OI.T
@@ -132,7 +138,9 @@ def test_int8_rows_cost_little(library: NativeLibrary) -> None:
     assert from_rows < 0.1 * from_weights
 
 
-def test_int4_of_many_rows_has_no_quantized_rows(library: NativeLibrary) -> None:
+def test_int4_of_many_rows_has_no_quantized_rows_without_amx(library: NativeLibrary) -> None:
+    if library.has_amx:
+        pytest.skip("of many rows no other product")
     quantized = _int4(33, 320, 64, symmetric=False)
     weights = [LinearWeight(weight=quantized)]
     linear = build_cpu_linear(weights, dtype=torch.bfloat16, library=library)
@@ -171,38 +179,70 @@ def test_weights_side_by_side(library: NativeLibrary, name: str) -> None:
     linear = build_cpu_linear(weights, dtype=torch.bfloat16, library=library)
     for num_rows in (*ROWS, MANY_ROWS):
         x_TI = _random(num_rows, 64)
-        for outputs, quantizes_rows, bound in (
-            (
-                _apply(linear, x_TI),
-                True,
-                1e-3,
-            ),  # a code may round the other way where it is near a half
-            (linear.many_rows(x_TI.bfloat16()).double(), False, 0.015),
-        ):
-            expected = [_expected(weight, x_TI, quantizes_rows) for weight in weights]
-            widths = [part.shape[1] for part in expected]
-            for actual, exact in zip(torch.split(outputs, widths, dim=1), expected, strict=True):
-                assert _error(actual, exact) < bound
+        # What is rounded on the way may be rounded the other way where it is near a half.
+        _check_parts(weights, _apply(linear, x_TI), _rows_of(library), x_TI, 1e-3)
+        if not library.has_amx:
+            _check_parts(weights, linear.many_rows(x_TI.bfloat16()).double(), _as_is, x_TI, 0.015)
 
 
-def _expected(weight: LinearWeight, x_TI: Tensor, quantizes_rows: bool) -> Tensor:
+RowsOf = Callable[[MatrixWeight, Tensor], Tensor]
+"""The rows (T, I), float64, that a matrix is multiplied with, of exact ones."""
+
+
+def _check_parts(
+    weights: list[LinearWeight], actual: Tensor, rows_of: RowsOf, x_TI: Tensor, bound: float
+) -> None:
+    expected = [_expected(weight, x_TI, rows_of) for weight in weights]
+    parts = torch.split(actual, [part.shape[1] for part in expected], dim=1)
+    for part, exact in zip(parts, expected, strict=True):
+        assert _error(part, exact) < bound
+
+
+def _as_is(matrix: MatrixWeight, rows_TI: Tensor) -> Tensor:
+    return rows_TI
+
+
+def _rows_of(library: NativeLibrary) -> RowsOf:
+    def rows_of(matrix: MatrixWeight, rows_TI: Tensor) -> Tensor:
+        if isinstance(matrix, QuantizedWeight):
+            return int8_rows(rows_TI)
+        return rows_TI.bfloat16().double() if library.has_amx else rows_TI
+
+    return rows_of
+
+
+def _expected(weight: LinearWeight, x_TI: Tensor, rows_of: RowsOf) -> Tensor:
     y_TO = x_TI.double()
     for matrix in reversed(weight.matrices):
-        if isinstance(matrix, Tensor):
-            y_TO = y_TO @ matrix.bfloat16().double().T
-        else:
-            rows = int8_rows(y_TO) if quantizes_rows else y_TO
-            y_TO = rows @ _exact(matrix).T
+        exact_OI = _exact(matrix if isinstance(matrix, QuantizedWeight) else matrix.bfloat16())
+        y_TO = rows_of(matrix, y_TO) @ exact_OI.T
     return y_TO if weight.bias_O is None else y_TO + weight.bias_O.double()
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_row_alone_is_the_row_in_a_batch(library: NativeLibrary, name: str) -> None:
+    """Bit for bit, whichever units multiply so many rows."""
     linear = build_cpu_linear(MIXTURES[name], dtype=torch.bfloat16, library=library)
-    x_TI = _random(max(ROWS), 64)
+    _check_batches(linear, _random(max(BATCHES), 64))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_row_alone_is_the_row_in_a_batch_with_the_head(
+    library: NativeLibrary, symmetric: bool
+) -> None:
+    """The same of longer sums: INT8, and INT4 whose groups are longer than those of the rows."""
+    weight_OI = _random(100, 576).bfloat16()
+    _check_batches(quantize_on_cpu(weight_OI, library), _random(max(BATCHES), 576))
+    weights = [LinearWeight(weight=_int4(100, 576, 96, symmetric=symmetric))]
+    linear = build_cpu_linear(weights, dtype=torch.bfloat16, library=library)
+    _check_batches(linear, _random(max(BATCHES), 576))
+
+
+def _check_batches(linear: CpuLinear, x_TI: Tensor) -> None:
     alone = torch.cat([_apply(linear, row_I[None]) for row_I in x_TI])
-    for num_rows in range(1, len(x_TI) + 1):
+    for num_rows in BATCHES:
         assert torch.equal(_apply(linear, x_TI[:num_rows]), alone[:num_rows])
+        assert torch.equal(_apply(linear, x_TI[-num_rows:]), alone[-num_rows:])
 
 
 def test_threads_share_a_large_product(library: NativeLibrary) -> None:
@@ -210,7 +250,7 @@ def test_threads_share_a_large_product(library: NativeLibrary) -> None:
     weights = [LinearWeight(weight=_random(1500, 256)), LinearWeight(weight=_int4(700, 256, 64))]
     linear = build_cpu_linear(weights, dtype=torch.bfloat16, library=library)
     x_TI = _random(3, 256)
-    expected = torch.cat([_expected(weight, x_TI, True) for weight in weights], dim=1)
+    expected = torch.cat([_expected(weight, x_TI, _rows_of(library)) for weight in weights], dim=1)
     for _ in range(20):
         torch.testing.assert_close(_apply(linear, x_TI), expected, rtol=1e-5, atol=1e-3)
 
@@ -247,6 +287,17 @@ def test_layout_by_hand() -> None:
     assert packed.packed_BJ64[1, 0, 0] == 0x89
     assert (packed.packed_BJ64 == 0x88).sum() == 2 * 8 * 64 - 2 - 15 * 8 * 4
     assert (packed.scale_BGL[1, :, 1:] == 0).all()
+
+
+def test_tiles_by_hand() -> None:
+    """Inputs 2p and 2p + 1 of output 16b + l are tiles[b, p, l]; a tile of 32 inputs is 16 lines of 64 bytes."""
+    weight_OI = torch.arange(17 * 33.0).view(17, 33).bfloat16()
+    tiles_BPL2 = pack_tiles(weight_OI).tiles_BPL2
+    assert tiles_BPL2.shape == (2, 32, 16, 2)
+    assert torch.equal(tiles_BPL2[0, 5, 3], weight_OI[3, 10:12])
+    assert torch.equal(tiles_BPL2[1, 16, 0], torch.tensor([weight_OI[16, 32], 0]))
+    assert not tiles_BPL2[1, :, 1:].any()
+    assert not tiles_BPL2[:, 17:].any()
 
 
 def test_float32_is_never_approximated() -> None:

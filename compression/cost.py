@@ -4,6 +4,8 @@ A method's work on a matrix O x I grows as O I (rounding, sorting), O I^2 (AWQ's
 SparseGPT: columns, and the Cholesky factor of the inverse Hessian) or O I min(O, I) (spectra; with whitening I^3 too).
 Calibration adds products of all its tokens with every weight, and with themselves where Gram matrices are needed. What
 a column or a matrix costs at any size is overhead, found from the two. Attention itself and files are left out.
+All seconds are of one core's own time, which other work on the machine does not change; a quiet machine divides large
+products among its cores.
 Imports torch when it measures.
 """
 
@@ -37,7 +39,7 @@ _SHARES_ITS_INPUT = ("k_proj", "v_proj", "up_proj")  # with q_proj and gate_proj
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """Attributes:
-    product: seconds to multiply and add once in a float32 matrix product.
+    product: core seconds to multiply and add once in a float32 matrix product.
     methods: by stage name.
     """
 
@@ -129,7 +131,18 @@ def _calibration_passes(stage: Stage) -> tuple[int, int]:
 
 
 def measure_rates(recipe: Recipe) -> Rates:
-    """Time a float32 product and every method of the recipe here; takes a few seconds."""
+    """Time a float32 product and every method of the recipe here, on one thread; takes a few seconds."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure_on_one_thread(recipe)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _measure_on_one_thread(recipe: Recipe) -> Rates:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -164,9 +177,9 @@ def _seconds(call: Callable[[], object]) -> float:
     call()
     times = []
     for _ in range(REPEATS):
-        started = time.perf_counter()
+        started = time.thread_time()
         call()
-        times.append(time.perf_counter() - started)
+        times.append(time.thread_time() - started)
     return min(times)  # the least disturbed
 
 

@@ -286,14 +286,14 @@ def _plan_lines(model: dict[str, Any], stages: Any, calibration: Any) -> list[st
 def _cost_rows(
     model: dict[str, Any], found: "Plan", recipe: "Recipe", calibration: "Calibration"
 ) -> list[list[str]]:
-    """Memory, and time from rates measured here; beside it the same for a model that everybody knows."""
+    """Memory, and time on one core of this machine; beside it the same for a model that everybody knows."""
     from compression.cost import cost, llama_2_7b, measure_rates
     from compression.plan import plan
     from service.job_view import human_bytes
 
     rates = measure_rates(recipe)
     known = llama_2_7b()
-    rows = [["compressing", "s per block here", "blocks", "minutes", "peak memory"]]
+    rows = [["compressing", "core seconds a block", "blocks", "core minutes", "peak memory"]]
     for name, shapes, peak in (
         (model["id"], model, found.peak_memory_bytes),
         ("Llama-2-7B's shapes", known, plan(known, recipe, calibration).peak_memory_bytes),

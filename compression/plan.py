@@ -113,6 +113,15 @@ def _predict(rows: list[Matrix], recipe: Recipe, case: Case, head_dim: int | Non
     return inside + outside
 
 
+def block_rows(rows: Sequence[Matrix]) -> list[list[Matrix]]:
+    """The matrices of each decoder block."""
+    blocks: dict[int, list[Matrix]] = {}
+    for row in rows:
+        if _IN_BLOCK.search(row.name):
+            blocks.setdefault(_block(row), []).append(row)
+    return [blocks[index] for index in sorted(blocks)]
+
+
 def _block(row: Matrix) -> int:
     found = _IN_BLOCK.search(row.name)
     assert found
@@ -284,7 +293,7 @@ def _peak_memory(
     calibration: Calibration,
 ) -> int:
     """The mapped source, one block in float32 with what is made of it, the shard being written, and calibration."""
-    first = [row for row in rows if _IN_BLOCK.search(row.name) and _block(row) == 0]
+    first = block_rows(rows)[0]
     sizes = [row.linear.out_features * row.linear.in_features for row in first]
     total: int = RUNTIME_BYTES + model["bytes"] + min(model["bytes"], SHARD_BYTES)
     total += 2 * 4 * sum(sizes)

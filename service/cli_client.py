@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from compression.plan import Plan
+    from compression.recipe import Calibration, Recipe
     from service.api_client import ApiClient
 
 POLL_SECONDS = 0.3
@@ -422,7 +424,33 @@ def _plan_lines(model: dict[str, Any], stages: Any, calibration: Any) -> list[st
             shown(human_bytes(size.least), human_bytes(size.most)),
         ],
     ]
-    return [*table(rows), f"peak memory of the job: about {human_bytes(found.peak_memory_bytes)}"]
+    return [
+        *table(rows),
+        "",
+        *table(_cost_rows(model, found, recipe, Calibration(**calibration or {}))),
+    ]
+
+
+def _cost_rows(
+    model: dict[str, Any], found: "Plan", recipe: "Recipe", calibration: "Calibration"
+) -> list[list[str]]:
+    """Memory, and time on one core of this machine; beside it the same for a model that everybody knows."""
+    from compression.cost import cost, llama_2_7b, measure_rates
+    from compression.plan import plan
+    from service.job_view import human_bytes
+
+    rates = measure_rates(recipe)
+    known = llama_2_7b()
+    rows = [["compressing", "core seconds a block", "blocks", "core minutes", "peak memory"]]
+    for name, shapes, peak in (
+        (model["id"], model, found.peak_memory_bytes),
+        ("Llama-2-7B's shapes", known, plan(known, recipe, calibration).peak_memory_bytes),
+    ):
+        needed = cost(shapes, recipe, calibration, rates)
+        minutes = needed.block_seconds * needed.num_blocks / 60
+        cells = [f"{needed.block_seconds:.2f}", str(needed.num_blocks), f"{minutes:.1f}"]
+        rows.append([name, *cells, f"about {human_bytes(peak)}"])
+    return rows
 
 
 @click.group()

@@ -380,13 +380,14 @@ def test_compress_takes_a_recipe_from_a_file_and_calibration(
 def test_compress_plans_without_a_job(lathe: Lathe, stub: Stub) -> None:
     linear = DenseLinear(out_features=64, in_features=128, dtype="BF16")
     row = Matrix(name="model.layers.0.mlp.down_proj", linear=linear).to_json()
-    model = {"parameters": 10_000, "bytes": 20_000, "matrices": [row], "recipe": []}
+    model = {"id": "tiny", "parameters": 10_000, "bytes": 20_000, "matrices": [row], "recipe": []}
     stub.on("GET /v1/models/tiny", Answer(model))
     result = lathe("compress", "tiny", "--plan")
     # 8,192 weights in 4 bits, 128 scales and a shape of 16 bytes in place of 16,384 bytes
     after = 20_000 - 16_384 + 4_096 + 256 + 16
     assert f"{after / 1024:.1f} KiB" in result.output
     assert "peak memory" in result.output
+    assert "Llama-2-7B's shapes" in result.output
     model["recipe"] = [{"int4": {}}]
     stub.on("GET /v1/models/tiny", Answer(model))
     assert "cannot follow int4" in lathe("compress", "tiny", "--plan").output

@@ -6,7 +6,7 @@ columns that can absorb them. The scales of all groups are taken from the origin
 
 Departures: ranges are searched (`ranges.py`). A dead input keeps its weights, rounded to nearest; the authors zero
 them. The dampening is 0.1 where the authors have 0.01: on 4,096 and 8,192 calibration tokens the smaller one fits
-those and loses more in every layer on others; in perplexity the two are a draw (`docs/log.md`).
+those and loses more on others; in perplexity the two are a draw (`docs/log.md`).
 
 Shapes: O output channels, I input channels, G groups, B the input channels of one block.
 """

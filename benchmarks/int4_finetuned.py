@@ -41,15 +41,13 @@ MAX_WINDOWS = 8
 WIKI, SPEECHES = WIKIPEDIA_SUMMARIES, STATE_OF_THE_UNION
 METHODS: tuple[tuple[str, Method, str], ...] = (
     ("round-to-nearest", nearest(True), ""),
-    ("GPTQ act-order", gptq_int4(True, True), WIKI),
+    ("GPTQ", gptq_int4(True), WIKI),
     ("AWQ", awq_int4(True), WIKI),
-    ("GPTQ in order", gptq_int4(True, False), WIKI),
-    ("GPTQ act-order", gptq_int4(True, True), SPEECHES),
-    ("GPTQ act-order, dampening 0.1", gptq_int4(True, True, 0.1), WIKI),
-    ("GPTQ in order", gptq_int4(True, False), SPEECHES),
+    ("GPTQ, dampening 0.01", gptq_int4(True, 0.01), WIKI),
+    ("GPTQ", gptq_int4(True), SPEECHES),
     ("AWQ", awq_int4(True), SPEECHES),
     ("round-to-nearest, asymmetric", nearest(False), ""),
-    ("GPTQ act-order, asymmetric", gptq_int4(False, True), WIKI),
+    ("GPTQ, asymmetric", gptq_int4(False), WIKI),
     ("AWQ, asymmetric", awq_int4(False), WIKI),
 )
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from compression.hf import load_model
 from compression.import_model import import_packaged
-from compression.inverse_hessian import DAMPENING
 from compression.pruning.magnitude import magnitude_keep_mask
 from compression.pruning.masks import NM, Sparsity
 from compression.pruning.sparsegpt import sparsegpt
 from compression.pruning.wanda import wanda_keep_mask
 from compression.quantization.awq import divide_outputs, search_scale, value_sources
-from compression.quantization.gptq import gptq
+from compression.quantization.gptq import DAMPENING, gptq
 from compression.quantization.int4 import dequantize, round_to_nearest
+from compression.quantization.ranges import round_in_best_range
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.statistics import InputStatistics
 from evaluation.corpora import (
@@ -120,7 +120,7 @@ def nearest(symmetric: bool) -> Method:
     )
 
 
-def gptq_int4(symmetric: bool, act_order: bool, dampening: float = DAMPENING) -> Method:
+def gptq_int4(symmetric: bool, dampening: float = DAMPENING) -> Method:
     return lambda inputs: replace_weights(
         inputs,
         lambda weight_OI, entry: dequantize(
@@ -130,7 +130,6 @@ def gptq_int4(symmetric: bool, act_order: bool, dampening: float = DAMPENING) ->
                 GROUP_SIZE,
                 symmetric=symmetric,
                 scale_dtype=MODEL_DTYPE,
-                act_order=act_order,
                 dampening=dampening,
             )
         ),
@@ -139,6 +138,7 @@ def gptq_int4(symmetric: bool, act_order: bool, dampening: float = DAMPENING) ->
 
 def awq_int4(symmetric: bool) -> Method:
     def compress(inputs: list[Input]) -> None:
+        scales = {}
         for entry in inputs:
             found = search_scale(
                 [linear.weight.data for linear in entry.readers],
@@ -153,7 +153,19 @@ def awq_int4(symmetric: bool) -> Method:
                 linear.weight.data = linear.weight.data * found.scale_I
             for parameter in entry.producer.parameters():
                 parameter.data = divide_outputs(parameter.data, found.scale_S)
-        nearest(symmetric)(inputs)
+            scales[id(entry)] = found.scale_I
+        replace_weights(
+            inputs,
+            lambda weight_OI, entry: dequantize(
+                round_in_best_range(
+                    weight_OI,
+                    gram_of(entry).diagonal() / scales[id(entry)].square(),
+                    GROUP_SIZE,
+                    symmetric=symmetric,
+                    scale_dtype=MODEL_DTYPE,
+                )
+            ),
+        )
 
     return compress
 
@@ -175,8 +187,7 @@ METHODS: dict[str, Method] = {
         for symmetric in (True, False)
         for name, method in (
             ("round-to-nearest", nearest(symmetric)),
-            ("GPTQ", gptq_int4(symmetric, False)),
-            ("GPTQ act-order", gptq_int4(symmetric, True)),
+            ("GPTQ", gptq_int4(symmetric)),
             ("AWQ", awq_int4(symmetric)),
         )
     },

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy
 import torch
@@ -39,6 +39,7 @@ from compression.quantization.awq import divide_outputs, search_scale, value_sou
 from compression.quantization.gptq import gptq
 from compression.quantization.int4 import QuantizedWeight, dequantize, round_to_nearest
 from compression.quantization.int8 import round_to_nearest_int8
+from compression.quantization.ranges import round_in_best_range
 from compression.recipe import (
     GROUP_SIZES,
     Flap,
@@ -56,6 +57,11 @@ from compression.statistics import InputStatistics
 
 JsonObject = dict[str, Any]
 SPECTRA_NAME = "spectra.npz"
+
+
+class _Settings(TypedDict):
+    symmetric: bool
+    scale_dtype: torch.dtype
 
 
 class StageError(Exception):
@@ -144,9 +150,10 @@ def apply_stage(
         case Magnitude() | Wanda() | SparseGpt():
             _apply_sparsity(stage, block, plan, statistics)
         case Int4():
+            scales: Mapping[str, Tensor] = {}
             if stage.method == "awq":
-                fold_awq_scales(stage, block, statistics, head_dim)
-            _apply_int4(stage, block, statistics)
+                scales = fold_awq_scales(stage, block, statistics, head_dim)
+            _apply_int4(stage, block, statistics, scales)
         case Int8():
             _apply_int8(block)
         case ShortGpt():
@@ -536,8 +543,13 @@ _AWQ_INPUTS = (
 
 def fold_awq_scales(
     stage: Int4, block: Block, statistics: Mapping[str, InputStatistics], head_dim: int
-) -> None:
-    """Multiply the inputs of what is to be rounded (W, or weight_v), divide the outputs of what comes before."""
+) -> dict[str, Tensor]:
+    """Multiply the inputs of what is to be rounded (W, or weight_v), divide the outputs of what comes before.
+
+    Returns:
+        What the inputs of each linear layer were multiplied with, (I,).
+    """
+    scales: dict[str, Tensor] = {}
     for producer, names in _AWQ_INPUTS:
         readers = [block.linears[name] for name in names]
         weights = [_float_factor(reader, -1) for reader in readers]
@@ -559,6 +571,7 @@ def fold_awq_scales(
         )
         for reader, weight_OI in zip(readers, weights, strict=True):
             reader.factors = (*reader.factors[:-1], weight_OI * found.scale_I)
+        scales |= dict.fromkeys(names, found.scale_I)
         if producer in block.linears:
             linear = block.linears[producer]
             first = divide_outputs(_float_factor(linear, 0), found.scale_S)
@@ -568,6 +581,7 @@ def fold_awq_scales(
         else:
             norm = f"{producer}.weight"
             block.others[norm] = divide_outputs(block.others[norm], found.scale_S)
+    return scales
 
 
 def _float_factor(linear: Linear, index: int) -> Tensor:
@@ -576,10 +590,16 @@ def _float_factor(linear: Linear, index: int) -> Tensor:
     return factor
 
 
-def _apply_int4(stage: Int4, block: Block, statistics: Mapping[str, InputStatistics]) -> None:
+def _apply_int4(
+    stage: Int4,
+    block: Block,
+    statistics: Mapping[str, InputStatistics],
+    scales: Mapping[str, Tensor],
+) -> None:
     for name, linear in block.linears.items():
-        # AWQ's scales are in the weights by now, and what is left of it is rounding to nearest
-        gram_II = require_gram(statistics, name) if stage.method == "gptq" else None
+        gram_II = require_gram(statistics, name) if stage.calibrated else None
+        if gram_II is not None and name in scales:  # of the inputs as AWQ divides them
+            gram_II = gram_II / scales[name][:, None] / scales[name]
         if linear.is_low_rank:
             _quantize_factors(stage, linear, gram_II)
             continue
@@ -623,17 +643,12 @@ def _group_size(stage: Int4, num_channels: int) -> int | None:
 def _quantize(
     stage: Int4, weight_OI: Tensor, group_size: int, gram_II: Tensor | None, linear: Linear
 ) -> QuantizedWeight:
+    settings: _Settings = {"symmetric": stage.symmetric, "scale_dtype": linear.scale_dtype}
     if gram_II is None:
-        return round_to_nearest(
-            weight_OI, group_size, symmetric=stage.symmetric, scale_dtype=linear.scale_dtype
-        )
-    return gptq(
-        weight_OI,
-        gram_II,
-        group_size,
-        symmetric=stage.symmetric,
-        scale_dtype=linear.scale_dtype,
-    )
+        return round_to_nearest(weight_OI, group_size, **settings)
+    if stage.method == "awq":
+        return round_in_best_range(weight_OI, gram_II.diagonal(), group_size, **settings)
+    return gptq(weight_OI, gram_II, group_size, **settings)
 
 
 # --- INT8 ---

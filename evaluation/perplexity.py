@@ -25,7 +25,7 @@ from compression.block import trim_heap
 from evaluation.corpora import Corpus
 
 PIECE_CHARACTERS = 200_000
-ROWS_AT_ONCE = 32  # of logits in float32: 6 MB for each at a vocabulary of 49,152
+ROWS_AT_ONCE = 16  # of logits in float32: 3 MB for each at a vocabulary of 49,152
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +206,6 @@ def compare_models(
     sums = [0.0] * 4
     for index, ids in enumerate(windows.ids):
         on_window(index, len(windows.ids))
-        trim_heap()
         ids_S = torch.tensor(ids, device=after.device)
         for which, value in enumerate(_compare(before, after, ids_S)):
             sums[which] += value
@@ -222,7 +221,10 @@ def compare_models(
 
 def _compare(before: Any, after: Any, ids_S: Tensor) -> list[float]:
     """Of one window: both losses, the divergence and the number of agreements, summed over tokens."""
-    logits = [model(ids_S[None], use_cache=False).logits[0, :-1] for model in (before, after)]
+    logits = []
+    for model in (before, after):
+        logits.append(model(ids_S[None], use_cache=False).logits[0, :-1])
+        trim_heap()  # of what the layers left, before distributions are laid beside it
     sums = [0.0] * 4
     rows = (torch.split(x, ROWS_AT_ONCE) for x in (ids_S[1:], *logits))
     for targets_R, *logits_RV in zip(*rows, strict=True):

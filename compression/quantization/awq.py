@@ -6,7 +6,8 @@ layer or norm that produces x takes the 1 / s in, which costs nothing at run tim
 sqrt(max s * min s), with the alpha of a grid that loses least; alpha 0 is round-to-nearest, so AWQ never loses more.
 
 Departures: the loss is the squared error of the outputs of all layers that read x, exactly over every calibration row
-by way of the Gram matrix (the authors run a whole sub-block over a sample); no search for clipping. Channels of x that
+by way of the Gram matrix (the authors run a whole sub-block over a sample); clipping is searched afterwards by groups
+(`ranges.py`). Channels of x that
 come from one output of the layer before (a value head that several query heads read) share a scale; the authors leave
 such layers out.
 

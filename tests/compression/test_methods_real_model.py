@@ -16,6 +16,7 @@ from compression.pruning.wanda import wanda_keep_mask
 from compression.quantization.awq import search_scale
 from compression.quantization.gptq import gptq
 from compression.quantization.int4 import dequantize, round_to_nearest
+from compression.quantization.ranges import round_in_best_range
 from compression.statistics import InputStatistics
 from evaluation.corpora import STATE_OF_THE_UNION, load_corpus
 from evaluation.perplexity import tokenize
@@ -91,16 +92,8 @@ def test_gptq_and_awq_lose_less_than_round_to_nearest(
     gram_II = gram_of(statistics)
     nearest = round_to_nearest(weight_OI, 64, symmetric=symmetric, scale_dtype=torch.bfloat16)
     nearest_error = squared_error(dequantize(nearest) - weight_OI, gram_II)
-    for act_order in (True, False):
-        quantized = gptq(
-            weight_OI,
-            gram_II,
-            64,
-            symmetric=symmetric,
-            scale_dtype=torch.bfloat16,
-            act_order=act_order,
-        )
-        assert squared_error(dequantize(quantized) - weight_OI, gram_II) < 0.9 * nearest_error
+    quantized = gptq(weight_OI, gram_II, 64, symmetric=symmetric, scale_dtype=torch.bfloat16)
+    assert squared_error(dequantize(quantized) - weight_OI, gram_II) < 0.4 * nearest_error
     scale = search_scale(
         [weight_OI],
         gram_II,
@@ -128,8 +121,10 @@ def test_off_the_grid_and_on_unseen_text_gptq_and_awq_still_lose_less_than_round
     def error(new_OI: Tensor) -> float:
         return squared_error(new_OI - weight_OI, gram_of(unseen[name]))
 
+    gram_II = gram_of(seen[name])
     nearest = error(dequantize(round_to_nearest(weight_OI, 64, **settings)))
-    assert error(dequantize(gptq(weight_OI, gram_of(seen[name]), 64, **settings))) < nearest
-    found = search_scale([weight_OI], gram_of(seen[name]), seen[name].mean_abs_I, 64, **settings)
-    scaled = round_to_nearest(weight_OI * found.scale_I, 64, **settings)
-    assert error(dequantize(scaled) / found.scale_I) < nearest
+    assert error(dequantize(gptq(weight_OI, gram_II, 64, **settings))) < 0.6 * nearest
+    found = search_scale([weight_OI], gram_II, seen[name].mean_abs_I, 64, **settings)
+    importance_I = gram_II.diagonal() / found.scale_I.square()
+    scaled = round_in_best_range(weight_OI * found.scale_I, importance_I, 64, **settings)
+    assert error(dequantize(scaled) / found.scale_I) < 0.9 * nearest

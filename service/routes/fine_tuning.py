@@ -91,7 +91,7 @@ class FineTuningJob(ResponseModel):
     organization_id: Literal["lathe"] = "lathe"
     training_file: str
     validation_file: str | None
-    result_files: list[str] = Field(default_factory=list)
+    result_files: list[str]
     trained_tokens: int | None
     seed: int
     hyperparameters: dict[str, Any]
@@ -277,6 +277,7 @@ def _object(job: Job, eta: float | None = None) -> FineTuningJob:
         fine_tuned_model=job.spec["output"] if succeeded else None,
         training_file=job.spec["training_file"],
         validation_file=job.spec.get("validation_file"),
+        result_files=[report["result_file"]] if succeeded and report else [],
         trained_tokens=report["num_tokens"] if succeeded and report else None,
         seed=settings.seed,
         hyperparameters=_hyperparameters(settings),

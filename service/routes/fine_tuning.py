@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Query, Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from jobs.states import JobStatus
 from jobs.store import Event, Job, JobNotFoundError
@@ -54,7 +54,23 @@ _BAD_INPUT_CODES = ("bad_data", "file_not_found")
 class FineTuningBody(RequestModel):
     """A finetuning job; without a `validation_file`, a share of the training examples is kept back to evaluate on."""
 
-    model: str = Field(max_length=96, examples=["smollm2-135m"])
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "smollm2-135m",
+                    "training_file": "file-0123456789abcdef01234567",
+                    "suffix": "mine",
+                    "method": {
+                        "type": "qgalore",
+                        "qgalore": {"rank": 64, "hyperparameters": {"n_epochs": 2}},
+                    },
+                }
+            ]
+        }
+    )
+
+    model: str = Field(max_length=96)
     training_file: str = Field(max_length=100)
     validation_file: str | None = Field(default=None, max_length=100)
     suffix: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--only", nargs="*", default=[""], help="Rows whose name has one of these.")
+    parser.add_argument("--only", nargs="*", default=[], help="Rows of these names.")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
@@ -117,20 +117,19 @@ class Runs:
         stem = f"training_{MODEL}_{platform.machine()}_{datetime.date.today()}"
         self.path = RESULTS / f"{stem}.md"
         self.json_path = RESULTS / f"{stem}.json"
-        self.rows: dict[str, list[Row]] = {part: [] for part in PARTS}
-        if self.json_path.is_file():
-            self.rows |= json.loads(self.json_path.read_text())
 
     def record(self, part: str, row: Row) -> None:
-        self.rows[part] = [kept for kept in self.rows[part] if kept["name"] != row["name"]]
-        self.rows[part].append(row)
-        self.json_path.write_text(json.dumps(self.rows, indent=1) + "\n")
-        self.path.write_text("\n".join(page(self.rows)) + "\n")
+        rows: dict[str, list[Row]] = {part: [] for part in PARTS}
+        if self.json_path.is_file():  # read anew: another run may have added to it
+            rows |= json.loads(self.json_path.read_text())
+        rows[part] = [kept for kept in rows[part] if kept["name"] != row["name"]] + [row]
+        self.json_path.write_text(json.dumps(rows, indent=1) + "\n")
+        self.path.write_text("\n".join(page(rows)) + "\n")
         shown = {key: value for key, value in row.items() if key != "losses"}
         print(part, json.dumps(shown), flush=True)
 
     def wanted(self, name: str) -> bool:
-        return any(part in name for part in self.arguments.only)
+        return not self.arguments.only or name in self.arguments.only
 
     def settings(self, options: Row, **changes: Any) -> FinetuneSettings:
         shared = {
@@ -186,7 +185,7 @@ class Runs:
         if self.wanted("galore-torch"):
             self.peer("galore-torch", self.settings(methods("dense")["GaLore"]), galore_torch)
         if self.wanted("peft"):
-            self.peer("peft, torch's AdamW", self.settings(methods("dense")["LoRA"]), peft_lora)
+            self.peer("peft", self.settings(methods("dense")["LoRA"]), peft_lora)
 
     def peer(self, name: str, settings: FinetuneSettings, build: Callable[..., Any]) -> None:
         """Another library's optimizer or adapters on the rows that our runs have, in a plain loop."""
@@ -279,7 +278,7 @@ class Runs:
             runs[name] = (model, trained.build_optimizer(settings))
         batch = self.batches(self.train, self.settings({"method": "full"}, batch_size=4))[0]
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(6):
+        for number in range(4):
             for name, (model, optimizer) in runs.items():
                 started = time.process_time()
                 optimizer.start_step(number, 1e-5)

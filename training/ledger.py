@@ -182,18 +182,11 @@ def _gradients(trained: list[_Tensor], settings: FinetuneSettings) -> int:
             held += whole
         elif tensor.projected and (accumulates or clips):
             held += _coordinates(tensor, settings)
-        elif clips:
-            held += 4 * tensor.num_elements
-        elif accumulates:
+        elif accumulates or clips:
             held += whole
     if not per_layer and accumulates:
         peak += sum(_coordinates(tensor, settings) for tensor in trained if tensor.projected)
-    if clips:  # by the norm of all, in float32
-        norm_of = [
-            _coordinates(t, settings) if t.projected else 4 * t.num_elements for t in trained
-        ]
-        peak = max(peak, sum(norm_of))
-    return peak
+    return max(peak, held)
 
 
 def _coordinates(tensor: _Tensor, settings: FinetuneSettings) -> int:

@@ -115,7 +115,8 @@ class Slot:
 
     Attributes:
         schedule: None where it is not projected.
-        gradient: float32 coordinates so far in this step; once complete, of any slot what its moments will see.
+        gradient: float32 coordinates so far in this step; once complete, of any slot what its moments will see, in the
+            precision that it came in.
     """
 
     name: str
@@ -201,7 +202,7 @@ class SubspaceAdamW:
         if self.max_gradient_norm is not None:
             self._note_bytes()
             gradients = [slot.gradient for slot in self.slots if slot.gradient is not None]
-            squares = [gradient.square().sum() for gradient in gradients]
+            squares = [gradient.float().square().sum() for gradient in gradients]
             norm = math.sqrt(float(sum(squares, torch.zeros(()))))
             if math.isfinite(norm):
                 # torch.nn.utils.clip_grad_norm_ has the same 1e-6
@@ -274,7 +275,7 @@ class SubspaceAdamW:
         else:
             self.collective.sum_(whole)
             if slot.schedule is None:
-                slot.gradient = whole.float()
+                slot.gradient = whole
             else:
                 self._refresh(slot, whole, step.number)
                 slot.gradient = self._project(slot, whole)
@@ -313,6 +314,7 @@ class SubspaceAdamW:
         if not bool(torch.isfinite(gradient).all()):
             self.num_skipped += 1
             return
+        gradient = gradient.float()
         if coefficient != 1.0:
             gradient = gradient * coefficient
         update = slot.moments.update(gradient, step.learning_rate)

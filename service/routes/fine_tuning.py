@@ -28,7 +28,7 @@ from service.idempotency import resource_id
 from service.job_requests import ask_job, find_job, follow_job, wants_events
 from service.sse import EVENT_STREAM
 from service.submission import read_config, submit
-from training.spec import METHODS, FinetuneSettings, parse_settings
+from training.spec import METHODS
 
 router = APIRouter(
     prefix="/v1/fine_tuning/jobs",
@@ -276,7 +276,7 @@ def _for_this_body(error: ApiError, place: str) -> ApiError:
 
 
 def _object(job: Job, eta: float | None = None) -> FineTuningJob:
-    settings = parse_settings(job.spec["settings"])
+    settings = job.spec["settings"]
     report = (job.result or {}).get("report")
     succeeded = job.status == JobStatus.SUCCEEDED
     error = None
@@ -295,7 +295,7 @@ def _object(job: Job, eta: float | None = None) -> FineTuningJob:
         validation_file=job.spec.get("validation_file"),
         result_files=[report["result_file"]] if succeeded and report else [],
         trained_tokens=report["num_tokens"] if succeeded and report else None,
-        seed=settings.seed,
+        seed=settings["seed"],
         hyperparameters=_hyperparameters(settings),
         method=_method(settings),
         metadata=job.spec.get("metadata"),
@@ -305,23 +305,22 @@ def _object(job: Job, eta: float | None = None) -> FineTuningJob:
     )
 
 
-def _hyperparameters(settings: FinetuneSettings) -> dict[str, Any]:
-    method = settings.method
+def _hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
+    """As stored, and perhaps by an earlier version: nothing is parsed again."""
+    (name,) = settings["method"]
+    rate, method = settings["learning_rate"], METHODS.get(name)
+    multiplier = 1.0 if rate is None or method is None else rate / method.default_learning_rate
     return {
-        "n_epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "learning_rate_multiplier": settings.peak_learning_rate / method.default_learning_rate,
+        "n_epochs": settings["epochs"],
+        "batch_size": settings["batch_size"],
+        "learning_rate_multiplier": multiplier,
     }
 
 
-def _method(settings: FinetuneSettings) -> dict[str, Any]:
-    shared = settings.to_json()
-    options = shared.pop("method")[settings.method.name]
-    del shared["seed"]
-    return {
-        "type": settings.method.name,
-        settings.method.name: {**options, "hyperparameters": shared},
-    }
+def _method(settings: dict[str, Any]) -> dict[str, Any]:
+    ((name, options),) = settings["method"].items()
+    shared = {key: value for key, value in settings.items() if key not in ("method", "seed")}
+    return {"type": name, name: {**options, "hyperparameters": shared}}
 
 
 @router.get("")

@@ -336,15 +336,15 @@ def galore_torch(model: Any, settings: FinetuneSettings) -> Any:
 
     model.requires_grad_(True)
     method: Any = settings.method
-    named = list(model.named_parameters())
+    named = [("_proj.weight" in name, p) for name, p in model.named_parameters()]
     projected = {
-        "params": [p for name, p in named if "_proj" in name],
+        "params": [p for in_block, p in named if in_block],
         "rank": method.rank,
         "update_proj_gap": method.refresh_interval,
         "scale": method.scale,
         "proj_type": "std",
     }
-    others = {"params": [p for name, p in named if "_proj" not in name]}
+    others = {"params": [p for in_block, p in named if not in_block]}
     return AdamW([projected, others], weight_decay=0.0, no_deprecation_warning=True)
 
 

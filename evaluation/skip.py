@@ -137,8 +137,8 @@ def to_markdown(title: str, report: JsonObject) -> str:
         f"Perplexity: {protocol['corpus']}, {protocol['num_windows']} windows of {protocol['window']} tokens,"
         f" stride {protocol['stride']}, {protocol['num_tokens']} tokens scored, {protocol['dtype']} on"
         f" {protocol['device']}; teacher-forced, tokens behind the warm-up count as decode steps.",
-        f"Calibration: {calibration['corpus']}, {calibration['samples']} samples of {calibration['length']} tokens,"
-        f" {calibration['part']}, seed {calibration['seed']}.",
+        f"Calibration: {calibration.get('file') or calibration['corpus']}, {calibration['samples']} samples of"
+        f" {calibration['length']} tokens, {calibration['part']}, seed {calibration['seed']}.",
         "",
         "| layer | similarity p10 | mean | p90 | perplexity ratio without it | substitute | power missed |",
         "|---|---|---|---|---|---|---|",

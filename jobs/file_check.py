@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.files import Purpose
+from jobs.files import UploadPurpose
 from training.data import DataError, read_examples
 
 MAX_CALIBRATION_BYTES = 64 * 2**20
@@ -29,7 +29,7 @@ class FileContentError(ValueError):
         self.line = line
 
 
-def check_file(path: Path, purpose: Purpose) -> None:
+def check_file(path: Path, purpose: UploadPurpose) -> None:
     """Raises: FileContentError."""
     if path.stat().st_size == 0:
         raise FileContentError("the file is empty")
@@ -142,7 +142,7 @@ def _check_fine_tune(path: Path) -> None:
         raise FileContentError(error.message, error.line or None) from None
 
 
-_CHECKS: dict[Purpose, Callable[[Path], None]] = {
+_CHECKS: dict[UploadPurpose, Callable[[Path], None]] = {
     "fine-tune": _check_fine_tune,
     "batch": _check_batch,
     "user_data": lambda path: None,

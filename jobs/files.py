@@ -19,15 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal
 
 from jobs.states import TERMINAL_STATUSES, JobStatus
 from jobs.store import JobStore, JsonObject
 
 FILE_ID_PATTERN = r"^file-[a-z0-9]{1,64}$"
 _FILE_ID = re.compile(FILE_ID_PATTERN[:-1] + r"\Z")
-Purpose = Literal["fine-tune", "batch", "user_data", "calibration"]
-PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+UploadPurpose = Literal["fine-tune", "batch", "user_data", "calibration"]
+Purpose = UploadPurpose | Literal["fine-tune-results"]
+"""What a file is for; jobs write the results."""
 Order = Literal["asc", "desc"]
 BUSY_SECONDS = 30
 SCHEMA_VERSION = 1

@@ -44,7 +44,9 @@ def take_gpu(run_dir: Path, policy: GpuPolicy) -> None:
             f"the GPU serves {', '.join(awake)}; unload or put to sleep what is not needed, or set"
             " LATHE_JOB_GPU_POLICY=sleep"
         )
-    (run_dir / ASLEEP_NAME).write_text(json.dumps(awake))
+    temporary = run_dir / f".{ASLEEP_NAME}.tmp"
+    temporary.write_text(json.dumps(awake))
+    temporary.replace(run_dir / ASLEEP_NAME)
     logger.info("putting to sleep for a job: %s", ", ".join(awake))
     slept = asyncio.run(_each(_sockets(run_dir, awake), _sleep))
     if set(slept) != set(awake):

@@ -267,7 +267,13 @@ def finetune(
     own = {field for field in getattr(METHODS.get(method), "__dataclass_fields__", ())}
     chosen = {name: value for name, value in options.items() if name in own}
     chosen["hyperparameters"] = {n: value for n, value in options.items() if n not in own}
-    body = {"model": model, "suffix": suffix, "method": {"type": method, method: chosen}}
+    seed = chosen["hyperparameters"].pop("seed", None)
+    body = {
+        "model": model,
+        "suffix": suffix,
+        "seed": seed,
+        "method": {"type": method, method: chosen},
+    }
     with connected(url) as client:
         body["training_file"] = _uploaded(client, training_file)
         if validation_file is not None:

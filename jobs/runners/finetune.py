@@ -6,8 +6,10 @@ the worker knows.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -81,6 +83,7 @@ def run(context: RunnerContext) -> JsonObject:
     except FinetuneStopped as stopped:
         context.event(f"stopped after step {stopped.step}; its checkpoint is kept")
         raise JobCancelledError(context.job_id) from None
+    report["result_file"] = _write_result_file(context, report, data["training_file"][0].owner)
     artifacts = _write_report(context, report)
     context.check_cancelled()
     try:
@@ -331,6 +334,27 @@ def _write_report(context: RunnerContext, report: JsonObject) -> list[str]:
     for name, content in contents.items():
         _write(context.artifacts / name, content)
     return sorted(contents)
+
+
+def _write_result_file(context: RunnerContext, report: JsonObject, owner: str) -> str:
+    """The curve as a file of the one who trained, as OpenAI gives it: CSV. Returns its id."""
+    names = {"step": "step", "loss": "train_loss", "evaluation_loss": "valid_loss"}
+    lines = [",".join(names.values())]
+    for row in report["curve"]:
+        lines.append(",".join("" if row[name] is None else str(row[name]) for name in names))
+    store = FileStore(context.home / "files")
+    with store.begin() as upload:
+        upload.write("\n".join([*lines, ""]).encode())
+        info, _ = store.add(
+            upload,
+            file_id=f"file-{hashlib.sha256(context.job_id.encode()).hexdigest()[:24]}",
+            owner=owner,
+            filename=f"{context.job_id}-metrics.csv",
+            purpose="fine-tune-results",
+            request_hash=context.job_id,  # of an earlier attempt, it stays
+            max_owner_bytes=sys.maxsize,
+        )
+    return info.id
 
 
 def _result(model_id: str, report: JsonObject, artifacts: list[str]) -> JsonObject:

@@ -17,6 +17,7 @@ from jobs.files import (
     UploadConflictError,
     UploadInUseError,
     UploadNotFoundError,
+    UploadPurpose,
     files_in_use,
 )
 from service.auth import Identity
@@ -47,7 +48,7 @@ class FileUpload(RequestModel):
     """A file and what it is for: JSON lines, or for `calibration` also Parquet with a column `text`."""
 
     file: Annotated[str, Field(json_schema_extra={"format": "binary"})]
-    purpose: Purpose
+    purpose: UploadPurpose
     anchor: Literal["created_at"] | None = Field(default=None, alias="expires_after[anchor]")
     seconds: int | None = Field(
         default=None,

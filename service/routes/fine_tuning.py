@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Query, Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from jobs.states import JobStatus
 from jobs.store import Event, Job, JobNotFoundError
@@ -28,7 +28,7 @@ from service.idempotency import resource_id
 from service.job_requests import ask_job, find_job, follow_job, wants_events
 from service.sse import EVENT_STREAM
 from service.submission import read_config, submit
-from training.spec import METHODS, FinetuneSettings, parse_settings
+from training.spec import METHODS
 
 router = APIRouter(
     prefix="/v1/fine_tuning/jobs",
@@ -54,7 +54,23 @@ _BAD_INPUT_CODES = ("bad_data", "file_not_found")
 class FineTuningBody(RequestModel):
     """A finetuning job; without a `validation_file`, a share of the training examples is kept back to evaluate on."""
 
-    model: str = Field(max_length=96, examples=["smollm2-135m"])
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "smollm2-135m",
+                    "training_file": "file-0123456789abcdef01234567",
+                    "suffix": "mine",
+                    "method": {
+                        "type": "qgalore",
+                        "qgalore": {"rank": 64, "hyperparameters": {"n_epochs": 2}},
+                    },
+                }
+            ]
+        }
+    )
+
+    model: str = Field(max_length=96)
     training_file: str = Field(max_length=100)
     validation_file: str | None = Field(default=None, max_length=100)
     suffix: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")
@@ -91,7 +107,7 @@ class FineTuningJob(ResponseModel):
     organization_id: Literal["lathe"] = "lathe"
     training_file: str
     validation_file: str | None
-    result_files: list[str] = Field(default_factory=list)
+    result_files: list[str]
     trained_tokens: int | None
     seed: int
     hyperparameters: dict[str, Any]
@@ -260,7 +276,7 @@ def _for_this_body(error: ApiError, place: str) -> ApiError:
 
 
 def _object(job: Job, eta: float | None = None) -> FineTuningJob:
-    settings = parse_settings(job.spec["settings"])
+    settings = job.spec["settings"]
     report = (job.result or {}).get("report")
     succeeded = job.status == JobStatus.SUCCEEDED
     error = None
@@ -277,8 +293,9 @@ def _object(job: Job, eta: float | None = None) -> FineTuningJob:
         fine_tuned_model=job.spec["output"] if succeeded else None,
         training_file=job.spec["training_file"],
         validation_file=job.spec.get("validation_file"),
+        result_files=[report["result_file"]] if succeeded and report else [],
         trained_tokens=report["num_tokens"] if succeeded and report else None,
-        seed=settings.seed,
+        seed=settings["seed"],
         hyperparameters=_hyperparameters(settings),
         method=_method(settings),
         metadata=job.spec.get("metadata"),
@@ -288,23 +305,22 @@ def _object(job: Job, eta: float | None = None) -> FineTuningJob:
     )
 
 
-def _hyperparameters(settings: FinetuneSettings) -> dict[str, Any]:
-    method = settings.method
+def _hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
+    """As stored, and perhaps by an earlier version: nothing is parsed again."""
+    (name,) = settings["method"]
+    rate, method = settings["learning_rate"], METHODS.get(name)
+    multiplier = 1.0 if rate is None or method is None else rate / method.default_learning_rate
     return {
-        "n_epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "learning_rate_multiplier": settings.peak_learning_rate / method.default_learning_rate,
+        "n_epochs": settings["epochs"],
+        "batch_size": settings["batch_size"],
+        "learning_rate_multiplier": multiplier,
     }
 
 
-def _method(settings: FinetuneSettings) -> dict[str, Any]:
-    shared = settings.to_json()
-    options = shared.pop("method")[settings.method.name]
-    del shared["seed"]
-    return {
-        "type": settings.method.name,
-        settings.method.name: {**options, "hyperparameters": shared},
-    }
+def _method(settings: dict[str, Any]) -> dict[str, Any]:
+    ((name, options),) = settings["method"].items()
+    shared = {key: value for key, value in settings.items() if key not in ("method", "seed")}
+    return {"type": name, name: {**options, "hyperparameters": shared}}
 
 
 @router.get("")

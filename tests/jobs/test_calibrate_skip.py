@@ -21,6 +21,7 @@ from evaluation.perplexity import measure_perplexity
 from evaluation.skip import POLICIES, SkipTrial
 from jobs import child
 from jobs.context import JobCancelledError, RunnerContext
+from jobs.files import FileStore
 from jobs.runners import calibrate_skip as runner
 from jobs.spec import CalibrateSkipSpec, SpecError, check_source, parse_spec
 from tests.compression.ffn_skip.models import skipping_llama
@@ -112,6 +113,26 @@ def test_the_model_is_the_same_weights_with_a_profile(home: Path) -> None:
         assert target["saved"] > 0
         assert plain["skip_ratio"] <= fitted["skip_ratio"] + 0.02
         assert f"{plain['perplexity']:.2f}" in markdown
+
+
+def test_it_calibrates_on_an_uploaded_file(home: Path) -> None:
+    store = FileStore(home / "files")
+    text = load_corpus("state-of-the-union").text
+    with store.begin() as file:
+        file.write(json.dumps({"text": text[:9000]}).encode())
+        info, _ = store.add(
+            file, file_id="file-1", owner="local", filename="f", purpose="calibration",
+            request_hash="h", max_owner_bytes=10**6,
+        )  # fmt: skip
+    calibration = {"file": "file-1", "samples": 50, "length": 48}
+    result = outcome(context_of(home, calibration=calibration, target_ratios=[0.1]))["result"]
+    profile = ModelRegistry(home / "models").get("skipping").manifest.skip_profile
+    assert profile is not None
+    assert (profile.calibration["file"], profile.calibration["file_sha256"]) == (
+        "file-1",
+        info.sha256,
+    )
+    assert result["report"]["calibration"] == profile.calibration
 
 
 def test_the_gate_leaves_out_what_loses_more(home: Path) -> None:

@@ -144,6 +144,15 @@ def test_the_report_says_what_a_second_look_says(home: Path) -> None:
     assert html.count("data:image/png") == 2
     assert "losses" not in result["report"]
 
+    info, path = FileStore(home / "files").open_for_job(result["report"]["result_file"])
+    assert (info.owner, info.purpose) == ("local", "fine-tune-results")
+    head, *rows = (line.split(",") for line in path.read_text().splitlines())
+    assert head == ["step", "train_loss", "valid_loss"]
+    assert [float(row[1]) for row in rows] == losses
+    assert [row[2] for row in rows if row[2]] == [
+        str(loss) for step, loss in report["evaluations"] if step
+    ]
+
     told = [m["data"] for m in messages if m.get("kind") == "metrics"]
     assert [row["step"] for row in told] == list(range(1, 9))
     assert told[3]["evaluation_loss"] == dict(map(tuple, report["evaluations"]))[4]

@@ -14,7 +14,9 @@ from jobs.worker import Worker, WorkerConfig
 from tests.jobs.conftest import REPOSITORY
 
 pytestmark = pytest.mark.processes
-RUNNERS = {name: f"tests.jobs.runners:{name}" for name in ("crash_once", "stubborn", "broken")}
+NAMES = ("crash_once", "stubborn", "broken", "slow_to_stop")
+RUNNERS = {name: f"tests.jobs.runners:{name}" for name in NAMES}
+RUNNERS["finetune"] = RUNNERS["slow_to_stop"]
 
 
 @pytest.fixture
@@ -71,3 +73,23 @@ def test_an_exception_fails_the_job_by_name(store: SqliteJobStore) -> None:
     job = wait(store, "job-1", lambda job: job.finished_at is not None)
     assert job.status == JobStatus.FAILED
     assert job.error == {"code": "runner_crashed", "message": "ZeroDivisionError: on purpose"}
+
+
+@pytest.mark.parametrize(("job_type", "has_time"), [("finetune", True), ("slow_to_stop", False)])
+def test_a_paused_training_job_has_time_to_write_its_checkpoint(
+    store: SqliteJobStore, job_type: str, has_time: bool
+) -> None:
+    submit(store, job_type)
+    wait(store, "job-1", lambda job: any(e.message == "started" for e in store.events(job.id)))
+    assert store.request_pause("job-1").status == JobStatus.PAUSING
+    wait(store, "job-1", lambda job: job.status == JobStatus.PAUSED)
+    store.request_resume("job-1")
+    if has_time:
+        job = wait(store, "job-1", lambda job: job.status == JobStatus.SUCCEEDED)
+        assert job.result == {"attempt": 2}
+        return
+    wait(store, "job-1", lambda job: job.attempt == 2)  # it had to begin again
+    wait(store, "job-1", lambda job: sum(e.message == "started" for e in store.events(job.id)) == 2)
+    store.request_cancel("job-1")
+    job = wait(store, "job-1", lambda job: job.status == JobStatus.CANCELLED)
+    assert job.attempts_lost == 0

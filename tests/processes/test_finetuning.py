@@ -77,6 +77,9 @@ def test_a_finetuning_job_survives_pause_and_kill_and_its_model_serves(
     done = jobs.retrieve(job_id)
     assert done.trained_tokens is not None
     assert done.trained_tokens > 0
+    curve = client.files.content(done.result_files[0]).text.splitlines()
+    assert curve[0] == "step,train_loss,valid_loss"
+    assert [line.partition(",")[0] for line in curve[1:]] == [str(n) for n in range(1, 151)]
 
     # The same run in one go, in this process.
     registry = ModelRegistry(tiny_service.home / "models")

@@ -499,7 +499,7 @@ def test_finetune_uploads_submits_and_follows(lathe: Lathe, stub: Stub, tmp_path
     stub.on(f"GET /v1/jobs/{JOB_ID}/events", events(event(1, "status", "succeeded")))
     result = lathe(
         "finetune", "tiny", "train.jsonl", "--validation-file", "file-9", "--suffix", "s",
-        "--set", "rank=16", "--set", "n_epochs=2", "--set", "dtype=float32",
+        "--set", "rank=16", "--set", "n_epochs=2", "--set", "dtype=float32", "--set", "seed=3",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     form = stub.sent("POST /v1/files")
@@ -509,6 +509,7 @@ def test_finetune_uploads_submits_and_follows(lathe: Lathe, stub: Stub, tmp_path
     assert stub.sent("POST /v1/fine_tuning/jobs") == {
         "model": "tiny",
         "suffix": "s",
+        "seed": 3,
         "training_file": "file-1",
         "validation_file": "file-9",
         "method": {

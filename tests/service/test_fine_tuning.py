@@ -358,10 +358,12 @@ def test_pause_resume_cancel_and_what_a_finished_job_says(
     assert jobs.retrieve(job_id).model_dump()["status"] == "paused"
     assert jobs.resume(job_id).status == "queued"
     running = claim(store)
-    result = {"model": "tiny-ft", "report": {"num_tokens": 123}, "artifacts": []}
+    report = {"num_tokens": 123, "result_file": "file-1"}
+    result = {"model": "tiny-ft", "report": report, "artifacts": []}
     store.finish(job_id, running.fencing, JobStatus.SUCCEEDED, result=result)
     done = jobs.retrieve(job_id)
     assert (done.status, done.trained_tokens) == ("succeeded", 123)
+    assert done.result_files == ["file-1"]
     assert done.fine_tuned_model == f"tiny-ft-{job_id[-8:]}"
     for ask in (jobs.cancel, jobs.pause, jobs.resume):
         with pytest.raises(openai.ConflictError):

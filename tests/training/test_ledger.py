@@ -1,10 +1,11 @@
 """The ledger against the arithmetic of the paper's own model. Against real runs: test_trainer.py."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from compression.checkpoint import DenseLinear, Manifest, Matrix
+from compression.checkpoint import DenseLinear, LowRankLinear, Manifest, Matrix
 from training.ledger import predict_memory
 from training.spec import parse_settings
 
@@ -15,7 +16,10 @@ CONFIG = {
 
 
 def llama_7b() -> Manifest:
-    rows, others = [], {"model.embed_tokens.weight": ("BF16", (32000, 4096))}
+    rows: list[Matrix] = []
+    others: dict[str, tuple[str, tuple[int, ...]]] = {
+        "model.embed_tokens.weight": ("BF16", (32000, 4096))
+    }
     sizes = {
         "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096),
         "self_attn.v_proj": (4096, 4096), "self_attn.o_proj": (4096, 4096),
@@ -72,8 +76,8 @@ def test_what_is_traded_for_what() -> None:
     checkpointed = ledger({"qgalore": {"rank": 1024}}, gradient_checkpointing=True)
     low_precision = ledger({"galore": {"rank": 1024, "state_bits": 8}})
     assert accumulated.optimizer == plain.optimizer
-    # coordinates of all matrices, a quarter of their size or less, and the plain weights' gradients
-    assert accumulated.gradients <= 4 * (1_619_000_000 + 263_000_000)
+    # float32 coordinates of all matrices, and bfloat16 gradients of the embedding, the head and norms
+    assert accumulated.gradients == pytest.approx(4 * 1_619_001_344 + 2 * 262_410_240, rel=0.01)
     assert checkpointed.activations < plain.activations / 3
     assert low_precision.optimizer == plain.optimizer
     assert low_precision.projections > 7 * plain.projections
@@ -87,3 +91,28 @@ def test_what_is_traded_for_what() -> None:
             plain.temporary,
         )
     )
+
+
+def test_lrc_only_takes_less_than_lora() -> None:
+    """The paper's one loss: 28.3 GB against 25.1. With 8-bit moments and updates inside the pass it is a win."""
+    dense = llama_7b()
+    low_rank = []
+    for row in dense.matrices:
+        rank = {"q_proj": 800, "k_proj": 800, "o_proj": 1400, "gate_proj": 1400}.get(
+            row.name.rpartition(".")[2]
+        )
+        if rank is not None:
+            out_features, in_features = row.linear.out_features, row.linear.in_features
+            u = DenseLinear(out_features=out_features, in_features=rank, dtype="BF16")
+            v = DenseLinear(out_features=rank, in_features=in_features, dtype="BF16")
+            row = replace(row, linear=LowRankLinear(weight_u=u, weight_v=v))
+        low_rank.append(row)
+    manifest = replace(dense, matrices=tuple(low_rank))
+    shared = {"batch_size": 4, "max_length": 1024, "dtype": "bfloat16", "max_gradient_norm": None}
+    lrc, lora = (
+        predict_memory(manifest, CONFIG, parse_settings({**shared, "method": method}))
+        for method in ("lrc_only", {"lora": {"dropout": 0.0}})
+    )
+    assert lrc.weights < lora.weights
+    assert lrc.gradients < lora.gradients
+    assert lrc.peak < 0.8 * lora.peak

@@ -15,7 +15,7 @@ from training.ledger import MemoryLedger
 from training.spec import parse_settings
 from training.trainer import FinetuneReport, finetune
 
-STEPS = 120
+STEPS = 96
 Run = Callable[..., FinetuneReport]
 
 
@@ -68,7 +68,7 @@ def test_q_galore_is_near_adamw_with_few_bases(
     run: Run, sources: dict[str, Path], adamw: FinetuneReport
 ) -> None:
     """Within 5 % of AdamW's loss, at least 60 % of the refreshes saved, and none of the quality for it."""
-    options = {"rank": 32, "scale": 1.0, "refresh_interval": 4}
+    options = {"rank": 32, "scale": 1.0, "refresh_interval": 3}
     lazy = run("lazy", sources["dense"], {"qgalore": options}, learning_rate=1e-2)
     fixed = run(
         "fixed", sources["dense"], {"qgalore": {**options, "lazy": False}}, learning_rate=1e-2
@@ -81,19 +81,20 @@ def test_q_galore_is_near_adamw_with_few_bases(
     assert held(lazy.measured) < 0.35 * held(adamw.measured)
 
 
-def test_lrc_only_recovers_more_than_lora_with_less_memory(
+def test_lrc_only_recovers_what_lora_does_with_less_memory(
     run: Run, adamw: FinetuneReport, folder: Path
 ) -> None:
-    """At equal tokens, after WeLore at an effective rank reduction of a half; LoRA on the same factors."""
+    """At equal tokens, after WeLore at an effective rank reduction of three quarters; LoRA on the same factors."""
     pytest.importorskip("peft")
     small = folder / "small"
     small.mkdir()
-    stage = {"welore": {"err": 0.5, "count": "all", "rank_multiple": 8}}
+    stage = {"welore": {"err": 0.75, "count": "all", "rank_multiple": 8}}
     compress(folder / "adamw", small, parse_recipe([stage]), source_id="tiny")
-    lrc = run("lrc", small, "lrc_only", learning_rate=3e-3, max_steps=60)
-    lora = run("lora", small, {"lora": {"rank": 8}}, learning_rate=3e-3, max_steps=60)
-    assert lrc.evaluations[0][1] == pytest.approx(lora.evaluations[0][1])
-    assert lora.evaluations[0][1] > adamw.evaluations[-1][1]
-    assert lora.evaluations[-1][1] < lora.evaluations[0][1]
-    assert lrc.evaluations[-1][1] <= lora.evaluations[-1][1]
-    print(lrc.evaluations, lora.evaluations, adamw.evaluations, lrc.measured, lora.measured)
+    lrc = run("lrc", small, "lrc_only", learning_rate=3e-3, max_steps=30)
+    lora = run("lora", small, {"lora": {"rank": 4}}, learning_rate=3e-3, max_steps=30)
+    lost = lora.evaluations[0][1]
+    assert lrc.evaluations[0][1] == pytest.approx(lost)
+    assert lost > 1.2 * adamw.evaluations[-1][1]
+    assert lrc.evaluations[-1][1] < 1.05 * adamw.evaluations[-1][1]
+    assert lrc.evaluations[-1][1] < 1.01 * lora.evaluations[-1][1]
+    assert lrc.measured.peak < 0.8 * lora.measured.peak

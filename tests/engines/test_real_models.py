@@ -11,7 +11,9 @@ from tokenizers import Tokenizer
 from compression.hf import load_model
 from engines.client import EngineClient
 from engines.engine import NativeEngine
+from engines.kernels.native import native_library
 from engines.protocol import EmbedRequest, Engine, GenerateRequest, SamplingParams, ScoreRequest
+from engines.requests import EngineLimits
 from engines.transformers_engine import TransformersEngine
 from tests.engines.conftest import StartHost
 
@@ -77,6 +79,32 @@ def test_alone_in_bfloat16_greedy_equals_generate(real_model_dir: Path) -> None:
     model = load_model(real_model_dir)
     for prompt in _encode(real_model_dir, PROMPTS)[:3]:
         assert _run(engine, [prompt]) == [_generate(model, prompt)]
+
+
+def test_in_bfloat16_greedy_is_the_same_however_it_comes_about(real_model_dir: Path) -> None:
+    """Alone, among 16, with prompts in pieces, from a found prefix, and after preemptions."""
+    library = native_library()
+    if isinstance(library, str) or not library.has_amx:
+        pytest.skip("without AMX long passes run torch's products, whose sums depend on the rows")
+
+    def load(**limits: int) -> NativeEngine:
+        return NativeEngine.load("smollm2", real_model_dir, limits=EngineLimits(**limits))
+
+    texts = [*PROMPTS, *(f"{PROMPTS[7]} {prompt} {prompt}" for prompt in PROMPTS)]
+    prompts = _encode(real_model_dir, texts)
+    engine = load()
+    alone = [_run(engine, [prompt])[0] for prompt in prompts]
+    engine = load()
+    assert _run(engine, prompts) == alone
+    assert engine.stats().preemptions_total == 0
+    hits = engine.stats().prefix_cache_hits_total
+    assert _run(engine, prompts) == alone
+    assert engine.stats().prefix_cache_hits_total > hits
+    assert _run(load(max_num_batched_tokens=16), prompts) == alone
+    block_bytes = 2 * 30 * 3 * 64 * 16 * 2  # of 30 layers with 3 heads of 64, 16 tokens, 2 bytes
+    tight = load(kv_cache_bytes=8 * block_bytes)
+    assert _run(tight, prompts) == alone
+    assert tight.stats().preemptions_total > 0
 
 
 @pytest.mark.anyio

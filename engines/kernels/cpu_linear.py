@@ -108,6 +108,11 @@ class TileWeight:
     in_features: int
     tiles_BPL2: Tensor
 
+    def rows(self, indices_T: Tensor) -> Tensor:
+        """Of the matrix, (T, I)."""
+        pairs_TP2 = self.tiles_BPL2[indices_T // LANES, :, indices_T % LANES]
+        return pairs_TP2.flatten(1)[:, : self.in_features]
+
 
 def pack_tiles(weight_OI: Tensor) -> TileWeight:
     out_features, in_features = weight_OI.shape
@@ -262,12 +267,11 @@ def build_cpu_linear(
     return CpuLinear(parts, dtype=dtype, library=library)
 
 
-def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
-    """See `linear.share_weight`."""
-    assert weight_OI.is_contiguous()
-    is_tiled = library.has_amx and weight_OI.dtype == torch.bfloat16
-    matrix = pack_tiles(weight_OI) if is_tiled else weight_OI
-    return CpuLinear([_Part(matrix=matrix)], dtype=weight_OI.dtype, library=library)
+def share_on_cpu(matrix: Tensor | TileWeight, library: NativeLibrary) -> "CpuLinear":
+    """See `linear.share_weight`; of a `TileWeight` in bfloat16."""
+    assert isinstance(matrix, TileWeight) or matrix.is_contiguous()
+    dtype = matrix.dtype if isinstance(matrix, Tensor) else torch.bfloat16
+    return CpuLinear([_Part(matrix=matrix)], dtype=dtype, library=library)
 
 
 def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":

@@ -38,7 +38,7 @@ from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.huge_pages import in_huge_pages
 from engines.kernels.linear import DenseLinear, Linear
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
-from engines.kernels.native import NativeLibrary, native_library
+from engines.kernels.native import NATIVE, NativeLibrary, native_library, open_library
 from engines.kernels.weights import LinearWeight, LowRankWeight
 from engines.model import DecoderModel, build_kv_cache, load_decoder
 
@@ -74,6 +74,14 @@ def read_bandwidth(num_threads: int) -> float:
     return memory.nbytes / min(seconds) / 1e9
 
 
+@functools.cache
+def vector_library() -> NativeLibrary:
+    """Without AMX."""
+    folder = Path(tempfile.gettempdir()) / "lathe-benchmark"
+    flags = (NATIVE, "-mno-amx-bf16")
+    return open_library(folder, flags=flags, num_threads=torch.get_num_threads())
+
+
 def products(size: tuple[int, int], library: NativeLibrary) -> dict[str, list[Linear]]:
     """Copies enough of each kind that none stays in a cache."""
     num_outputs, num_inputs = size
@@ -95,7 +103,11 @@ def products(size: tuple[int, int], library: NativeLibrary) -> dict[str, list[Li
         )
         add("torch bf16", DenseLinear(in_huge_pages(weight_OI), None))
         add("native bf16", _native([LinearWeight(weight=weight_OI)], library))
+        if library.has_amx:
+            add("bf16, no AMX", _native([LinearWeight(weight=weight_OI)], vector_library()))
         add("native int4", _native([quantized(weight_OI)], library))
+        if library.has_amx:
+            add("int4, no AMX", _native([quantized(weight_OI)], vector_library()))
         low_rank = LowRankWeight(weight_u=u_OR, weight_v=v_RI)
         add(f"native rank {rank}", _native([LinearWeight(weight=low_rank)], library))
         low_rank = LowRankWeight(weight_u=_int4(u_OR), weight_v=_int4(v_RI))
@@ -185,9 +197,8 @@ def pass_rows(decoder: DecoderModel, num_requests: int, repeats: int) -> list[st
         {"native": native, "plain": plain, "head": lambda turn: decoder.logits(hidden_TH)}, repeats
     )
     held = sum({t.data_ptr(): t.nbytes for t in decoder.tensors()}.values())
-    head = {t.data_ptr() for t in decoder.lm_head.tensors()}
-    if decoder.embedding_VH.data_ptr() not in head:
-        held -= decoder.embedding_VH.nbytes  # one row of it is read
+    if "int8" in decoder.lm_head.kernel:  # beside an embedding of which one row is read
+        held -= decoder.config.vocab_size * decoder.config.hidden_size * 2
     lines = []
     for name in ("native", "plain"):
         median, best = statistics.median(seconds[name]), min(seconds[name])
@@ -203,6 +214,31 @@ def pass_rows(decoder: DecoderModel, num_requests: int, repeats: int) -> list[st
     return lines
 
 
+def prefill_rows(decoder: DecoderModel, num_tokens: int, repeats: int) -> list[str]:
+    """One prompt in one pass, up to its first greedy choice."""
+    cache = build_kv_cache(decoder, 2 + num_tokens // BLOCK_SIZE)
+    step = build_cpu_step(decoder, cache)
+    assert isinstance(step, CpuStep), step
+    table = range(1, 1 + -(-num_tokens // BLOCK_SIZE))
+    rows = RequestRows(start=0, num_tokens=num_tokens, block_table=table)
+    metadata = build_metadata([rows], decoder.device)
+    ids_T = torch.randint(1000, 30000, (num_tokens,))
+
+    def native(turn: int) -> Tensor:
+        return decoder.logits(step.forward(decoder.embed(ids_T), metadata)[-1:]).argmax(dim=1)
+
+    def plain(turn: int) -> Tensor:
+        hidden_TH = decoder.forward(decoder.embed(ids_T), metadata, cache)
+        return decoder.logits(hidden_TH[-1:]).argmax(dim=1)
+
+    seconds = measure({"native": native, "plain": plain}, repeats)
+    return [
+        f"| prompt of {num_tokens} | {name} | {statistics.median(taken) * 1e3:.2f} | {min(taken) * 1e3:.2f} | "
+        f"{num_tokens / statistics.median(taken):.0f} | {num_tokens / min(taken):.0f} | |"
+        for name, taken in seconds.items()
+    ]
+
+
 def pass_tables(repeats: int) -> list[str]:
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
@@ -216,11 +252,13 @@ def pass_tables(repeats: int) -> list[str]:
             decoder = load_decoder(folder, dtype=torch.bfloat16)
             lines += [
                 f"\n### SmolLM2-135M, {name}; head: {decoder.lm_head.kernel}\n",
-                "| requests | pass | median ms | best ms | tokens/s | best tokens/s | best GB/s |",
+                "| rows | pass | median ms | best ms | tokens/s | best tokens/s | best GB/s |",
                 "|---" * 7 + "|",
             ]
             for num_requests in (1, 8, 16):
                 lines += pass_rows(decoder, num_requests, repeats)
+            for num_tokens in (128, 512):
+                lines += prefill_rows(decoder, num_tokens, max(3, repeats // 3))
     return lines
 
 

@@ -29,8 +29,8 @@ from compression.encoding import decode
 from compression.safetensors_header import CheckpointError
 from engines.ffn_skip import FfnSkip, LayerSubstitute, SkipPass, load_ffn_skip
 from engines.kernels.attention import PassFacts
-from engines.kernels.huge_pages import in_huge_pages, map_memory
-from engines.kernels.linear import Linear, build_linear, build_tied_head
+from engines.kernels.huge_pages import map_memory
+from engines.kernels.linear import Embedding, Linear, build_linear, tie_head
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.ops import TORCH_OPS, choose_ops
 from engines.kernels.paged_attention import LayerCache
@@ -100,7 +100,7 @@ class DecoderModel:
 
     Attributes:
         cos_PR, sin_PR: float32 rotary tables for every position up to `max_position_embeddings`.
-        lm_head: holds `embedding_VH` itself where embeddings are tied.
+        lm_head: holds `embedding` itself where the two are tied and not quantized.
         ops: what its passes over a cache run on, beside the products.
         ffn_skip: how feed-forwards may be skipped; None where the checkpoint has no skip profile.
     """
@@ -109,7 +109,7 @@ class DecoderModel:
         self,
         *,
         config: DecoderConfig,
-        embedding_VH: Tensor,
+        embedding: Embedding,
         layers: Sequence[DecoderLayer],
         final_norm_H: Tensor,
         lm_head: Linear,
@@ -118,7 +118,7 @@ class DecoderModel:
         ffn_skip: FfnSkip | None = None,
     ) -> None:
         self.config = config
-        self.embedding_VH = embedding_VH
+        self.embedding = embedding
         self.layers = layers
         self.final_norm_H = final_norm_H
         self.lm_head = lm_head
@@ -130,15 +130,17 @@ class DecoderModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding_VH.dtype
+        return self.final_norm_H.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding_VH.device
+        return self.final_norm_H.device
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Embeddings (T, H) of token ids."""
-        return self.embedding_VH[token_ids_T]
+        if isinstance(self.embedding, Tensor):
+            return self.embedding[token_ids_T]
+        return self.embedding.rows(token_ids_T)
 
     def forward(
         self,
@@ -210,8 +212,10 @@ class DecoderModel:
             )
             if norm is not None
         ]
+        embedding = self.embedding
         return [
-            *(self.embedding_VH, self.final_norm_H, self.cos_PR, self.sin_PR),
+            embedding if isinstance(embedding, Tensor) else embedding.tiles_BPL2,
+            *(self.final_norm_H, self.cos_PR, self.sin_PR),
             *norms,
             *(tensor for linear in self.linears() for tensor in linear.tensors()),
             *(t for substitute in self._substitutes() for t in substitute.tensors()),
@@ -320,13 +324,12 @@ def load_decoder(
     checkpoint = open_checkpoint(folder)
     weights = _Weights(checkpoint, dtype, torch.device(device))
     embedding_VH = weights.other("model.embed_tokens.weight")
-    if embedding_VH.device.type == "cpu":
-        embedding_VH = in_huge_pages(embedding_VH)
+    embedding: Embedding = embedding_VH
     layers = [_load_layer(weights, index, config) for index in range(config.num_layers)]
     if weights.has_linear("lm_head"):
         lm_head = weights.linear("lm_head")
     elif config.ties_embeddings:
-        lm_head = build_tied_head(embedding_VH, is_int4=weights.has_int4)
+        lm_head, embedding = tie_head(embedding_VH, is_int4=weights.has_int4)
     else:
         raise CheckpointError(f"{folder.name}: no lm_head, and embeddings are not tied")
     final_norm_H = weights.other("model.norm.weight")
@@ -336,7 +339,7 @@ def load_decoder(
     )
     return DecoderModel(
         config=config,
-        embedding_VH=embedding_VH,
+        embedding=embedding,
         layers=layers,
         final_norm_H=final_norm_H,
         lm_head=lm_head,

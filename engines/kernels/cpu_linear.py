@@ -1,9 +1,10 @@
 """Linear layers of any kind for the native library: how weights lie in memory, and which rows go where.
 
-Few rows go through the native products, which read each weight once; INT4 weights then meet inputs that are quantized
-to INT8 as they come, symmetric, a scale to 32 inputs. More rows than `NATIVE_ROWS` go through torch's
-matrix product, INT4 weights dequantized for it one matrix at a time. The weight is held once: dense ones as torch has
-them, INT4 ones in the layout that `cpu/product.cpp` describes.
+Where there is AMX, every product but float32's is the native library's, however many rows it has. Elsewhere few rows
+are, which read each weight once, and more than `NATIVE_ROWS` go through torch's matrix product, INT4 weights
+dequantized for it one matrix at a time. Native INT4 products meet rows that are quantized to INT8 as they come,
+symmetric, a scale to 32 inputs. A weight is held once: a dense one as torch has it, or as AMX wants it; an INT4 one in
+the layout that `cpu/vector_product.cpp` describes.
 
 Shapes: T rows, O output channels, I input channels, G groups, B = ceil(O / 16) blocks of outputs, J
 reads of 64 bytes.
@@ -47,9 +48,9 @@ NAMES = {
 
 ANY_NUMBER = sys.maxsize
 NATIVE_ROWS = {native.FP32: 32, native.BF16: 32, native.INT4: 64, native.INT8: 64}
-"""Most rows that the native product is used for, by kind.
+"""Most rows that the native product is used for without AMX, by kind; with it, of a float32 weight.
 
-Measured on Sapphire Rapids, whose AMX units torch's product uses (benchmarks/results/native_cpu_2026-11-24.md): passes
+Measured on Sapphire Rapids, whose AMX units torch's product used (benchmarks/results/native_cpu_2026-11-24.md): passes
 of SmolLM2-135M took equally long at 24 (one request's rows) to 48 rows (one row each) in bfloat16, and at about 100 in
 INT4.
 """
@@ -115,6 +116,11 @@ class TileWeight:
     out_features: int
     in_features: int
     tiles_BPL2: Tensor
+
+    def rows(self, indices_T: Tensor) -> Tensor:
+        """Of the matrix, (T, I)."""
+        pairs_TP2 = self.tiles_BPL2[indices_T // LANES, :, indices_T % LANES]
+        return pairs_TP2.flatten(1)[:, : self.in_features]
 
 
 def pack_tiles(weight_OI: Tensor) -> TileWeight:
@@ -270,12 +276,11 @@ def build_cpu_linear(
     return CpuLinear(parts, dtype=dtype, library=library)
 
 
-def share_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":
-    """See `linear.share_weight`."""
-    assert weight_OI.is_contiguous()
-    is_tiled = library.has_amx and weight_OI.dtype == torch.bfloat16
-    matrix = pack_tiles(weight_OI) if is_tiled else weight_OI
-    return CpuLinear([_Part(matrix=matrix)], dtype=weight_OI.dtype, library=library)
+def share_on_cpu(matrix: Tensor | TileWeight, library: NativeLibrary) -> "CpuLinear":
+    """See `linear.share_weight`; of a `TileWeight` in bfloat16."""
+    assert isinstance(matrix, TileWeight) or matrix.is_contiguous()
+    dtype = matrix.dtype if isinstance(matrix, Tensor) else torch.bfloat16
+    return CpuLinear([_Part(matrix=matrix)], dtype=dtype, library=library)
 
 
 def quantize_on_cpu(weight_OI: Tensor, library: NativeLibrary) -> "CpuLinear":

@@ -1,8 +1,8 @@
-"""A whole pass of few rows in one native call: the decoder's layers without Python between their parts.
+"""A whole pass in one native call: the decoder's layers without Python between their parts.
 
 The same mathematics over the same weights and cache as `DecoderModel.forward`, with float32 between products where the
-plain path rounds to bfloat16. Passes of more rows than `max_rows` are faster the plain way, whose products are torch's.
-A row's result does not depend on the rows beside it.
+plain path rounds to bfloat16. Without AMX, passes of more rows than `max_rows` are faster the plain way, whose products
+are torch's. A row's result does not depend on the rows beside it, nor on how its prompt was cut into passes.
 
 Shapes: T rows, H hidden, D head dim.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engines.kernels import native
-from engines.kernels.cpu_linear import DTYPES, CpuLinear
+from engines.kernels.cpu_linear import ANY_NUMBER, DTYPES, CpuLinear
 from engines.kernels.linear import Linear
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
 from engines.kernels.native import NativeLibrary, native_library
@@ -86,7 +86,8 @@ class CpuStep:
     @property
     def kernel(self) -> str:
         """For `EngineInfo.kernels`."""
-        return f"one native call up to {self.max_rows} rows: {self._library.description}"
+        limit = "" if self.max_rows == ANY_NUMBER else f" up to {self.max_rows} rows"
+        return f"one native call{limit}: {self._library.description}"
 
     def forward(
         self, hidden_TH: Tensor, metadata: BatchMetadata, skip: "SkipPass | None" = None

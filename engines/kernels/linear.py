@@ -18,16 +18,22 @@ from compression.quantization.int4 import QuantizedWeight
 from engines.kernels.cpu_linear import (
     DTYPES,
     HEAD_GROUP_SIZE,
+    TileWeight,
     applies,
     build_cpu_linear,
+    pack_tiles,
     quantize_on_cpu,
     share_on_cpu,
 )
+from engines.kernels.huge_pages import in_huge_pages
 from engines.kernels.native import NativeLibrary, native_library
 from engines.kernels.sparse_linear import SparseLinear
 from engines.kernels.sparse_linear import why_not as why_not_sparse
 from engines.kernels.triton.support import why_no_int4
 from engines.kernels.weights import LinearWeight, LowRankWeight, is_joinable, join, join_biases
+
+Embedding = Tensor | TileWeight
+"""(V, H): a row to each token."""
 
 
 class Linear(Protocol):
@@ -170,14 +176,19 @@ def share_weight(weight_OI: Tensor) -> Linear:
     return DenseLinear(weight_OI, None)
 
 
-def build_tied_head(embedding_VH: Tensor, *, is_int4: bool) -> Linear:
-    """The product with the embedding itself.
+def tie_head(embedding_VH: Tensor, *, is_int4: bool) -> tuple[Linear, Embedding]:
+    """The product with an embedding, and the embedding as it then is held: once, where the two can share it.
 
     Beside INT4 layers (`is_int4`) in bfloat16 the native library has a copy of it in INT8: of such a model's bytes the
     head would be the half, and rounding it changes less than the layers' INT4 does (docs/log.md has the perplexities).
     """
-    if is_int4 and embedding_VH.device.type == "cpu" and embedding_VH.dtype == torch.bfloat16:
-        library = native_library()
-        if isinstance(library, NativeLibrary) and embedding_VH.shape[1] % HEAD_GROUP_SIZE == 0:
-            return quantize_on_cpu(embedding_VH, library)
-    return share_weight(embedding_VH)
+    library = native_library() if embedding_VH.device.type == "cpu" else None
+    if isinstance(library, NativeLibrary) and embedding_VH.dtype == torch.bfloat16:
+        if is_int4 and embedding_VH.shape[1] % HEAD_GROUP_SIZE == 0:
+            return quantize_on_cpu(embedding_VH, library), embedding_VH
+        if library.has_amx:
+            tiles = pack_tiles(embedding_VH)
+            return share_on_cpu(tiles, library), tiles
+    if embedding_VH.device.type == "cpu":
+        embedding_VH = in_huge_pages(embedding_VH)
+    return share_weight(embedding_VH), embedding_VH

@@ -272,19 +272,21 @@ def test_what_is_no_number_stays_with_its_request(in_one_call: bool, build: Buil
     good = build_request("good", PROMPTS[4])
     expected = token_ids_of(run_one(engine, good))
     assert engine._model is not None
-    embedding_H = engine._model.embedding_VH[95].clone()
-    engine._model.embedding_VH[95] = torch.nan
+    embedding_VH = engine._model.embedding
+    assert isinstance(embedding_VH, torch.Tensor)
+    embedding_H = embedding_VH[95].clone()
+    embedding_VH[95] = torch.nan
     bad = build_request("bad", [95] * 120, dataclasses.replace(GREEDY, max_tokens=8))
     outputs = run(engine, [bad, good])
     assert outputs["bad"][-1].finish_reason == "error"
     assert "not numbers" in (outputs["bad"][-1].error or "")
     assert token_ids_of(outputs["good"]) == expected
-    engine._model.embedding_VH[95] = embedding_H
+    embedding_VH[95] = embedding_H
     others = [build_request(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)]
     assert all(part[-1].finish_reason != "error" for part in run(engine, others).values())
-    engine._model.embedding_VH[95] = torch.nan
+    embedding_VH[95] = torch.nan
     assert run_one(engine, bad)[-1].finish_reason == "error"
-    engine._model.embedding_VH[95] = embedding_H
+    embedding_VH[95] = embedding_H
     cured = run_one(engine, bad)[-1]
     assert (cured.finish_reason, cured.num_cached_tokens) == ("length", 0)
 

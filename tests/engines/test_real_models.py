@@ -12,7 +12,9 @@ from tokenizers import Tokenizer
 from compression.hf import load_model
 from engines.client import EngineClient
 from engines.engine import NativeEngine
+from engines.kernels.native import native_library
 from engines.protocol import EmbedRequest, Engine, GenerateRequest, SamplingParams, ScoreRequest
+from engines.requests import EngineLimits
 from engines.transformers_engine import TransformersEngine
 from evaluation.corpora import load_corpus
 from evaluation.perplexity import measure_perplexity, windows_of
@@ -103,6 +105,32 @@ def test_perplexity_is_that_of_transformers(
         total += engine.score(request).scores[0].logprob
     perplexity = math.exp(-total / windows.protocol.num_tokens)
     assert perplexity == pytest.approx(expected.value, rel=tolerance)
+
+
+def test_in_bfloat16_greedy_is_the_same_however_it_comes_about(real_model_dir: Path) -> None:
+    """Alone, among 16, with prompts in pieces, from a found prefix, and after preemptions."""
+    library = native_library()
+    if isinstance(library, str) or not library.has_amx:
+        pytest.skip("without AMX long passes run torch's products, whose sums depend on the rows")
+
+    def load(**limits: int) -> NativeEngine:
+        return NativeEngine.load("smollm2", real_model_dir, limits=EngineLimits(**limits))
+
+    texts = [*PROMPTS, *(f"{PROMPTS[7]} {prompt} {prompt}" for prompt in PROMPTS)]
+    prompts = _encode(real_model_dir, texts)
+    engine = load()
+    alone = [_run(engine, [prompt])[0] for prompt in prompts]
+    engine = load()
+    assert _run(engine, prompts) == alone
+    assert engine.stats().preemptions_total == 0
+    hits = engine.stats().prefix_cache_hits_total
+    assert _run(engine, prompts) == alone
+    assert engine.stats().prefix_cache_hits_total > hits
+    assert _run(load(max_num_batched_tokens=16), prompts) == alone
+    block_bytes = 2 * 30 * 3 * 64 * 16 * 2  # of 30 layers with 3 heads of 64, 16 tokens, 2 bytes
+    tight = load(kv_cache_bytes=8 * block_bytes)
+    assert _run(tight, prompts) == alone
+    assert tight.stats().preemptions_total > 0
 
 
 @pytest.mark.anyio

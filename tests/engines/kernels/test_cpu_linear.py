@@ -298,6 +298,8 @@ def test_tiles_by_hand() -> None:
     assert torch.equal(tiles_BPL2[1, 16, 0], torch.tensor([weight_OI[16, 32], 0]))
     assert not tiles_BPL2[1, :, 1:].any()
     assert not tiles_BPL2[:, 17:].any()
+    indices = torch.tensor([16, 0, 3, 16])
+    assert torch.equal(pack_tiles(weight_OI).rows(indices), weight_OI[indices])
 
 
 def test_float32_is_never_approximated() -> None:

@@ -218,8 +218,7 @@ def _sample(stage: Stage, weight_OI: Any, x_RI: Any, gram_II: Any) -> Callable[[
             options = {"symmetric": stage.symmetric, **in_float32}
             size = stage.group_size
             if stage.method == "gptq":
-                act_order = not stage.symmetric
-                return lambda: gptq(weight_OI, gram_II, size, act_order=act_order, **options)
+                return lambda: gptq(weight_OI, gram_II, size, **options)
             if stage.method == "awq":
                 mean_I = x_RI.abs().mean(dim=0).double()
                 return lambda: search_scale([weight_OI], gram_II, mean_I, size, **options)

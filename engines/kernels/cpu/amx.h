@@ -47,11 +47,22 @@ LATHE_INLINE void multiply_int8() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
-// A thread's use of tiles, while the object lives. Tiles that hold nothing are not saved when the thread is switched.
+// A thread's use of tiles. Tiles that hold nothing are not saved when the thread is switched, so they are released.
 class Tiles {
    public:
+    Tiles() = default;
+    ~Tiles() {
+        if (num_rows_) asm volatile("tilerelease");
+    }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+
+    // Needed before the first tile, and costly enough to be left out where nothing changes.
     // num_rows: of A and C. row_bytes: of A; B has as many lines as that is words.
-    Tiles(int num_rows, int row_bytes) {
+    void configure(int num_rows, int row_bytes) {
+        if (num_rows == num_rows_ && row_bytes == row_bytes_) return;
+        num_rows_ = num_rows;
+        row_bytes_ = row_bytes;
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
@@ -64,13 +75,19 @@ class Tiles {
         }
         asm volatile("ldtilecfg %0" ::"m"(config));
     }
-    ~Tiles() { asm volatile("tilerelease"); }
+
+   private:
+    int num_rows_ = 0, row_bytes_ = 0;
 };
 
 // Two vectors as one of bfloat16, to nearest even.
 LATHE_INLINE u16x32 pack_bf16(f32x16 low, f32x16 high) {
     return (u16x32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
+
+#else
+
+class Tiles {};
 
 #endif
 

@@ -89,7 +89,8 @@ void attend_with_amx(const LatheModel& model, const LatheLayer& layer, const Lat
     alignas(64) uint16_t weights[kStep / kDepth][kTile];        // A: [query][token]
     alignas(64) uint16_t pairs[kStep / kDepth][2 * kMaxTiles][kTile];  // B: values of two tokens
     alignas(64) float products[2 * kMaxTiles][kLanes][kLanes];
-    const Tiles tiles(kLanes, 64);
+    Tiles tiles;
+    tiles.configure(kLanes, 64);
     for (int step = begin; step < end; step += kStep) {
         const int num_tokens = std::min(kStep, end - step), num_blocks = (num_tokens + kBlock - 1) / kBlock;
         const int num_halves = (num_blocks + 1) / 2;

@@ -51,13 +51,13 @@ void dense_blocks(const Work& work, int row, const uint16_t* unit_0, const uint1
                         load_lanes(products[r / kLanes * 2 + unit][r % kLanes]));
 }
 
-void dense(const Work& work) {
+void dense(const Work& work, Tiles& tiles) {
     const int depth = ceil_div(work.segment.in_features, kDepth);
     const size_t unit_size = size_t(depth) * kTile;
     const auto* unit_0 =
         static_cast<const uint16_t*>(work.segment.weight) + work.output / kLanes * unit_size;
     const uint16_t* unit_1 = work.num_outputs() > kLanes ? unit_0 + unit_size : unit_0;
-    const Tiles tiles(std::min(work.row_end - work.row, kLanes), 64);
+    tiles.configure(std::min(work.row_end - work.row, kLanes), 64);
     for (int row = work.row; row < work.row_end; row += 2 * kLanes)
         row + kLanes < work.row_end ? dense_blocks<true>(work, row, unit_0, unit_1, depth)
                                     : dense_blocks<false>(work, row, unit_0, unit_1, depth);
@@ -143,7 +143,7 @@ LATHE_INLINE void quantized_blocks(const Work& work, int row, const int8_t* unit
                         load_lanes(sums[r / kLanes * 2 + u][r % kLanes]));
 }
 
-void quantized(const Work& work) {
+void quantized(const Work& work, Tiles& tiles) {
     const LatheSegment& segment = work.segment;
     thread_local Buffer<int8_t> buffer;
     const size_t unit_size = size_t(segment.in_features) * kLanes;
@@ -152,7 +152,7 @@ void quantized(const Work& work) {
     for (int u = 0; u < num_units; u++)
         segment.kind == LATHE_INT4 ? unpack<true>(segment, work.output / kLanes + u, unpacked + u * unit_size)
                                    : unpack<false>(segment, work.output / kLanes + u, unpacked + u * unit_size);
-    const Tiles tiles(kLanes, kRowGroup);
+    tiles.configure(kLanes, kRowGroup);
     for (int row = work.row; row < work.row_end; row += 2 * kLanes)
         segment.scale_is_fp32 ? quantized_blocks<float>(work, row, unpacked, unpacked + unit_size)
                               : quantized_blocks<uint16_t>(work, row, unpacked, unpacked + unit_size);
@@ -171,8 +171,8 @@ bool has_amx() {
     return granted;
 }
 
-void multiply_with_amx(const Work& work) {
-    is_quantized(work.segment.kind) ? quantized(work) : dense(work);
+void multiply_with_amx(const Work& work, Tiles& tiles) {
+    is_quantized(work.segment.kind) ? quantized(work, tiles) : dense(work, tiles);
 }
 
 void round_for_amx(const float* x, int num_features, uint16_t* to) {
@@ -191,7 +191,7 @@ bool has_amx() {
     return false;
 }
 
-void multiply_with_amx(const Work&) {
+void multiply_with_amx(const Work&, Tiles&) {
     __builtin_unreachable();
 }
 

@@ -23,16 +23,23 @@ class Pool {
 
     int num_threads() const { return int(workers_.size()) + 1; }
 
-    // Call function(item) once for every item, in chunks that are worth handing over: about `kChunkNanoseconds` each at
-    // least, and no more than four to a thread, which evens out what threads lose to other processes.
+    // Call function(begin, end) for ranges of items, each worth handing over: about `kChunkNanoseconds` at least, and no
+    // more than four to a thread, which evens out what threads lose to other processes.
     template <class Function>
-    void run_items(int num_items, double item_nanoseconds, const Function& function) {
+    void run_ranges(int num_items, double item_nanoseconds, const Function& function) {
         const int even = (num_items + 4 * num_threads() - 1) / (4 * num_threads());
         const int worth = int(std::min(kChunkNanoseconds / item_nanoseconds, double(num_items))) + 1;
         const int per_chunk = std::max(even, worth);
         run((num_items + per_chunk - 1) / per_chunk, [&](int chunk) {
-            const int end = std::min((chunk + 1) * per_chunk, num_items);
-            for (int item = chunk * per_chunk; item < end; item++) function(item);
+            function(chunk * per_chunk, std::min((chunk + 1) * per_chunk, num_items));
+        });
+    }
+
+    // Call function(item) once for every item, in such ranges.
+    template <class Function>
+    void run_items(int num_items, double item_nanoseconds, const Function& function) {
+        run_ranges(num_items, item_nanoseconds, [&](int begin, int end) {
+            for (int item = begin; item < end; item++) function(item);
         });
     }
 

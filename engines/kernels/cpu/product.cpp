@@ -46,7 +46,7 @@ void multiply_stage(Pool& pool, const LatheLinear& linear, int stage, const Inpu
     }
     const double readings = ceil_div(std::min(num_rows, kRowsAtOnce), kRowsPerReading);
     const double nanoseconds = readings * num_bytes / num_pieces / kBytesPerNanosecond;
-    pool.run_items(num_slabs * num_pieces, nanoseconds, [&](int item) {
+    const auto compute = [&](int item, Tiles& tiles) {
         int piece = item % num_pieces, s = 0;
         for (;; s++) {
             if (linear.segments[s].stage != stage) continue;
@@ -64,7 +64,11 @@ void multiply_stage(Pool& pool, const LatheLinear& linear, int stage, const Inpu
                         .to = segment.into_middle ? middle : output,
                         .stride = segment.into_middle ? linear.middle_features : output_stride,
                         .add = add && !segment.into_middle};
-        uses_amx(segment, num_rows) ? multiply_with_amx(work) : multiply_with_vectors(work);
+        uses_amx(segment, num_rows) ? multiply_with_amx(work, tiles) : multiply_with_vectors(work);
+    };
+    pool.run_ranges(num_slabs * num_pieces, nanoseconds, [&](int begin, int end) {
+        Tiles tiles;
+        for (int item = begin; item < end; item++) compute(item, tiles);
     });
 }
 

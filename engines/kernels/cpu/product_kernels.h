@@ -57,8 +57,8 @@ void separate_pairs(const float* x, int num_features, float* to);
 // One row's features in symmetric INT8, a scale to a group of 32.
 void quantize_row(const float* x, int num_features, int8_t* codes, float* scales, int32_t* sums);
 
-// For `LATHE_BF16_TILES` and quantized weights, where `has_amx()`.
-void multiply_with_amx(const Work& work);
+// For `LATHE_BF16_TILES` and quantized weights, where `has_amx()`. tiles: of the thread.
+void multiply_with_amx(const Work& work, Tiles& tiles);
 // One row's features in bfloat16, 32 of them 32 bytes x 16 apart: blocks of 16 rows are tiles, one after the other.
 void round_for_amx(const float* x, int num_features, uint16_t* to);
 

@@ -123,7 +123,7 @@ def _speed(folder: Path, rounds: int) -> str:
         "",
         f"bfloat16, {PROMPT_TOKENS} prompt and {NEW_TOKENS} new tokens, greedy; medians of {rounds} interleaved rounds"
         f" and the range of the ratios; load average {os.getloadavg()[0]:.1f}."
-        f" Pass of few rows: {engine.info.kernels['pass of few rows']}.",
+        f" Pass: {engine.info.kernels['pass']}.",
         "The first row is the dense model; skipped shares count the warm-up, which skips nothing.",
         "",
         "| requests | target | rows skipped | tokens/s | ratio to dense | range |",

@@ -133,7 +133,7 @@ class NativeEngine:
             unsupported=("response_format", "regex") if isinstance(self._compiler, str) else (),
             kernels=_kernels(model)
             | {
-                "pass of few rows": _kernel(self._cpu_step),
+                "pass": _kernel(self._cpu_step),
                 "decode step": _kernel(self._decode_graphs),
             },
         )

@@ -332,7 +332,9 @@ def doctor(home: Path | None) -> None:
     from service.doctor import examine
 
     failed = False
-    for finding in examine(load_settings(home=home)):
+    settings = load_settings(home=home)
+    os.environ["LATHE_HOME"] = str(settings.home)  # the native library is looked for there
+    for finding in examine(settings):
         click.echo(f"{'ok ' if finding.ok else 'BAD'}  {finding.name:<24} {finding.text}")
         failed = failed or not finding.ok
     if failed:

@@ -65,7 +65,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding(name="cuda", text="no GPU; everything runs on the CPU")
     library = native_library()
     if isinstance(library, NativeLibrary):
-        text = f"{library.description}: dense and INT4 products, whole passes of few rows"
+        text = f"{library.description}: products and whole passes"
         yield Finding(name="kernels", text=text)
     else:
         yield Finding(name="kernels", text=f"torch's operations, because {library}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compression.checkpoint import open_checkpoint, verify_checkpoint
 from compression.hf import load_model
+from compression.pruning import two_four
 from compression.safetensors_header import CheckpointError
 from training.batches import collate, total_loss
 from training.data import DataError, Encoded, read_examples
@@ -155,8 +156,7 @@ def assert_only_declared_changes(
         if name not in before:  # codes became a weight
             assert kind in ("int4", "int8", "low_rank_int4"), name
             continue
-        if name.endswith((".bitmask", ".shape")):  # of 2:4 sparse weights: no zero moves
-            assert torch.equal(tensor, before[name]), name
+        if name.endswith((".bitmask", ".shape")):
             continue
         changed = not torch.equal(tensor, before[name])
         factor = name.endswith(("weight_u", "weight_v"))
@@ -168,11 +168,23 @@ def assert_only_declared_changes(
         elif changed is False:
             # a key's bias shifts all scores of a query alike, so that it has no gradient to speak of
             assert name.endswith("k_proj.bias"), name
+    if kind == "two_four":
+        for name in (name for name in before if name.endswith(".compressed")):
+            old, new = _decoded(before, name), _decoded(after, name)
+            assert not torch.equal(old, new), name
+            assert ((new == 0) | (old != 0)).all(), name  # zeros stay, and rounding may make more
     if kind == "pruned":
         for name, tensor in before.items():
             if "_proj.weight" in name:
                 assert ((after[name] == 0) | (tensor != 0)).all(), name
                 assert float((after[name] != 0).float().mean()) > 0.45
+
+
+def _decoded(stored: dict[str, Tensor], name: str) -> Tensor:
+    path = name.removesuffix("compressed")
+    return two_four.from_tensors(
+        {suffix: stored[path + suffix] for suffix in ("compressed", "bitmask", "shape")}
+    )
 
 
 def assert_near(predicted: MemoryLedger, measured: MemoryLedger) -> None:

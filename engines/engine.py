@@ -184,6 +184,7 @@ class NativeEngine:
         return min(fitting, self._limits.max_num_seqs * _blocks_per_request(model)) + 1
 
     def _take_model(self, model: DecoderModel) -> None:
+        release_memory()  # what loading worked with
         self._kv_cache = build_kv_cache(model, self._num_blocks)
         self._cpu_step = build_cpu_step(model, self._kv_cache)
         self._decode_graphs = build_decode_graphs(

@@ -36,6 +36,7 @@ LANES = 16
 GROUP_MULTIPLE = 32
 TILE_INPUTS = 32
 HEAD_GROUP_SIZE = 64
+QUANTIZED_ROWS = 4096  # of a head, at once in float32
 DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 
 NAMES = {
@@ -89,13 +90,18 @@ def pack_weight(quantized: QuantizedWeight) -> PackedWeight:
 
 def quantize_int8(weight_OI: Tensor, group_size: int) -> PackedWeight:
     """Round to nearest, symmetric: codes in [-127, 127], a bfloat16 scale to each group."""
-    groups_OGI = weight_OI.float().reshape(len(weight_OI), -1, group_size)
-    scale_OG = (groups_OGI.abs().amax(dim=2) / 127).bfloat16()
-    scale_OG[scale_OG == 0] = 1
-    codes_OGI = (groups_OGI / scale_OG.float()[..., None]).round().clamp(-127, 127)
-    codes_OI = codes_OGI.to(torch.int8).flatten(1)
+    codes, scales = [], []
+    for part_OI in torch.split(weight_OI, QUANTIZED_ROWS):
+        groups_OGI = part_OI.float().reshape(len(part_OI), -1, group_size)
+        scale_OG = (groups_OGI.abs().amax(dim=2) / 127).bfloat16()
+        scale_OG[scale_OG == 0] = 1
+        codes_OGI = (groups_OGI / scale_OG.float()[..., None]).round().clamp(-127, 127)
+        codes.append(codes_OGI.to(torch.int8).flatten(1))
+        scales.append(scale_OG)
     return _pack_int8_codes(
-        QuantizedWeight(codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=None, bits=8)
+        QuantizedWeight(
+            codes_OI=torch.cat(codes), scale_OG=torch.cat(scales), zero_point_OG=None, bits=8
+        )
     )
 
 
@@ -125,7 +131,7 @@ class TileWeight:
 
 def pack_tiles(weight_OI: Tensor) -> TileWeight:
     out_features, in_features = weight_OI.shape
-    padded_OI = F.pad(weight_OI, (0, -in_features % TILE_INPUTS, 0, -out_features % LANES))
+    padded_OI = _pad(weight_OI, TILE_INPUTS)
     pairs_BLP2 = padded_OI.view(-1, LANES, padded_OI.shape[1] // 2, 2)
     return TileWeight(
         out_features=out_features,
@@ -134,8 +140,10 @@ def pack_tiles(weight_OI: Tensor) -> TileWeight:
     )
 
 
-def _pad(values_OX: Tensor) -> Tensor:
-    return F.pad(values_OX, (0, 0, 0, -len(values_OX) % LANES))
+def _pad(values_OX: Tensor, input_multiple: int = 1) -> Tensor:
+    """To whole blocks of outputs, by zeros; the tensor itself where it has them."""
+    rows, columns = -len(values_OX) % LANES, -values_OX.shape[1] % input_multiple
+    return F.pad(values_OX, (0, columns, 0, rows)) if rows or columns else values_OX
 
 
 def _packed(kind: int, bytes_BLJ4: Tensor, quantized: QuantizedWeight) -> PackedWeight:

@@ -107,8 +107,8 @@ def test_bad_requests_only_get_4xx(real_service: Service) -> None:
 
 def test_schemathesis_finds_no_violation(quick_service: Service, tmp_path: Path) -> None:
     """Every check but one: a request may fit the schema and still be refused, as a token id above the
-    vocabulary, which no schema can say. Unloading and sleeping would leave other tests without a model; one that is being
-    loaded answers 503; and a stream of events lasts as long as its job, which may be paused.
+    vocabulary, which no schema can say. Unloading and sleeping would leave other tests without a model; one that is
+    being loaded answers 503; and a stream of events lasts as long as its job, which may be paused.
     """
     done = subprocess.run(
         [

@@ -19,16 +19,15 @@ from typing import Any
 import torch
 import transformers
 
-from compression.calibration import CalibrationTokens, sample_tokens
+from benchmarks.model import calibration_tokens, packaged_model
+from compression.calibration import CalibrationTokens
 from compression.checkpoint import Manifest
 from compression.hf import load_model, resident_bytes
-from compression.import_model import import_packaged
 from compression.pipeline import compress
 from compression.recipe import Calibration, parse_recipe
-from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.stages import StageError
 from evaluation.corpora import CORPORA, load_corpus
-from evaluation.perplexity import measure_perplexity, tokenize
+from evaluation.perplexity import measure_perplexity
 from evaluation.speed import compare_speed
 
 MODEL = "smollm2-135m"
@@ -69,7 +68,7 @@ def recipes() -> list[Recipe]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="default: HOME/compression-benchmark")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
@@ -77,15 +76,10 @@ def main() -> None:
         "--only", nargs="*", default=[""], help="Only recipes whose JSON has one of these in it."
     )
     arguments = parser.parse_args()
-    registry = ModelRegistry(arguments.home / "models")
-    try:
-        source = registry.get(MODEL).path
-    except ModelNotFoundError:
-        import_packaged(registry, MODEL)
-        source = registry.get(MODEL).path
+    arguments.work = arguments.work or arguments.home / "compression-benchmark"
+    source = packaged_model(MODEL, arguments.home)
     settings = Calibration(samples=arguments.samples, length=arguments.length)
-    corpus = load_corpus(settings.corpus)
-    tokens = sample_tokens(tokenize(source, corpus)[0], settings, sha256=corpus.sha256)
+    tokens = calibration_tokens(source, settings)
     arguments.work.mkdir(parents=True, exist_ok=True)
     dense = load_model(source)
     original = arguments.work / "original.json"

@@ -27,14 +27,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from compression.calibration import CalibrationTokens, sample_tokens  # noqa: E402
+from benchmarks.model import calibration_tokens, packaged_model  # noqa: E402
+from compression.calibration import CalibrationTokens  # noqa: E402
 from compression.hf import load_model  # noqa: E402
-from compression.import_model import import_packaged  # noqa: E402
 from compression.pipeline import compress  # noqa: E402
 from compression.recipe import Calibration, parse_recipe  # noqa: E402
-from compression.registry import ModelNotFoundError, ModelRegistry  # noqa: E402
 from evaluation.corpora import CORPORA, load_corpus  # noqa: E402
-from evaluation.perplexity import measure_perplexity, tokenize  # noqa: E402
+from evaluation.perplexity import measure_perplexity  # noqa: E402
 
 MODEL = "smollm2-135m"
 RESULTS = Path(__file__).parent / "results"
@@ -67,15 +66,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--sides", nargs="*", default=["lathe", "peer"])
     arguments = parser.parse_args()
-    registry = ModelRegistry(arguments.home / "models")
-    try:
-        source = registry.get(MODEL).path
-    except ModelNotFoundError:
-        import_packaged(registry, MODEL)
-        source = registry.get(MODEL).path
+    source = packaged_model(MODEL, arguments.home)
     settings = Calibration(samples=arguments.samples, length=arguments.length)
-    corpus = load_corpus(settings.corpus)
-    tokens = sample_tokens(tokenize(source, corpus)[0], settings, sha256=corpus.sha256)
+    tokens = calibration_tokens(source, settings)
     arguments.work.mkdir(parents=True, exist_ok=True)
     (arguments.work / "tokens.json").write_text(json.dumps(tokens.ids_NS.tolist()))
     original = arguments.work / "original.json"

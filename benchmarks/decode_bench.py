@@ -35,11 +35,9 @@ import transformers  # noqa: E402
 
 from benchmarks.decode_kernels import read_bandwidth  # noqa: E402
 from benchmarks.ffn_skip import calibrated  # noqa: E402
-from compression.calibration import sample_tokens  # noqa: E402
-from compression.import_model import import_packaged  # noqa: E402
+from benchmarks.model import calibration_tokens, packaged_model  # noqa: E402
 from compression.pipeline import compress  # noqa: E402
 from compression.recipe import Calibration, parse_recipe  # noqa: E402
-from compression.registry import ModelNotFoundError, ModelRegistry  # noqa: E402
 from engines.engine import NativeEngine  # noqa: E402
 from engines.kernels.linear import Linear  # noqa: E402
 from engines.kernels.metadata import BLOCK_SIZE  # noqa: E402
@@ -153,12 +151,7 @@ def main() -> None:
 
 def make_variants(home: Path, model: str) -> dict[str, Path]:
     """Checkpoints of every kind, by name; those that are there are not made again."""
-    registry = ModelRegistry(home / "models")
-    try:
-        source = registry.get(model).path
-    except ModelNotFoundError:
-        import_packaged(registry, model)
-        source = registry.get(model).path
+    source = packaged_model(model, home)
     root = home / "decode-bench" / model
     folders = {DENSE: source}
     for index, (name, stages) in enumerate(RECIPES.items()):
@@ -174,8 +167,7 @@ def _compress(source: Path, model: str, stages: list[Any], destination: Path) ->
     tokens = None
     if recipe.calibrated:
         settings = Calibration(samples=32, length=512)
-        corpus = load_corpus(settings.corpus)
-        tokens = sample_tokens(tokenize(source, corpus)[0], settings, sha256=corpus.sha256)
+        tokens = calibration_tokens(source, settings)
     compress(source, destination, recipe, source_id=model, calibration=tokens)
 
 

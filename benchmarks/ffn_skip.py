@@ -21,8 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from compression.import_model import import_packaged
-from compression.registry import ModelNotFoundError, ModelRegistry
+from benchmarks.model import packaged_model
 from engines.engine import NativeEngine
 from engines.protocol import GenerateRequest, SamplingParams, Skip
 from evaluation.skip import to_markdown
@@ -45,16 +44,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    registry = ModelRegistry(arguments.home / "models")
-    try:
-        source = registry.get(arguments.model)
-    except ModelNotFoundError:
-        import_packaged(registry, arguments.model)
-        source = registry.get(arguments.model)
+    source = packaged_model(arguments.model, arguments.home)
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = Path(temporary) / "checkpoint"
         report = calibrated(
-            source.path, checkpoint, TARGETS, arguments.samples, arguments.length, arguments.job
+            source, checkpoint, TARGETS, arguments.samples, arguments.length, arguments.job
         )
         speed = _speed(checkpoint, arguments.rounds)
     commit = subprocess.run(

@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.model import calibration_tokens, packaged_model
 from benchmarks.pruning_methods import (
     GROUP_SIZE,
     MODEL_DTYPE,
@@ -26,12 +27,9 @@ from benchmarks.pruning_methods import (
     gptq_int4,
     nearest,
 )
-from compression.calibration import sample_tokens
 from compression.hf import load_model
-from compression.import_model import import_packaged
 from compression.quantization.int4 import dequantize, round_to_nearest
 from compression.recipe import Calibration
-from compression.registry import ModelNotFoundError, ModelRegistry
 from evaluation.corpora import CORPORA, STATE_OF_THE_UNION, WIKIPEDIA_SUMMARIES, load_corpus
 from evaluation.perplexity import measure_perplexity, tokenize
 
@@ -95,12 +93,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args()
-    registry = ModelRegistry(arguments.home / "models")
-    try:
-        source = registry.get("smollm2-135m").path
-    except ModelNotFoundError:
-        import_packaged(registry, "smollm2-135m")
-        source = registry.get("smollm2-135m").path
+    source = packaged_model("smollm2-135m", arguments.home)
     original = load_model(source, dtype=MODEL_DTYPE)
     model = finetune(source, arguments.steps)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -126,9 +119,7 @@ def main() -> None:
 
 def calibration(source: Path, name: str, arguments: argparse.Namespace) -> list[Tensor]:
     settings = Calibration(corpus=name, samples=arguments.samples, length=arguments.length)
-    corpus = load_corpus(name)
-    ids = tokenize(source, corpus)[0]
-    tokens = sample_tokens(ids, settings, sha256=corpus.sha256)
+    tokens = calibration_tokens(source, settings)
     return list(torch.split(tokens.ids_NS, 4))
 
 

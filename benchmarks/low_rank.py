@@ -16,17 +16,16 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.model import calibration_tokens, packaged_model
 from compression.block import list_blocks, load_block
-from compression.calibration import BlockRunner, require_gram, sample_tokens
+from compression.calibration import BlockRunner, require_gram
 from compression.checkpoint import open_checkpoint
 from compression.hf import load_model
-from compression.import_model import import_packaged
 from compression.low_rank.factors import Spectrum, factor, spectrum
 from compression.low_rank.ranks import RankChoice, choose_ranks, uniform_ranks
 from compression.recipe import Calibration
-from compression.registry import ModelNotFoundError, ModelRegistry
 from evaluation.corpora import CORPORA, load_corpus
-from evaluation.perplexity import measure_perplexity, tokenize
+from evaluation.perplexity import measure_perplexity
 
 MODEL = "smollm2-135m"
 RESULTS = Path(__file__).parent / "results"
@@ -40,12 +39,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args()
-    registry = ModelRegistry(arguments.home / "models")
-    try:
-        source = registry.get(MODEL).path
-    except ModelNotFoundError:
-        import_packaged(registry, MODEL)
-        source = registry.get(MODEL).path
+    source = packaged_model(MODEL, arguments.home)
     path = RESULTS / f"low_rank_{MODEL}_{platform.machine()}_{datetime.date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     model = load_model(source, dtype=torch.float32)
@@ -73,9 +67,7 @@ def decompose(source: Path, calibration: argparse.Namespace | None) -> dict[str,
     runner = None
     if calibration is not None:
         settings = Calibration(samples=calibration.samples, length=calibration.length)
-        corpus = load_corpus(settings.corpus)
-        ids = tokenize(source, corpus)[0]
-        tokens = sample_tokens(ids, settings, sha256=corpus.sha256)
+        tokens = calibration_tokens(source, settings)
         runner = BlockRunner(source, checkpoint, tokens.ids_NS)
     found = {}
     for names in list_blocks(checkpoint):

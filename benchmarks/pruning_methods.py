@@ -19,8 +19,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.model import packaged_model
 from compression.hf import load_model
-from compression.import_model import import_packaged
 from compression.pruning.magnitude import magnitude_keep_mask
 from compression.pruning.masks import NM, Sparsity
 from compression.pruning.sparsegpt import sparsegpt
@@ -29,7 +29,6 @@ from compression.quantization.awq import divide_outputs, search_scale, value_sou
 from compression.quantization.gptq import DAMPENING, gptq
 from compression.quantization.int4 import dequantize, round_to_nearest
 from compression.quantization.ranges import round_in_best_range
-from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.statistics import InputStatistics
 from evaluation.corpora import (
     STATE_OF_THE_UNION,
@@ -278,12 +277,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--only", default="", help="methods whose name contains this")
     options = parser.parse_args()
-    registry = ModelRegistry(Path.home() / ".cache" / "lathe" / "models")
-    try:
-        source = registry.get("smollm2-135m").path
-    except ModelNotFoundError:
-        import_packaged(registry, "smollm2-135m")
-        source = registry.get("smollm2-135m").path
+    source = packaged_model("smollm2-135m")
     calibration, corpora = load_texts(options.text)
     batches = calibration_batches(source, calibration, options)
     model = load_model(source, dtype=MODEL_DTYPE)

@@ -24,16 +24,15 @@ from typing import Any
 import torch
 import transformers
 
-from compression.calibration import sample_tokens
+from benchmarks.model import calibration_tokens, packaged_model
 from compression.checkpoint import read_manifest
 from compression.hf import load_model
-from compression.import_model import import_folder, import_packaged
+from compression.import_model import import_folder
 from compression.pipeline import compress
 from compression.recipe import Calibration, parse_recipe
-from compression.registry import ModelNotFoundError, ModelRegistry
+from compression.registry import ModelRegistry
 from engines.process import set_openmp_environment
 from evaluation.corpora import load_corpus
-from evaluation.perplexity import tokenize
 from training.batches import Batch, collate, total_loss
 from training.data import Encoded, pack_rows, read_examples
 from training.methods import prepare
@@ -95,12 +94,7 @@ def main() -> None:
     parser.add_argument("--pretrain-steps", type=int, default=300)
     parser.add_argument("--shape", choices=SHAPES, default="toy")
     arguments = parser.parse_args()
-    registry = ModelRegistry(arguments.home / "models")
-    try:
-        source = registry.get(MODEL).path
-    except ModelNotFoundError:
-        import_packaged(registry, MODEL)
-        source = registry.get(MODEL).path
+    source = packaged_model(MODEL, arguments.home)
     work = arguments.home / "training-benchmark"
     work.mkdir(exist_ok=True)
     runs = Runs(arguments, source, work)
@@ -247,9 +241,7 @@ class Runs:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             settings = Calibration(samples=8, length=256)
-            corpus = load_corpus(settings.corpus)
-            ids = tokenize(self.source, corpus)[0]
-            tokens = sample_tokens(ids, settings, sha256=corpus.sha256)
+            tokens = calibration_tokens(self.source, settings)
             stage = {"err": 0.5, "count": "all", "calibration": "activation"}
             recipe = parse_recipe([{"welore": stage}])
             compress(self.source, folder, recipe, source_id=MODEL, calibration=tokens)

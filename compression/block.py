@@ -3,7 +3,6 @@
 Shapes: O output channels, I input channels, K rank.
 """
 
-import ctypes
 import math
 import re
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from compression.encoding import (
     encode_two_four,
     to_dense,
 )
+from compression.memory import trim_heap
 from compression.quantization.int4 import QuantizedWeight
 from compression.safetensors_header import CheckpointError
 
@@ -160,14 +160,6 @@ def list_blocks(checkpoint: Checkpoint) -> list[BlockNames]:
 def is_finite(tensor: Tensor) -> bool:
     """In one pass and without a copy, which `torch.isfinite` makes several of."""
     return all(math.isfinite(extreme) for extreme in tensor.aminmax())
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system. glibc keeps tensors of a few MB in its heap, which grows from block to
-    block as they fragment it (by half of the model in the end)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def load_block(checkpoint: Checkpoint, names: BlockNames) -> Block:

@@ -10,6 +10,7 @@ them for want of a weights file of a telling name; once this module is imported 
 import inspect
 import json
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compression.checkpoint import (
+    LAYER_SHAPES,
     Checkpoint,
     LayerShape,
     Matrix,
@@ -38,6 +40,11 @@ LATHE_ONLY: dict[str, Any] = {
 MAX_REASON = 300
 FINGERPRINT_TOKENS = 16
 FINGERPRINT_LOGITS = 8
+
+
+def is_lathe_only(config: Mapping[str, Any], kinds: Collection[str]) -> bool:
+    """Whether `LATHE_ONLY` marks a checkpoint of these kinds of matrices: plain transformers cannot express it."""
+    return "low_rank" in kinds or "two_four" in kinds or LAYER_SHAPES in config
 
 
 def load_model(

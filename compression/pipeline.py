@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compression.block import Block, BlockNames, list_blocks, load_block, trim_heap
+from compression.block import Block, BlockNames, is_finite, list_blocks, load_block
 from compression.calibration import BlockRunner, CalibrationTokens
 from compression.checkpoint import (
     LAYER_SHAPES,
@@ -30,7 +30,8 @@ from compression.checkpoint import (
     open_checkpoint,
     write_manifest,
 )
-from compression.hf import LATHE_ONLY, check_config, read_config
+from compression.hf import LATHE_ONLY, check_config, is_lathe_only, read_config
+from compression.memory import trim_heap
 from compression.quantization.int4 import quantization_config
 from compression.recipe import Int4, Int8, Recipe, RecipeError, Stage, parse_recipe
 from compression.safetensors_header import CheckpointError
@@ -323,7 +324,7 @@ class _StageRun:
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise CheckpointError(f"{name} has values that are not finite")
     return tensor
 
@@ -353,7 +354,7 @@ def _configure(
     if LAYER_SHAPES in plan:
         config[LAYER_SHAPES] = plan[LAYER_SHAPES]
     kinds = {matrix.linear.kind for matrix in matrices}
-    if kinds & {"low_rank", "two_four"} or LAYER_SHAPES in config:
+    if is_lathe_only(config, kinds):
         config |= LATHE_ONLY
     elif isinstance(stage, Int4 | Int8):
         ignore = [matrix.name for matrix in matrices if matrix.linear.kind == "dense"]

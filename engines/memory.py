@@ -1,15 +1,13 @@
 """Memory of an engine process: how much a cache may take, and giving back what was freed."""
 
-import ctypes
 import gc
-import logging
 import os
 
 import torch
 
-DEFAULT_KV_CACHE_BYTES = 2 * 2**30
+from compression.memory import trim_heap
 
-logger = logging.getLogger("lathe.engine")
+DEFAULT_KV_CACHE_BYTES = 2 * 2**30
 
 
 def default_kv_cache_bytes(device: torch.device) -> int:
@@ -32,7 +30,4 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        logger.info("this C library has no malloc_trim")
+    trim_heap()

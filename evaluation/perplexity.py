@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from compression.block import trim_heap
+from compression.memory import trim_heap
 from evaluation.corpora import Corpus
 
 PIECE_CHARACTERS = 200_000

@@ -9,7 +9,7 @@ import anyio
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from jobs.states import TERMINAL_STATUSES, InvalidTransitionError
+from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
 from jobs.store import Event, Job, JobNotFoundError
 from service.auth import Identity
 from service.deps import AppState
@@ -29,6 +29,33 @@ async def find_job(job_id: str, state: AppState, identity: Identity) -> Job:
     if job is None or identity.sees not in (None, job.owner):
         raise ApiError("job_not_found", f"no job {job_id[:100]!r}", "job_id")
     return job
+
+
+async def list_page(
+    state: AppState,
+    identity: Identity,
+    *,
+    after: str | None,
+    limit: int,
+    type: str | None = None,
+    status: JobStatus | None = None,
+) -> tuple[list[Job], bool]:
+    """At most `limit` jobs behind `after`, newest first, and whether there are more.
+
+    Raises:
+        ApiError: job_not_found, there is no job `after`.
+    """
+
+    def query() -> list[Job]:
+        return state.jobs.list_jobs(
+            owner=identity.sees, type=type, status=status, after=after, limit=limit + 1
+        )
+
+    try:
+        jobs = await anyio.to_thread.run_sync(query)
+    except JobNotFoundError:
+        raise ApiError("job_not_found", "no such job", "after") from None
+    return jobs[:limit], len(jobs) > limit
 
 
 async def ask_job(request: Request, job_id: str, state: AppState, identity: Identity) -> Job:

@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compression.checkpoint import (
-    LAYER_SHAPES,
     Checkpoint,
     CheckpointWriter,
     DenseLinear,
@@ -24,13 +22,12 @@ from compression.checkpoint import (
     checkpoint_hash,
     write_manifest,
 )
-from compression.encoding import encode_two_four
-from compression.hf import LATHE_ONLY, read_config
+from compression.encoding import DTYPES, encode_two_four
+from compression.hf import LATHE_ONLY, is_lathe_only, read_config
 from training.methods import TrainableModel
 from training.spec import has_codes
 
 JsonObject = dict[str, Any]
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_result(
@@ -66,7 +63,7 @@ def write_result(
         has_codes(row.linear) and not trained.is_trained(row.name) for row in before.matrices
     )
     kinds = {row.linear.kind for row in before.matrices}
-    if kinds & {"low_rank", "two_four"} or LAYER_SHAPES in config:
+    if is_lathe_only(config, kinds):
         config |= LATHE_ONLY
     elif not codes_left:
         config.pop("quantization_config", None)
@@ -125,4 +122,4 @@ def _trained_matrix(
 
 
 def _stored(tensor: Tensor, dtype: str) -> Tensor:
-    return tensor.detach().to("cpu", _DTYPES[dtype]).contiguous()
+    return tensor.detach().to("cpu", DTYPES[dtype]).contiguous()

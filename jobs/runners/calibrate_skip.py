@@ -34,13 +34,13 @@ from compression.ffn_skip.rule import SkipRule
 from compression.ffn_skip.substitute import Fitted
 from compression.ffn_skip.traffic import WeightTraffic, weight_traffic
 from compression.hf import check_fingerprint, load_model, read_config
-from compression.registry import ModelEntry, ModelExistsError, ModelNotFoundError, ModelRegistry
+from compression.registry import ModelEntry, ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from evaluation.corpora import STATE_OF_THE_UNION, CorpusError, load_corpus
 from evaluation.skip import POLICIES, SkipTrial, to_markdown
 from jobs.context import JobFailedError, RunnerContext
 from jobs.runners.calibration import calibration_tokens
-from jobs.runners.earlier import earlier_report
+from jobs.runners.registration import earlier_report, register_output
 from jobs.store import JsonObject
 
 REPORT_NAMES = ("report.json", "report.md")
@@ -64,7 +64,6 @@ def run(context: RunnerContext) -> JsonObject:
     spec = context.spec
     finished = earlier_report(context, registry)
     if finished is not None:
-        context.event("an earlier attempt had finished; its model is registered")
         return _result(spec["output"], finished)
     try:
         source = registry.get(spec["model"])
@@ -93,12 +92,7 @@ def run(context: RunnerContext) -> JsonObject:
     problems = verify_checkpoint(folder).problems
     if problems:
         raise JobFailedError("bad_data", f"the written checkpoint is unsound: {problems[0]}")
-    context.check_cancelled()
-    try:
-        registry.register(folder, spec["output"])
-    except ModelExistsError:
-        raise JobFailedError("model_exists", f"model {spec['output']!r} exists already") from None
-    context.event(f"registered {spec['output']}")
+    register_output(context, registry, folder)
     return _result(spec["output"], report)
 
 

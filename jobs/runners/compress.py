@@ -19,7 +19,7 @@ from compression.checkpoint import Manifest, read_manifest, verify_checkpoint, w
 from compression.hf import check_fingerprint, fingerprint, load_model, read_config, resident_bytes
 from compression.pipeline import compress
 from compression.recipe import parse_recipe
-from compression.registry import ModelExistsError, ModelNotFoundError, ModelRegistry
+from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from compression.stages import SPECTRA_NAME, StageError
 from evaluation.corpora import CORPORA, CorpusError, load_corpus
@@ -35,7 +35,7 @@ from evaluation.report import (
 from evaluation.speed import Speed, compare_speed
 from jobs.context import JobFailedError, RunnerContext, finite
 from jobs.runners.calibration import calibration_tokens
-from jobs.runners.earlier import earlier_report
+from jobs.runners.registration import earlier_report, register_output
 from jobs.store import JsonObject
 
 REPORT_NAMES = ("report.json", "report.md", "report.html")
@@ -57,7 +57,6 @@ def run(context: RunnerContext) -> JsonObject:
     spec = context.spec
     finished = earlier_report(context, registry)
     if finished is not None:
-        context.event("an earlier attempt had finished; its model is registered")
         artifacts = sorted(path.name for path in context.artifacts.iterdir())
         return _result(spec["output"], finished, artifacts)
     try:
@@ -74,13 +73,8 @@ def run(context: RunnerContext) -> JsonObject:
         raise JobFailedError("bad_recipe", str(error)) from error
     artifacts = _write_report(context, report)
     _check_gate(context, folder, report, artifacts)
-    context.check_cancelled()
-    try:
-        registry.register(folder, spec["output"])
-    except ModelExistsError:
-        raise JobFailedError("model_exists", f"model {spec['output']!r} exists already") from None
+    register_output(context, registry, folder)
     shutil.rmtree(_work(context), ignore_errors=True)
-    context.event(f"registered {spec['output']}")
     return _result(spec["output"], report, artifacts)
 
 

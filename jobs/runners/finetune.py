@@ -20,7 +20,7 @@ import torch
 
 from compression.checkpoint import read_manifest, verify_checkpoint, write_manifest
 from compression.hf import check_fingerprint, fingerprint, load_model, read_config
-from compression.registry import ModelEntry, ModelExistsError, ModelNotFoundError, ModelRegistry
+from compression.registry import ModelEntry, ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from evaluation.corpora import CORPORA, CorpusError, load_corpus
 from evaluation.perplexity import compare_models
@@ -30,7 +30,7 @@ from evaluation.training_report import to_html, to_markdown
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext, finite
 from jobs.files import FileInfo, FileStore, UploadNotFoundError
 from jobs.memory import too_large
-from jobs.runners.earlier import earlier_report
+from jobs.runners.registration import earlier_report, register_output
 from jobs.store import JsonObject
 from training.data import DataError
 from training.ledger import predict_memory
@@ -63,7 +63,6 @@ def run(context: RunnerContext) -> JsonObject:
     registry = ModelRegistry(context.home / "models")
     finished = earlier_report(context, registry)
     if finished is not None:
-        context.event("an earlier attempt had finished; its model is registered")
         artifacts = sorted(path.name for path in context.artifacts.iterdir())
         return _result(context.spec["output"], finished, artifacts)
     try:
@@ -85,14 +84,7 @@ def run(context: RunnerContext) -> JsonObject:
         raise JobCancelledError(context.job_id) from None
     report["result_file"] = _write_result_file(context, report, data["training_file"][0].owner)
     artifacts = _write_report(context, report)
-    context.check_cancelled()
-    try:
-        registry.register(_output(context), context.spec["output"])
-    except ModelExistsError:
-        raise JobFailedError(
-            "model_exists", f"model {context.spec['output']!r} exists already"
-        ) from None
-    context.event(f"registered {context.spec['output']}")
+    register_output(context, registry, _output(context))
     return _result(context.spec["output"], report, artifacts)
 
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from pydantic import ConfigDict, Field
 
 from jobs.states import JobStatus
-from jobs.store import Event, Job, JobNotFoundError
+from jobs.store import Event, Job
 from service.auth import Identity
 from service.deps import (
     AppState,
@@ -25,7 +25,7 @@ from service.deps import (
 )
 from service.errors import ApiError, error_responses
 from service.idempotency import resource_id
-from service.job_requests import ask_job, find_job, follow_job, wants_events
+from service.job_requests import ask_job, find_job, follow_job, list_page, wants_events
 from service.sse import EVENT_STREAM
 from service.submission import read_config, submit
 from training.spec import METHODS
@@ -333,19 +333,8 @@ async def list_fine_tuning_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> FineTuningJobList:
     """Finetuning jobs, newest first, those of `/v1/jobs` among them."""
-
-    def query() -> list[Job]:
-        return state.jobs.list_jobs(
-            owner=identity.sees, type="finetune", after=after, limit=limit + 1
-        )
-
-    try:
-        jobs = await anyio.to_thread.run_sync(query)
-    except JobNotFoundError:
-        raise ApiError("job_not_found", "no such job", "after") from None
-    return FineTuningJobList(
-        data=[_object(job) for job in jobs[:limit]], has_more=len(jobs) > limit
-    )
+    jobs, has_more = await list_page(state, identity, after=after, limit=limit, type="finetune")
+    return FineTuningJobList(data=[_object(job) for job in jobs], has_more=has_more)
 
 
 async def _find(job_id: str, state: AppState, identity: Identity) -> Job:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.spec import SPECS
 from jobs.states import JobStatus
-from jobs.store import Event, Job, JobNotFoundError
+from jobs.store import Event, Job
 from service.deps import (
     AppState,
     IdempotencyKey,
@@ -23,7 +23,7 @@ from service.deps import (
 )
 from service.errors import ApiError, error_responses
 from service.idempotency import resource_id
-from service.job_requests import ask_job, find_job, follow_job, wants_events
+from service.job_requests import ask_job, find_job, follow_job, list_page, wants_events
 from service.sse import EVENT_STREAM
 from service.submission import submit
 
@@ -182,24 +182,13 @@ async def list_jobs(
     status: JobStatus | None = None,
 ) -> JobList:
     """Jobs, newest first."""
-
-    def query() -> list[Job]:
-        return state.jobs.list_jobs(
-            owner=identity.sees,
-            type=type,
-            status=status,
-            after=after,
-            limit=limit + 1,
-        )
-
-    try:
-        jobs = await anyio.to_thread.run_sync(query)
-    except JobNotFoundError:
-        raise ApiError("job_not_found", "no such job", "after") from None
-    page = [_job(job) for job in jobs[:limit]]
+    jobs, has_more = await list_page(
+        state, identity, after=after, limit=limit, type=type, status=status
+    )
+    page = [_job(job) for job in jobs]
     return JobList(
         data=page,
-        has_more=len(jobs) > limit,
+        has_more=has_more,
         first_id=page[0].id if page else None,
         last_id=page[-1].id if page else None,
     )

@@ -5,8 +5,9 @@ Markdown.
 
 `dense` trains the model on the State of the Union speeches by every method, and by galore-torch and peft with torch's
 own AdamW on the same rows; `low_rank` does so after WeLore at 50 %; `pretrain` starts from random weights in GaLore's
-shapes; `step_time` runs steps of GaLore and Q-GaLore in turns. Rows are kept in a JSON file beside the page, so parts
-can be run one by one, and a run that is stopped leaves what it measured.
+shapes and reads Wikipedia summaries, none of them twice; `step_time` runs steps of GaLore and Q-GaLore in turns. Rows
+are kept in a JSON file beside the page, so parts can be run one by one, and a run that is stopped leaves what it
+measured.
 """
 
 import argparse
@@ -46,7 +47,9 @@ CPU = torch.device("cpu")
 RANK = 128
 # (hidden, feed-forward, heads, layers), of which "60m" is GaLore's; "toy" is what a CPU does in minutes.
 SHAPES = {"toy": (128, 344, 4, 4), "60m": (512, 1376, 8, 8)}
+HELD_OUT_EVERY = 40
 Row = dict[str, Any]
+Data = tuple[Path, Path]
 
 
 def methods(part: str) -> dict[str, Row]:
@@ -91,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pretrain-steps", type=int, default=300)
+    parser.add_argument("--pretrain-steps", type=int, default=600)
     parser.add_argument("--shape", choices=SHAPES, default="toy")
     arguments = parser.parse_args()
     source = packaged_model(MODEL, arguments.home)
@@ -107,7 +110,7 @@ class Runs:
 
     def __init__(self, arguments: argparse.Namespace, source: Path, work: Path) -> None:
         self.arguments, self.source, self.work = arguments, source, work
-        self.train, self.held_out = write_data(work)
+        self.speeches = write_speeches(work)
         stem = f"training_{MODEL}_{platform.machine()}_{datetime.date.today()}"
         self.path = RESULTS / f"{stem}.md"
         self.json_path = RESULTS / f"{stem}.json"
@@ -135,7 +138,9 @@ class Runs:
         }
         return parse_settings({**shared, **changes, **options})
 
-    def run(self, part: str, name: str, source: Path, settings: FinetuneSettings) -> None:
+    def run(
+        self, part: str, name: str, source: Path, settings: FinetuneSettings, data: Data
+    ) -> None:
         if not self.wanted(name):
             return
         output, work = self.work / "output", self.work / "run"
@@ -151,8 +156,8 @@ class Runs:
             output,
             work,
             settings=settings,
-            train=self.train,
-            evaluation=self.held_out,
+            train=data[0],
+            evaluation=data[1],
             source_id=MODEL,
             hooks=Hooks(on_metrics=show),
         )
@@ -175,7 +180,7 @@ class Runs:
 
     def dense(self) -> None:
         for name, options in methods("dense").items():
-            self.run("dense", name, self.source, self.settings(options))
+            self.run("dense", name, self.source, self.settings(options), self.speeches)
         if self.wanted("galore-torch"):
             self.peer("galore-torch", self.settings(methods("dense")["GaLore"]), galore_torch)
         if self.wanted("peft"):
@@ -183,8 +188,7 @@ class Runs:
 
     def peer(self, name: str, settings: FinetuneSettings, build: Callable[..., Any]) -> None:
         """Another library's optimizer or adapters on the rows that our runs have, in a plain loop."""
-        rows = self.batches(self.train, settings)
-        held_out = self.batches(self.held_out, settings)
+        rows, held_out = (self.batches(path, settings) for path in self.speeches)
         torch.manual_seed(settings.seed)
         model = load_model(self.source, dtype=torch.float32)
         optimizer = build(model, settings)
@@ -246,17 +250,17 @@ class Runs:
             recipe = parse_recipe([{"welore": stage}])
             compress(self.source, folder, recipe, source_id=MODEL, calibration=tokens)
         for name, options in methods("low_rank").items():
-            self.run("low_rank", name, folder, self.settings(options))
+            self.run("low_rank", name, folder, self.settings(options), self.speeches)
 
     def pretrain(self) -> None:
         folder = self.work / f"random-{self.arguments.shape}"
         if not folder.is_dir():
             random_model(folder, self.source, SHAPES[self.arguments.shape])
+        summaries = write_summaries(self.work)
         steps = {"max_steps": self.arguments.pretrain_steps, "batch_size": 8, "max_length": 64}
         for name, options in methods("pretrain").items():
-            self.run(
-                "pretrain", name, folder / "models" / "random", self.settings(options, **steps)
-            )
+            settings = self.settings(options, **steps)
+            self.run("pretrain", name, folder / "models" / "random", settings, summaries)
 
     def step_time(self) -> None:
         """Rounds of one step each, in turns, so that a busy neighbour slows both alike."""
@@ -268,7 +272,7 @@ class Runs:
             trained = prepare(model, manifest, settings)
             model.train()
             runs[name] = (model, trained.build_optimizer(settings))
-        batch = self.batches(self.train, self.settings({"method": "full"}, batch_size=4))[0]
+        batch = self.batches(self.speeches[0], self.settings({"method": "full"}, batch_size=4))[0]
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(4):
             for name, (model, optimizer) in runs.items():
@@ -289,7 +293,7 @@ class Runs:
             self.record("step_time", row)
 
 
-def write_data(work: Path) -> tuple[Path, Path]:
+def write_speeches(work: Path) -> Data:
     """The speeches cut in two at nine tenths, as text examples of a paragraph each."""
     text = load_corpus("state-of-the-union").text
     paragraphs = [part.strip() for part in text.split("\n") if part.strip()]
@@ -297,12 +301,22 @@ def write_data(work: Path) -> tuple[Path, Path]:
         sentences = text.replace("\n", " ").split(". ")
         paragraphs = [". ".join(sentences[i : i + 8]) + "." for i in range(0, len(sentences), 8)]
     cut = len(paragraphs) * 9 // 10
-    paths = []
-    for name, part in (("train", paragraphs[:cut]), ("held-out", paragraphs[cut:])):
-        path = work / f"{name}.jsonl"
-        path.write_text("\n".join(json.dumps({"text": paragraph}) for paragraph in part))
-        paths.append(path)
-    return paths[0], paths[1]
+    return write_data(work, "speeches", paragraphs[:cut], paragraphs[cut:])
+
+
+def write_summaries(work: Path) -> Data:
+    """All Wikipedia summaries but every fortieth, and those."""
+    texts = [part for part in load_corpus("wikipedia-summaries").text.split("\n") if part.strip()]
+    held_out = texts[::HELD_OUT_EVERY]
+    train = [text for number, text in enumerate(texts) if number % HELD_OUT_EVERY]
+    return write_data(work, "summaries", train, held_out)
+
+
+def write_data(work: Path, name: str, train: list[str], held_out: list[str]) -> Data:
+    paths = work / f"{name}.jsonl", work / f"{name}-held-out.jsonl"
+    for path, texts in zip(paths, (train, held_out), strict=True):
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return paths
 
 
 def random_model(folder: Path, source: Path, shape: tuple[int, int, int, int]) -> None:
@@ -373,7 +387,7 @@ def page(rows: dict[str, list[Row]]) -> list[str]:
     titles = {
         "dense": "Finetuning on the speeches",
         "low_rank": "After WeLore at an effective rank reduction of 50 %",
-        "pretrain": "From random weights",
+        "pretrain": "From random weights, on Wikipedia summaries",
     }
     for part, title in titles.items():
         if rows[part]:

@@ -81,6 +81,8 @@ def _encode(tokenizer_json: bytes, text: str, at_least: int | None) -> "array[in
         end = len(text) if end < 0 else end
         ids.extend(tokenizer.encode(text[start:end], add_special_tokens=False).ids)
         start = end
+    del tokenizer
+    trim_heap()
     return ids
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from compression.hf import cache_argument
+from compression.memory import trim_heap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ def compare_speed(
         on_round(round_index, rounds + 1)
         for name, model in models.items():
             measured = _time_once(model, prompt_tokens, new_tokens)
+            trim_heap()
             if round_index:
                 times[name].append(measured)
     return {

@@ -17,12 +17,13 @@ import torch
 from compression.calibration import CalibrationError
 from compression.checkpoint import Manifest, read_manifest, verify_checkpoint, write_manifest
 from compression.hf import check_fingerprint, fingerprint, load_model, read_config, resident_bytes
+from compression.memory import trim_heap
 from compression.pipeline import compress
 from compression.recipe import parse_recipe
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from compression.stages import SPECTRA_NAME, StageError
-from evaluation.corpora import CORPORA, CorpusError, load_corpus
+from evaluation.corpora import CORPORA, Corpus, CorpusError, load_corpus
 from evaluation.perplexity import Comparison, compare_models
 from evaluation.plots import can_plot, plot_ranks, plot_spectra
 from evaluation.report import (
@@ -118,16 +119,13 @@ def _measure(
     """Load both models and measure them side by side; adds fingerprint and evaluations to the new manifest."""
     base = len(after.matrices)
     total = base + _num_steps()
+    corpora = _load_corpora(context)
+    trim_heap()  # of what compressing and reading left
     models = {"before": load_model(source), "after": load_model(folder)}
     if before.fingerprint is not None:
         check_fingerprint(models["before"], before.fingerprint)
     comparisons: list[Comparison] = []
-    for index, name in enumerate(CORPORA):
-        try:
-            corpus = load_corpus(name)
-        except CorpusError as error:  # an optional package; the first corpus ships with Lathe
-            context.event(f"not measured on {name}: {error}", level="warn")
-            continue
+    for index, corpus in enumerate(corpora):
         offset = base + index * MAX_WINDOWS
         comparison = compare_models(
             models["before"],
@@ -140,9 +138,9 @@ def _measure(
         )
         comparisons.append(comparison)
         context.event(
-            f"perplexity on {name}: {comparison.before.value:.3f} before, {comparison.after.value:.3f} after",
+            f"perplexity on {corpus.name}: {comparison.before.value:.3f} before, {comparison.after.value:.3f} after",
             kind="metrics",
-            data={"corpus": name, "perplexity": comparison.after.value},
+            data={"corpus": corpus.name, "perplexity": comparison.after.value},
         )
     offset = total - _STEPS_SPEED
     speeds: dict[str, Speed] = compare_speed(
@@ -160,6 +158,16 @@ def _measure(
     _complete_manifest(folder, models["after"], report)
     context.progress(total, total)
     return report
+
+
+def _load_corpora(context: RunnerContext) -> list[Corpus]:
+    corpora = []
+    for name in CORPORA:
+        try:
+            corpora.append(load_corpus(name))
+        except CorpusError as error:  # an optional package; the first corpus ships with Lathe
+            context.event(f"not measured on {name}: {error}", level="warn")
+    return corpora
 
 
 def _complete_manifest(folder: Path, model: torch.nn.Module, report: JsonObject) -> None:

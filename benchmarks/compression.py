@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from benchmarks.model import calibration_tokens, packaged_model
 from compression.calibration import CalibrationTokens
@@ -27,6 +28,7 @@ from compression.pipeline import compress
 from compression.recipe import Calibration, parse_recipe
 from compression.stages import StageError
 from evaluation.corpora import CORPORA, load_corpus
+from evaluation.nf4 import apply_nf4
 from evaluation.perplexity import measure_perplexity
 from evaluation.speed import compare_speed
 
@@ -34,6 +36,7 @@ MODEL = "smollm2-135m"
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 ERRS = SHARES[:-1]
+NF4 = "nf4"  # no stage: it is only compared with
 Recipe = list[dict[str, Any]]
 Row = dict[str, Any]
 
@@ -51,17 +54,27 @@ def recipes() -> list[Recipe]:
     methods = ("rtn", "gptq", "awq")
     weighed: dict[str, Any] = {"count": "all", "calibration": "activation"}
     found: list[Recipe] = [[int4(method, 64)] for method in methods]
+    found += [[{"int8": {}}], [{NF4: {}}]]
     for err in ERRS:
         found += [[welore(err, allocation=name, **weighed)] for name in ("welore", "uniform")]
-    found += [[welore(0.1, count="all")], [welore(0.1, **weighed), int4("gptq", 64)]]
+    found += [[welore(err, **weighed), int4("gptq", 64)] for err in (0.1, 0.3)]
+    for err in ERRS:
+        found += [[welore(err, allocation=name, count="all")] for name in ("welore", "uniform")]
+    found += [[{"flap": {"sparsity": share}}] for share in SHARES]
+    found += [
+        [{"structured": {"heads_per_group": 2}}],
+        [{"structured": {"num_key_value_heads": 2}}],
+    ]
+    found += [[{name: {"sparsity": "2:4"}}] for name in ("magnitude", "wanda", "sparsegpt")]
     found += [[int4(method, 64, symmetric=False)] for method in methods]
     for share in (0.5, 0.3, 0.6, 0.1, 0.2, 0.4):
         found += [[{name: {"sparsity": share}}] for name in ("magnitude", "wanda", "sparsegpt")]
     found += [[{"shortgpt": {"remove": round(30 * share)}}] for share in SHARES]
     found += [[{"structured": {"ffn_width": 64 * round(24 * (1 - share))}}] for share in SHARES]
+    found += [[{"wanda": {"sparsity": share, "allocation": "owl"}}] for share in (0.5, 0.6)]
+    found += [[welore(err, allocation="owl", **weighed)] for err in (0.1, 0.3, 0.5)]
     found += [[int4(m, 32, symmetric=symmetric)] for symmetric in (True, False) for m in methods]
-    found += [[int4(method, 128)] for method in methods]
-    found += [[{name: {"sparsity": "2:4"}}] for name in ("wanda", "sparsegpt")]
+    found += [[int4("rtn", 128)]]
     return found
 
 
@@ -97,6 +110,8 @@ def main() -> None:
 def measure(
     source: Path, dense: Any, stages: Recipe, tokens: CalibrationTokens, num_windows: int
 ) -> Row:
+    if NF4 in stages[0]:
+        return measure_nf4(source, stages, num_windows)
     recipe = parse_recipe(stages)
     started = _cpu_seconds()
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,6 +144,24 @@ def measure(
                 per_second = [getattr(s, f"{what}_tokens_per_second") for s in speed.values()]
                 row[what] = per_second[1] / per_second[0]
     return row
+
+
+def measure_nf4(source: Path, stages: Recipe, num_windows: int) -> Row:
+    """bitsandbytes' rounding of the blocks' weights, the embedding left alone; computed with as dense weights."""
+    model = load_model(source)
+    dense_bytes = resident_bytes(model)
+    rounded = sum(m.weight.nbytes for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    started = _cpu_seconds()
+    share = (dense_bytes - rounded + apply_nf4(model)) / dense_bytes
+    return {
+        "recipe": stages,
+        "err": None,
+        "parameters": 1.0,
+        "bytes": share,
+        "resident": share,
+        "cpu_seconds": _cpu_seconds() - started,
+        "perplexity": _perplexities(model, source, num_windows),
+    }
 
 
 def _runs_as_dense(manifest: Manifest) -> bool:

@@ -36,6 +36,7 @@ MODEL = "smollm2-135m"
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 ERRS = SHARES[:-1]
+MARKERS = "osv^<>DPXdph*8+x|_1234"
 NF4 = "nf4"  # no stage: it is only compared with
 Recipe = list[dict[str, Any]]
 Row = dict[str, Any]
@@ -271,14 +272,15 @@ def plot(rows: list[Row], original: list[float], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True)
     for axis, what, better in zip(axes, ("bytes", "decode"), ("left", "right"), strict=True):
         kinds = sorted({_kind(row) for row in rows})
-        for kind, marker in zip(kinds, "osv^<>DPXdph*8+x|_1234", strict=False):
+        for number, (kind, marker) in enumerate(zip(kinds, MARKERS, strict=False)):
             points = [
                 (row[what], row["perplexity"][0])
                 for row in rows
                 if _kind(row) == kind and what in row
             ]
             if points:
-                axis.scatter(*zip(*points, strict=True), marker=marker, label=kind)
+                color = f"C{number % 10}"  # the same in both pictures
+                axis.scatter(*zip(*points, strict=True), marker=marker, color=color, label=kind)
         axis.axhline(original[0], linewidth=0.8, color="grey")
         axis.set_yscale("log")
         axis.set_xlabel(f"{what}, share of the original's (better to the {better})")

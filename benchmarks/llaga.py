@@ -25,9 +25,10 @@ from compression.hf import load_model
 from compression.registry import ModelRegistry
 from engines.encoder_engine import EncoderEngine
 from engines.protocol import EmbedRequest
-from graph.llaga.hops import OPERATORS, hop_features
+from graph.llaga.hops import OPERATORS
+from graph.llaga.projector import Template, fill_template
 from graph.llaga.prompts import LINK_ANSWERS, TASKS, Task, answer_text, build_prompt
-from graph.llaga.templates import PAD, laplacian_embedding, neighborhood_trees
+from graph.llaga.templates import laplacian_embedding
 from graph.store import Graph, GraphStore, Int64s
 from graph.upload import columns_from_lists
 from training.projector import (
@@ -225,31 +226,24 @@ def template_vectors(
     options: argparse.Namespace, graph: Graph, features: Any, questions: Int64s
 ) -> tuple[Any, Any]:
     """Vectors (questions, centres, N, D) and which are PAD; of a pair, each is hidden from the other."""
-    parts, pads = [], []
-    for centre in range(questions.shape[1]):
-        centres = questions[:, centre]
-        hidden = questions[:, 1 - centre] if questions.shape[1] == 2 else None
-        if options.template == "ho":
-            rows = hop_features(
-                graph,
-                features,
-                centres,
-                hops=options.hops,
-                operator=options.operator,
-                hidden=hidden,
-            )
-            is_pad = np.zeros(rows.shape[:2], dtype=bool)
-        else:
-            trees = neighborhood_trees(
-                graph, centres, hops=options.hops, fanout=options.fanout, hidden=hidden
-            )
-            is_pad = trees == PAD
-            text = np.where(is_pad[..., None], np.float32(0), features[trees])
-            places = laplacian_embedding(options.hops, options.fanout)
-            rows = np.concatenate([text, np.broadcast_to(places, (len(text), *places.shape))], 2)
-        parts.append(rows)
-        pads.append(is_pad)
-    return np.stack(parts, axis=1), np.stack(pads, axis=1)
+    template = (
+        Template(kind="ho", hops=options.hops, operator=options.operator)
+        if options.template == "ho"
+        else Template(kind="nd", hops=options.hops, fanout=options.fanout)
+    )
+    laplacian = laplacian_embedding(options.hops, options.fanout) if template.kind == "nd" else None
+    filled = [
+        fill_template(
+            template,
+            graph,
+            features,
+            questions[:, centre],
+            hidden=questions[:, 1 - centre] if questions.shape[1] == 2 else None,
+            laplacian=laplacian,
+        )
+        for centre in range(questions.shape[1])
+    ]
+    return np.stack([part.vectors for part in filled], 1), np.stack([p.is_pad for p in filled], 1)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ Encode = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Attributes: text: the likeliest of the classes; template_nodes: of each centre, indices of what filled it."""
+    """Attributes: text: the likeliest of the classes; template_nodes: of each centre, indices of what filled it;
+    num_tokens: that the LLM read."""
 
     text: str
     probabilities: dict[str, float]
     logprobs: dict[str, float]
     template_nodes: tuple[Int64s, ...]
+    num_tokens: int
 
 
 def partners(task: Task, questions: Int64s) -> Int64s | None:
@@ -124,6 +126,7 @@ async def answer_questions(
                 probabilities={n: w / total for n, w in zip(classes, weights, strict=True)},
                 logprobs=dict(zip(classes, logprobs, strict=True)),
                 template_nodes=tuple(part.nodes[index] for part in filled),
+                num_tokens=result.num_tokens,
             )
         )
     return answers

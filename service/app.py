@@ -41,6 +41,7 @@ from service.routes import (
     enrich,
     files,
     fine_tuning,
+    graph_query,
     graphs,
     health,
     jobs,
@@ -66,6 +67,7 @@ ROUTERS = (
     files.router,
     fine_tuning.router,
     graphs.router,
+    graph_query.router,
     enrich.router,
     prompts.router,
 )

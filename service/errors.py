@@ -37,6 +37,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "job_not_found": (404, "invalid_request_error", None),
     "file_not_found": (404, "invalid_request_error", None),
     "graph_not_found": (404, "invalid_request_error", None),
+    "projector_not_found": (404, "invalid_request_error", None),
     "prompt_not_found": (404, "invalid_request_error", None),
     "artifact_not_found": (404, "invalid_request_error", None),
     "method_not_allowed": (405, "invalid_request_error", None),

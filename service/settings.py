@@ -76,6 +76,10 @@ class Settings(BaseSettings):
         return self.home / "models"
 
     @property
+    def projectors_dir(self) -> Path:
+        return self.home / "projectors"
+
+    @property
     def graphs_dir(self) -> Path:
         return self.home / "graphs"
 

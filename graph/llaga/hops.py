@@ -1,0 +1,104 @@
+"""LLaGA's Hop-Field Overview: a node's surroundings as one vector per hop, h^0 = features, h^t = P h^(t-1).
+
+Chen et al. 2024, arXiv:2402.08170. The paper's P is the mean over neighbours; the authors' code multiplies by
+D^-1/2 A D^-1/2 for classification, and adds self-loops for link prediction. These are three operators with three names
+here; a projector is trained with one and works with no other.
+
+Rows are computed from the centre outwards: h^t(v) = (e_v P^t) features, where e_v P^t has an entry for each node within
+t hops. So a few nodes cost their surroundings and not the graph, and a hidden node is left out exactly: the operator is
+that of the graph without it.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from graph.llaga.templates import PAD, expand
+from graph.store import Graph, Int64s
+
+HopOperator = Literal["mean", "sym", "sym_selfloop"]
+OPERATORS: tuple[HopOperator, ...] = ("mean", "sym", "sym_selfloop")
+
+Float64s = npt.NDArray[np.float64]
+
+
+def hop_weights(
+    graph: Graph, centre: int, *, hops: int, operator: HopOperator, hidden: int = PAD
+) -> tuple[Int64s, Float64s]:
+    """How much each node adds to each hop of a centre.
+
+    Args:
+        hidden: a node that is taken out of the graph with its edges, or PAD.
+
+    Returns:
+        nodes within reach, ascending, and weights (hops + 1, nodes).
+    """
+    assert centre != hidden
+    lost = graph.neighbors(hidden).astype(np.int64) if hidden != PAD else np.empty(0, np.int64)
+
+    def degrees(nodes: Int64s) -> Float64s:
+        found = (graph.indptr[nodes + 1] - graph.indptr[nodes]).astype(np.float64)
+        return found - np.isin(nodes, lost)
+
+    nodes: Int64s = np.array([centre], dtype=np.int64)
+    weights: Float64s = np.ones(1)
+    reached = [(nodes, weights)]
+    for _ in range(hops):
+        rows, neighbors = expand(graph.indptr, graph.indices, nodes)
+        seen = neighbors != hidden
+        rows, neighbors = rows[seen], neighbors[seen]
+        if operator == "sym_selfloop":
+            rows = np.concatenate([rows, np.arange(len(nodes))])
+            neighbors = np.concatenate([neighbors, nodes])
+        entries = _entries(operator, degrees(nodes)[rows], neighbors, degrees)
+        nodes, places = np.unique(neighbors, return_inverse=True)
+        weights = np.zeros(len(nodes))
+        np.add.at(weights, places, reached[-1][1][rows] * entries)
+        reached.append((nodes, weights))
+    everyone = np.unique(np.concatenate([found for found, _ in reached]))
+    table = np.zeros((hops + 1, len(everyone)))
+    for hop, (found, weights) in enumerate(reached):
+        table[hop, np.searchsorted(everyone, found)] = weights
+    return everyone, table
+
+
+def hop_features(
+    graph: Graph,
+    features: npt.NDArray[np.float32],
+    centres: Int64s,
+    *,
+    hops: int,
+    operator: HopOperator,
+    hidden: Int64s | None = None,
+) -> tuple[npt.NDArray[np.float32], list[Int64s]]:
+    """Vectors (C, hops + 1, D) of centres (C,), in float32, and of each centre the nodes that they are made of.
+
+    Args:
+        features: (nodes, D).
+        hidden: for each centre a node that is not there, or PAD.
+    """
+    rows = np.empty((len(centres), hops + 1, features.shape[1]), dtype=np.float32)
+    reached = []
+    for index, centre in enumerate(centres):
+        left_out = PAD if hidden is None else int(hidden[index])
+        nodes, weights = hop_weights(
+            graph, int(centre), hops=hops, operator=operator, hidden=left_out
+        )
+        rows[index] = weights.astype(np.float32) @ features[nodes]
+        reached.append(nodes)
+    return rows, reached
+
+
+def _entries(
+    operator: HopOperator,
+    own_degrees: Float64s,
+    neighbors: Int64s,
+    degrees: Callable[[Int64s], Float64s],
+) -> Float64s:
+    """Entries of P at (node, neighbour)."""
+    if operator == "mean":
+        return 1 / own_degrees
+    loop = 1.0 if operator == "sym_selfloop" else 0.0
+    return 1 / np.sqrt((own_degrees + loop) * (degrees(neighbors) + loop))

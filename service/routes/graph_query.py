@@ -1,0 +1,367 @@
+"""LLaGA over HTTP: POST /v1/graphs/{id}/query, and the projectors that it may name.
+
+What a request costs is the encoding of every node in reach, so their number is limited; nothing of it is kept.
+"""
+
+import asyncio
+import secrets
+import time
+from typing import Annotated, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from pydantic import ConfigDict, Field, model_validator
+
+from engines.protocol import AsyncEngine, EmbedRequest, EngineError
+from graph.llaga.hops import HopOperator
+from graph.llaga.projector import (
+    PROJECTOR_ID_PATTERN,
+    Float32s,
+    LoadedProjector,
+    ProjectorError,
+    ProjectorManifest,
+    ProjectorNotFoundError,
+    ProjectorRegistry,
+    load_projector,
+)
+from graph.llaga.prompts import Task
+from graph.llaga.query import Answer, answer_questions, template_nodes
+from graph.store import Graph, GraphNotFoundError, Int64s, NodeId, UnknownNodeError
+from service.auth import Identity
+from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
+from service.enrichment import NodeIdField
+from service.errors import ApiError, error_responses, from_engine_error
+from service.generation import json_response
+from service.generation_body import absent, present
+from service.middleware import cancel_on_disconnect
+from service.tokenizers import ModelText
+
+router = APIRouter(
+    prefix="/v1",
+    tags=["graphs"],
+    dependencies=[Depends(require("inference"))],
+    responses=error_responses(408, 409),
+)
+MAX_QUESTIONS = 256
+MAX_TEMPLATE_NODES = 8192
+_EMBED_TEXTS = 64
+
+
+Pair = Annotated[list[NodeIdField], Field(min_length=2, max_length=2)]
+
+
+class QueryBody(RequestModel):
+    """`node_ids` for node classification, `pairs` for link prediction. `operator` is refused where it is not the one
+    that the projector was trained with."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"allOf": [present("node_ids"), absent("pairs")]},
+                {"allOf": [present("pairs"), absent("node_ids")]},
+            ]
+        }
+    )
+
+    projector: str = Field(max_length=96)
+    task: Task
+    node_ids: Annotated[list[NodeIdField], Field(min_length=1, max_length=MAX_QUESTIONS)] | None = (
+        None
+    )
+    pairs: Annotated[list[Pair], Field(min_length=1, max_length=MAX_QUESTIONS)] | None = None
+    operator: HopOperator | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "QueryBody":
+        if self.task == "node_description":
+            raise ApiError(
+                "unsupported_parameter", "node_description is not available in this version", "task"
+            )
+        wanted, other = ("pairs", "node_ids")
+        if self.task == "node_classification":
+            wanted, other = other, wanted
+        if getattr(self, wanted) is None:
+            raise ApiError("invalid_value", f"{self.task} needs {wanted}", wanted)
+        if getattr(self, other) is not None:
+            raise ApiError("invalid_value", f"{self.task} takes no {other}", other)
+        return self
+
+
+class QueryAnswer(ResponseModel):
+    """`text` is the likeliest answer; `template_nodes` has a list for each of `node_ids`."""
+
+    index: int
+    node_ids: list[str | int]
+    text: str
+    probabilities: dict[str, float] = Field(description="Of all answers; they sum to 1.")
+    logprobs: dict[str, float] = Field(
+        description="Sum over the answer's tokens and the end mark, natural logarithm."
+    )
+    template_nodes: list[list[str | int]]
+
+
+class QueryResponse(ResponseModel):
+    object: Literal["graph.query"] = "graph.query"
+    graph_id: str
+    content_hash: str
+    projector: str
+    model: str
+    task: Task
+    data: list[QueryAnswer]
+    num_encoded_nodes: int
+
+
+class ProjectorObject(ResponseModel):
+    id: str
+    object: Literal["projector"] = "projector"
+    created_at: int
+    model: str
+    encoder: str
+    template: Literal["nd", "ho"]
+    hops: int
+    fanout: int | None
+    operator: HopOperator | None
+    num_layers: int
+    tasks: list[Task]
+    classes: list[str]
+
+
+class ProjectorList(ResponseModel):
+    object: Literal["list"] = "list"
+    data: list[ProjectorObject]
+
+
+class ProjectorDeleted(ResponseModel):
+    id: str
+    object: Literal["projector"] = "projector"
+    deleted: Literal[True] = True
+
+
+@router.post("/graphs/{graph_id}/query", response_model=QueryResponse)
+async def query_graph(
+    graph_id: str, body: QueryBody, request: Request, state: StateDep, identity: IdentityDep
+) -> Response:
+    """Ask a projector's LLM for the class of nodes, or whether pairs of nodes are linked.
+
+    Of a pair, each node is taken out of the graph before the other's surroundings are looked at.
+    """
+    try:
+        async with asyncio.timeout(state.settings.request_timeout_seconds):
+            response: Response = await cancel_on_disconnect(
+                request, _query(graph_id, body, state, identity)
+            )
+    except TimeoutError:
+        raise ApiError("request_timeout", "the query took too long") from None
+    return response
+
+
+@router.get("/projectors")
+async def list_projectors(state: StateDep, identity: IdentityDep) -> ProjectorList:
+    """Your projectors, by id."""
+    found = await asyncio.to_thread(_registry(state).list_projectors, identity.tenant)
+    return ProjectorList(data=[_projector_object(name, manifest) for name, manifest in found])
+
+
+@router.delete("/projectors/{projector_id}")
+async def delete_projector(
+    projector_id: str, state: StateDep, identity: IdentityDep
+) -> ProjectorDeleted:
+    try:
+        await asyncio.to_thread(_registry(state).delete, projector_id, identity.tenant)
+    except ProjectorNotFoundError:
+        raise _no_projector(projector_id, "projector_id") from None
+    except ProjectorError as error:
+        raise ApiError("invalid_value", error.message, "projector_id") from error
+    return ProjectorDeleted(id=projector_id)
+
+
+async def _query(graph_id: str, body: QueryBody, state: AppState, identity: Identity) -> Response:
+    started_at = time.monotonic()
+    projector = await asyncio.to_thread(_load, body, state, identity)
+    manifest = projector.manifest
+    graph, questions = await asyncio.to_thread(_open, graph_id, body, state, identity)
+    engine = await state.engines.get(manifest.model)
+    encoder = await state.engines.get(manifest.encoder)
+    try:
+        manifest.check_use(
+            task=body.task,
+            model_hash=engine.info.checkpoint_hash,
+            encoder_hash=encoder.info.checkpoint_hash,
+            operator=body.operator,
+        )
+    except ProjectorError as error:
+        param = error.param if error.param in ("task", "operator") else "projector"
+        raise ApiError("invalid_value", error.message, param) from error
+    nodes = await asyncio.to_thread(template_nodes, projector, graph, body.task, questions)
+    if len(nodes) > MAX_TEMPLATE_NODES:
+        raise ApiError(
+            "invalid_value",
+            f"the questions read {len(nodes)} nodes, at most {MAX_TEMPLATE_NODES} are read at once; ask fewer",
+            "pairs" if body.node_ids is None else "node_ids",
+        )
+    text = await state.tokenizers.get(state.engines.entry(manifest.model))
+    try:
+        features = await _encode_nodes(state, manifest, encoder, graph, nodes, identity)
+        answers = await answer_questions(
+            engine,
+            text.tokenizer.encode,
+            projector,
+            graph,
+            features,
+            body.task,
+            questions,
+            beginning=text.tokenizer.special_prefix,
+            end_token_id=engine.info.eos_token_ids[0],
+            tenant=identity.tenant,
+        )
+    except EngineError as error:
+        raise from_engine_error(error) from error
+    state.metrics.request_finished(
+        manifest.model,
+        "query",
+        finish_reason="stop",
+        prompt_tokens=sum(answer.num_tokens for answer in answers),
+        generation_tokens=0,
+        e2e_seconds=time.monotonic() - started_at,
+    )
+    return json_response(
+        QueryResponse(
+            graph_id=graph_id,
+            content_hash=graph.info.content_hash,
+            projector=body.projector,
+            model=manifest.model,
+            task=body.task,
+            data=[
+                _answer(index, graph, question, answer)
+                for index, (question, answer) in enumerate(zip(questions, answers, strict=True))
+            ],
+            num_encoded_nodes=len(nodes),
+        )
+    )
+
+
+def _load(body: QueryBody, state: AppState, identity: Identity) -> LoadedProjector:
+    try:
+        return load_projector(_registry(state).path(body.projector, identity.tenant))
+    except (ProjectorNotFoundError, FileNotFoundError):
+        raise _no_projector(body.projector, "projector") from None
+    except ProjectorError as error:
+        raise ApiError("invalid_value", f"unsound: {error.message}", "projector") from error
+
+
+def _open(
+    graph_id: str, body: QueryBody, state: AppState, identity: Identity
+) -> tuple[Graph, Int64s]:
+    """The graph, and node indices of every question (Q, C)."""
+    try:
+        graph = state.graphs.get(graph_id, identity.tenant)
+    except GraphNotFoundError:
+        raise ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist") from None
+    if body.pairs is None:
+        assert body.node_ids is not None
+        columns = [body.node_ids]
+        places = ["node_ids[{}]"]
+    else:
+        columns = [[pair[0] for pair in body.pairs], [pair[1] for pair in body.pairs]]
+        places = ["pairs[{}][0]", "pairs[{}][1]"]
+    indices = [
+        _indices(graph, column, place) for column, place in zip(columns, places, strict=True)
+    ]
+    questions = np.array(indices, dtype=np.int64).T
+    if body.pairs is not None:
+        same = np.flatnonzero(questions[:, 0] == questions[:, 1])
+        if len(same):
+            raise ApiError(
+                "invalid_value", "a pair must be of two nodes, got one twice", f"pairs[{same[0]}]"
+            )
+    return graph, questions
+
+
+def _indices(graph: Graph, node_ids: list[NodeId], place: str) -> list[int]:
+    try:
+        return graph.indices_of(node_ids)
+    except UnknownNodeError as error:
+        raise ApiError(
+            "invalid_value",
+            f"the graph has no node {error.node_id!r:.80}",
+            place.format(error.position),
+        ) from None
+
+
+async def _encode_nodes(
+    state: AppState,
+    manifest: ProjectorManifest,
+    encoder: AsyncEngine,
+    graph: Graph,
+    nodes: Int64s,
+    identity: Identity,
+) -> Float32s:
+    """Features (num_nodes, encoder_dim); only the rows of `nodes` are filled, so only their pages exist."""
+    text = await state.tokenizers.get(state.engines.entry(manifest.encoder))
+    features = np.zeros((graph.info.num_nodes, manifest.encoder_dim), dtype=np.float32)
+    for first in range(0, len(nodes), _EMBED_TEXTS):
+        some = nodes[first : first + _EMBED_TEXTS]
+        texts = await asyncio.to_thread(graph.texts, some)
+        ids = [await _token_ids(text, given, encoder.info.max_model_len) for given in texts]
+        result = await encoder.embed(
+            EmbedRequest(
+                request_id=f"query-{secrets.token_hex(12)}",
+                token_ids=tuple(ids),
+                tenant=identity.tenant,
+            )
+        )
+        if result.dim != manifest.encoder_dim:
+            raise ApiError(
+                "invalid_value",
+                f"the projector takes vectors of {manifest.encoder_dim}, the encoder gives {result.dim}",
+                "projector",
+            )
+        features[some] = np.frombuffer(result.vectors, dtype="<f4").reshape(len(some), -1)
+    return features
+
+
+async def _token_ids(text: ModelText, given: str, limit: int) -> tuple[int, ...]:
+    """The beginning of a text that the encoder takes, with what goes around it."""
+    before, after = text.tokenizer.special_prefix, text.tokenizer.special_suffix
+    ids = await text.encode(given[: limit * text.tokenizer.max_token_chars], None, None)
+    return (*before, *ids[: limit - len(before) - len(after)], *after)
+
+
+def _answer(index: int, graph: Graph, question: Int64s, answer: Answer) -> QueryAnswer:
+    return QueryAnswer(
+        index=index,
+        node_ids=graph.ids(question),
+        text=answer.text,
+        probabilities=answer.probabilities,
+        logprobs=answer.logprobs,
+        template_nodes=[graph.ids(nodes) for nodes in answer.template_nodes],
+    )
+
+
+def _registry(state: AppState) -> ProjectorRegistry:
+    return ProjectorRegistry(state.settings.projectors_dir)
+
+
+def _no_projector(projector_id: str, param: str) -> ApiError:
+    return ApiError(
+        "projector_not_found",
+        f"the projector {projector_id[:100]!r} does not exist; ids match {PROJECTOR_ID_PATTERN}",
+        param,
+    )
+
+
+def _projector_object(name: str, manifest: ProjectorManifest) -> ProjectorObject:
+    return ProjectorObject(
+        id=name,
+        created_at=int(manifest.created_at),
+        model=manifest.model,
+        encoder=manifest.encoder,
+        template=manifest.template.kind,
+        hops=manifest.template.hops,
+        fanout=manifest.template.fanout,
+        operator=manifest.template.operator,
+        num_layers=manifest.num_layers,
+        tasks=list(manifest.tasks),
+        classes=list(manifest.classes),
+    )

@@ -1,0 +1,202 @@
+"""The query route over a real tiny decoder: bodies, what the answer says, refusals by name, tenants."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from transformers import LlamaForCausalLM
+
+from engines.protocol import EmbedRequest, EmbedResult
+from engines.transformers_engine import TransformersEngine
+from graph.llaga.projector import ProjectorRegistry, Template, write_projector
+from service.errors import ApiError
+from service.routes import graph_query
+from tests.graph.llaga.test_projector import manifest_of, tensors_of
+from tests.graph.llaga.test_query import Awaited, encode
+from tests.service.test_graph_routes import Service, error_of
+
+DIM = 5
+NAMES = ["a", "b", "c", "d"]
+
+
+class Engines:
+    """Stands for the engine pool: a real decoder, and an encoder whose vectors are drawn from the text's ids."""
+
+    def __init__(self, model: Any) -> None:
+        self.decoder = TransformersEngine(lambda: model, model_id="m", checkpoint_hash="a" * 64)
+        self.embedded: list[tuple[int, ...]] = []
+        self.encoder_hash = "b" * 64
+
+    async def get(self, name: str) -> Any:
+        if name == "m":
+            engine = Awaited(self.decoder)
+            engine.info = self.decoder.info  # type: ignore[attr-defined]
+            return engine
+        if name == "e":
+            info = SimpleNamespace(checkpoint_hash=self.encoder_hash, max_model_len=8)
+            return SimpleNamespace(info=info, embed=self.embed)
+        raise ApiError("model_not_found", f"the model {name!r} does not exist", "model")
+
+    def entry(self, name: str) -> str:
+        return name
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        self.embedded += request.token_ids
+        vectors = [np.random.default_rng(ids).normal(size=DIM) for ids in request.token_ids]
+        return EmbedResult(dim=DIM, vectors=np.array(vectors, dtype="<f4").tobytes(), num_tokens=1)
+
+
+class Texts:
+    async def get(self, entry: str) -> Any:
+        tokenizer = SimpleNamespace(
+            encode=encode, special_prefix=(1,), special_suffix=(2,), max_token_chars=9
+        )
+
+        async def encode_text(text: str, limit: Any, param: Any) -> list[int]:
+            return encode(text)
+
+        return SimpleNamespace(tokenizer=tokenizer, encode=encode_text)
+
+
+@pytest.fixture
+def service(tmp_path: Path, tiny_llama: Path) -> Iterator[Service]:
+    service = Service(tmp_path)
+    service.app.include_router(graph_query.router)
+    model = LlamaForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
+    service.state.engines = cast(Any, Engines(model))
+    service.state.tokenizers = cast(Any, Texts())
+    with service.client:
+        yield service
+
+
+def register(service: Service, name: str = "mine", **changes: Any) -> None:
+    """A projector for the local tenant."""
+    registry = ProjectorRegistry(service.state.settings.projectors_dir)
+    template = Template(kind="ho", hops=2, operator="mean")
+    manifest = replace(manifest_of(template), owner="local", **changes)
+    tensors = tensors_of(manifest)[1]
+    manifest = replace(manifest, hidden_size=64)
+    wide = {key: np.resize(value, _shape(key, value)) for key, value in tensors.items()}
+    folder = registry.new_folder()
+    write_projector(folder, manifest, wide)
+    registry.register(folder, name)
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    if value.ndim == 1:
+        return (64,)
+    return (64, DIM if name.startswith("layers.0") else 64)
+
+
+CLASSIFY: dict[str, Any] = {
+    "projector": "mine",
+    "task": "node_classification",
+    "node_ids": ["b", "a", "d"],
+}
+
+
+def query(service: Service, body: Any, graph_id: str | None = None) -> Any:
+    path = f"/v1/graphs/{graph_id or service.graph_id()}/query"
+    return service.client.post(path, json=body)
+
+
+def test_classification(service: Service) -> None:
+    register(service)
+    response = query(service, CLASSIFY)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["model"] == "m"
+    assert answer["num_encoded_nodes"] == 4
+    assert [item["node_ids"] for item in answer["data"]] == [["b"], ["a"], ["d"]]
+    # two hops from b: a, then c; from a both; d is alone
+    nodes = [item["template_nodes"] for item in answer["data"]]
+    assert nodes == [[["a", "b", "c"]], [["a", "b", "c"]], [["d"]]]
+    for item in answer["data"]:
+        assert set(item["probabilities"]) == {"x", "y"}
+        assert sum(item["probabilities"].values()) == pytest.approx(1)
+        assert item["text"] == max(item["logprobs"], key=item["logprobs"].get)
+    (alone,) = query(service, CLASSIFY | {"node_ids": ["a"]}).json()["data"]
+    assert alone["logprobs"] == pytest.approx(answer["data"][1]["logprobs"], abs=1e-5)
+
+
+def test_link_prediction_hides_the_partner(service: Service) -> None:
+    register(service, tasks=("link_prediction",))
+    body = {"projector": "mine", "task": "link_prediction", "pairs": [["b", "a"], ["b", "c"]]}
+    answer = query(service, body).json()
+    # without a, b has no neighbour; without b, a has c
+    assert answer["data"][0]["template_nodes"] == [["b"], ["a", "c"]]
+    assert answer["data"][1]["template_nodes"] == [["a", "b"], ["a", "c"]]
+    assert set(answer["data"][0]["probabilities"]) == {"yes", "no"}
+
+
+def test_only_nodes_in_reach_are_encoded(service: Service) -> None:
+    register(service)
+    engines = cast(Engines, service.state.engines)
+    assert query(service, CLASSIFY | {"node_ids": ["d"]}).json()["num_encoded_nodes"] == 1
+    assert engines.embedded == [(1, 2)]  # its text is empty
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param"),
+    [
+        ({"projector": "other"}, "projector_not_found", "projector"),
+        ({"projector": "../mine"}, "projector_not_found", "projector"),
+        ({"node_ids": ["a", "zzz"]}, "invalid_value", "node_ids[1]"),
+        ({"operator": "sym"}, "invalid_value", "operator"),
+        ({"task": "node_description"}, "unsupported_parameter", "task"),
+        ({"node_ids": None}, "invalid_value", "node_ids"),
+        ({"pairs": [["a", "b"]]}, "invalid_value", "pairs"),
+        ({"task": "link_prediction", "node_ids": None, "pairs": [["a", "b"]]}, "invalid_value", "task"),
+        ({"task": "link_prediction", "node_ids": None, "pairs": [["a", "c"], ["a", "a"]]}, "invalid_value", "pairs[1]"),
+        ({"task": "link_prediction", "node_ids": None, "pairs": [["a", "q"]]}, "invalid_value", "pairs[0][1]"),
+    ],
+)  # fmt: skip
+def test_refusals(service: Service, change: dict[str, Any], code: str, param: str) -> None:
+    register(service)
+    response = query(service, CLASSIFY | change)
+    status = 404 if code == "projector_not_found" else 400
+    assert error_of(response, status) == (code, param)
+
+
+def test_another_encoder_or_model_is_refused(service: Service) -> None:
+    register(service)
+    engines = cast(Engines, service.state.engines)
+    engines.encoder_hash = "c" * 64
+    assert error_of(query(service, CLASSIFY)) == ("invalid_value", "projector")
+    engines.encoder_hash = "b" * 64
+    register(service, "older", model_hash="d" * 64)
+    response = query(service, CLASSIFY | {"projector": "older"})
+    assert error_of(response) == ("invalid_value", "projector")
+    register(service, "orphan", model="gone")
+    response = query(service, CLASSIFY | {"projector": "orphan"})
+    assert error_of(response, 404) == ("model_not_found", "model")
+
+
+def test_too_many_nodes_in_reach(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(service)
+    monkeypatch.setattr(graph_query, "MAX_TEMPLATE_NODES", 3)
+    assert error_of(query(service, CLASSIFY)) == ("invalid_value", "node_ids")
+
+
+def test_unknown_graph(service: Service) -> None:
+    register(service)
+    assert error_of(query(service, CLASSIFY, "graph-none"), 404)[0] == "graph_not_found"
+
+
+def test_projectors_are_listed_and_deleted(service: Service) -> None:
+    register(service)
+    register(service, "theirs")
+    path = service.state.settings.projectors_dir / "theirs" / "projector.json"
+    path.write_text(path.read_text().replace('"local"', '"somebody"'))
+    (listed,) = service.client.get("/v1/projectors").json()["data"]
+    assert (listed["id"], listed["operator"], listed["classes"]) == ("mine", "mean", ["x", "y"])
+    for name in ("theirs", "nobody"):
+        response = service.client.delete(f"/v1/projectors/{name}")
+        assert error_of(response, 404) == ("projector_not_found", "projector_id")
+        assert error_of(query(service, CLASSIFY | {"projector": name}), 404)[1] == "projector"
+    assert service.client.delete("/v1/projectors/mine").json()["deleted"] is True
+    assert service.client.get("/v1/projectors").json()["data"] == []

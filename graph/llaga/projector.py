@@ -326,24 +326,28 @@ class ProjectorRegistry:
 
     def path(self, projector_id: str, owner: str) -> Path:
         """Raises: ProjectorNotFoundError: unknown or malformed id, or another owner's; ProjectorError: unreadable."""
+        self.manifest(projector_id, owner)
+        return self._dir / projector_id
+
+    def manifest(self, projector_id: str, owner: str) -> ProjectorManifest:
+        """Raises: as `path`."""
         if not _PROJECTOR_ID.match(projector_id):
             raise ProjectorNotFoundError(projector_id)
-        path = self._dir / projector_id
         try:
-            manifest = read_projector_manifest(path)
+            manifest = read_projector_manifest(self._dir / projector_id)
         except FileNotFoundError:
             raise ProjectorNotFoundError(projector_id) from None
         if manifest.owner != owner:
             raise ProjectorNotFoundError(projector_id)
-        return path
+        return manifest
 
     def list_projectors(self, owner: str) -> list[tuple[str, ProjectorManifest]]:
         """By id. A folder that cannot be read is no projector."""
         found = []
         for path in sorted(self._dir.iterdir()) if self._dir.is_dir() else []:
             try:
-                found.append((path.name, read_projector_manifest(self.path(path.name, owner))))
-            except (ProjectorNotFoundError, ProjectorError, FileNotFoundError):
+                found.append((path.name, self.manifest(path.name, owner)))
+            except (ProjectorNotFoundError, ProjectorError):
                 continue
         return found
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.model import calibration_tokens, packaged_model
+from benchmarks.model import HOME, calibration_tokens, packaged_model
 from compression.calibration import CalibrationTokens
 from compression.checkpoint import Manifest
 from compression.hf import load_model, resident_bytes
@@ -86,7 +86,7 @@ def recipes() -> list[Recipe]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--home", type=Path, default=HOME)
     parser.add_argument("--work", type=Path, help="default: HOME/compression-benchmark")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from benchmarks.model import calibration_tokens, packaged_model  # noqa: E402
+from benchmarks.model import HOME, calibration_tokens, packaged_model  # noqa: E402
 from compression.calibration import CalibrationTokens  # noqa: E402
 from compression.hf import load_model  # noqa: E402
 from compression.pipeline import compress  # noqa: E402
@@ -57,7 +57,7 @@ STAGES: dict[str, Row] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--home", type=Path, default=HOME)
     parser.add_argument("--peer", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=32)

@@ -35,7 +35,7 @@ import transformers  # noqa: E402
 
 from benchmarks.decode_kernels import read_bandwidth  # noqa: E402
 from benchmarks.ffn_skip import calibrated  # noqa: E402
-from benchmarks.model import calibration_tokens, packaged_model  # noqa: E402
+from benchmarks.model import HOME, calibration_tokens, packaged_model  # noqa: E402
 from compression.pipeline import compress  # noqa: E402
 from compression.recipe import Calibration, parse_recipe  # noqa: E402
 from engines.engine import NativeEngine  # noqa: E402
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--home", type=Path, default=HOME)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.model import packaged_model
+from benchmarks.model import HOME, packaged_model
 from engines.engine import NativeEngine
 from engines.protocol import GenerateRequest, SamplingParams, Skip
 from evaluation.skip import to_markdown
@@ -37,7 +37,7 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--home", type=Path, default=HOME)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--job", type=Path, help="folder of the job")
     parser.add_argument("--samples", type=int, default=32)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.model import calibration_tokens, packaged_model
+from benchmarks.model import HOME, calibration_tokens, packaged_model
 from benchmarks.pruning_methods import (
     GROUP_SIZE,
     MODEL_DTYPE,
@@ -88,7 +88,7 @@ def moved(before: Any, after: Any) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--home", type=Path, default=HOME)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)

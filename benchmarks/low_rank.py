@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.model import calibration_tokens, packaged_model
+from benchmarks.model import HOME, calibration_tokens, packaged_model
 from compression.block import list_blocks, load_block
 from compression.calibration import BlockRunner, require_gram
 from compression.checkpoint import open_checkpoint
@@ -34,7 +34,7 @@ ERRS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--home", type=Path, default=HOME)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)

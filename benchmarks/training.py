@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.model import calibration_tokens, packaged_model
+from benchmarks.model import HOME, calibration_tokens, packaged_model
 from compression.checkpoint import read_manifest
 from compression.hf import load_model
 from compression.import_model import import_folder
@@ -87,7 +87,7 @@ def methods(part: str) -> dict[str, Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "lathe")
+    parser.add_argument("--home", type=Path, default=HOME)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="*", default=[], help="Rows of these names.")
     parser.add_argument("--steps", type=int, default=24)

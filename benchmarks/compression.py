@@ -41,8 +41,8 @@ Recipe = list[dict[str, Any]]
 Row = dict[str, Any]
 
 
-def welore(err: float, **options: Any) -> dict[str, Any]:
-    return {"welore": {"err": err, "rank_multiple": 8, **options}}
+def welore(err: float, rank_multiple: int = 8, **options: Any) -> dict[str, Any]:
+    return {"welore": {"err": err, "rank_multiple": rank_multiple, **options}}
 
 
 def int4(method: str, group_size: int, *, symmetric: bool = True) -> dict[str, Any]:
@@ -57,7 +57,12 @@ def recipes() -> list[Recipe]:
     found += [[{"int8": {}}], [{NF4: {}}]]
     for err in ERRS:
         found += [[welore(err, allocation=name, **weighed)] for name in ("welore", "uniform")]
-    found += [[welore(err, **weighed), int4("gptq", 64)] for err in (0.1, 0.3)]
+    # Ranks that are no multiple of the group's size get smaller groups, and their scales eat what is saved.
+    found += [
+        [welore(err, multiple, **weighed), int4("gptq", 64)]
+        for err in (0.1, 0.3)
+        for multiple in (8, 64)
+    ]
     for err in ERRS:
         found += [[welore(err, allocation=name, count="all")] for name in ("welore", "uniform")]
     found += [[{"flap": {"sparsity": share}}] for share in SHARES]

@@ -7,19 +7,18 @@ first; nodes of equal score go by node index, so a selection is the same everywh
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from graph.store import Graph
 
-Strategy = Literal["random", "degree", "pagerank"]
+Strategy = Literal["random", "degree", "pagerank", "text_length"]
 Order = Literal["low", "high"]
-STRATEGIES: tuple[Strategy, ...] = ("random", "degree", "pagerank")
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FUTURE_STRATEGIES = (
     "clustering_distance",
-    "text_length",
     "entropy",
     "soft_homophily",
     "mix",
@@ -76,7 +75,8 @@ class Selection:
 
     Attributes:
         indices: node indices.
-        scores: of the same nodes: the draw, the degree, or the PageRank (which sums to 1 over the graph).
+        scores: of the same nodes: the draw, the degree, the PageRank (which sums to 1 over the graph), or the
+            characters of the text.
         order, seed: as used; None where the strategy has none.
     """
 
@@ -98,7 +98,8 @@ def select_nodes(
     """Choose nodes.
 
     Args:
-        order: for degree (default low first: poorly connected nodes gain most) and pagerank (default high first).
+        order: for degree and text_length (default low first: nodes with few neighbours or little text gain most) and
+            pagerank (default high first).
         seed: for random; default 0.
 
     Raises:
@@ -117,6 +118,10 @@ def select_nodes(
         if chosen == "degree":
             order = order or "low"
             scores = graph.degrees.astype(np.float64)
+            ranks = scores
+        elif chosen == "text_length":
+            order = order or "low"
+            scores = graph.text_lengths.astype(np.float64)
             ranks = scores
         else:
             order = order or "high"

@@ -152,6 +152,14 @@ class Graph:
         """Number of distinct neighbours of every node, direction aside."""
         return np.diff(self.indptr)
 
+    @property
+    def text_lengths(self) -> Int64s:
+        """Characters of every node's text."""
+        import pyarrow.compute as pc
+
+        lengths = pc.utf8_length(self.nodes.column("text"))
+        return np.asarray(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
+
     def neighbors(self, index: int) -> Int32s:
         """Indices of the neighbours, direction aside, ascending."""
         return self.indices[self.indptr[index] : self.indptr[index + 1]]

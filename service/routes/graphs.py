@@ -131,7 +131,7 @@ class SelectBudget(RequestModel):
 
 
 class SelectBody(RequestModel):
-    """`order` is for degree (default low) and pagerank (default high), `seed` for random (default 0)."""
+    """`order`: of degree and text_length (default low) and pagerank (default high). `seed`: of random (default 0)."""
 
     strategy: str = Field(max_length=100, json_schema_extra={"enum": list(STRATEGIES)})
     budget: SelectBudget

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from graph.select import Budget, SelectError, pagerank, select_nodes
-from graph.store import Graph
-from tests.graph.graphs import stored
+from graph.store import Graph, GraphStore
+from tests.graph.graphs import OWNER, columns, create, stored
 
 STAR = [("hub", "a"), ("hub", "b"), ("hub", "c"), ("a", "b")]
 STAR_IDS = ["a", "hub", "b", "c", "alone"]
@@ -82,6 +82,19 @@ def test_ring_is_all_ties(tmp_path: Path) -> None:
         assert selection.indices.tolist() == list(range(10))
 
 
+def test_text_length_counts_characters_of_any_script(tmp_path: Path) -> None:
+    store = GraphStore(tmp_path)
+    texts = ["four", "", "日本語", "a longer text", "🙂🙂🙂"]
+    create(store, columns(list("abcde"), [], texts=texts))
+    graph = store.get("graph-1", OWNER)
+    short = select_nodes(graph, "text_length", Budget(nodes=4))
+    assert graph.ids(short.indices) == ["b", "c", "e", "a"]
+    assert short.scores.tolist() == [0, 3, 3, 4]
+    assert short.order == "low"
+    long = select_nodes(graph, "text_length", Budget(nodes=1), order="high")
+    assert graph.ids(long.indices) == ["d"]
+
+
 def test_random_is_seeded(tmp_path: Path) -> None:
     graph = stored(tmp_path, list(range(50)), [])
     draws = [
@@ -124,6 +137,7 @@ def test_options_a_strategy_does_not_have(tmp_path: Path) -> None:
         ("random", {"order": "low"}, "order"),
         ("degree", {"seed": 1}, "seed"),
         ("pagerank", {"seed": 1}, "seed"),
+        ("text_length", {"seed": 1}, "seed"),
     ]:
         with pytest.raises(SelectError) as caught:
             select_nodes(graph, strategy, Budget(nodes=1), **options)  # type: ignore[arg-type]
@@ -135,6 +149,6 @@ def test_other_strategies_are_refused_by_name(
     tmp_path: Path, strategy: str, unsupported: bool
 ) -> None:
     graph = stored(tmp_path, ["a"], [])
-    with pytest.raises(SelectError, match="random, degree, pagerank") as caught:
+    with pytest.raises(SelectError, match="random, degree, pagerank, text_length") as caught:
         select_nodes(graph, strategy, Budget(nodes=1))
     assert (caught.value.param, caught.value.unsupported) == ("strategy", unsupported)

@@ -8,14 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compression.checkpoint import open_checkpoint, verify_checkpoint
+from compression.calibration import CalibrationTokens
+from compression.checkpoint import LAYER_SHAPES, open_checkpoint, verify_checkpoint
 from compression.ffn_skip.calibrate import SkipCalibration
 from compression.ffn_skip.profile import SkipProfile
 from compression.ffn_skip.rule import SkipRule
 from compression.ffn_skip.substitute import Fitted
 from compression.ffn_skip.teacher_forced import AdaptiveSkip, feed_forwards_replaced
-from compression.hf import load_model
+from compression.hf import load_model, read_config
+from compression.pipeline import compress
+from compression.recipe import parse_recipe
 from compression.registry import ModelNotFoundError, ModelRegistry
+from engines.engine import NativeEngine
+from engines.protocol import SamplingParams, Skip
 from evaluation.corpora import load_corpus
 from evaluation.perplexity import measure_perplexity
 from evaluation.skip import POLICIES, SkipTrial
@@ -26,6 +31,8 @@ from jobs.runners import calibrate_skip as runner
 from jobs.spec import CalibrateSkipSpec, SpecError, check_source, parse_spec
 from tests.compression.ffn_skip.models import skipping_llama
 from tests.compression.models import save_and_import
+from tests.engines.decoding import build_request, run_one, token_ids_of
+from tests.reference.ffn_skip import generate
 
 BODY = {
     "type": "calibrate_skip",
@@ -133,6 +140,61 @@ def test_it_calibrates_on_an_uploaded_file(home: Path) -> None:
         info.sha256,
     )
     assert result["report"]["calibration"] == profile.calibration
+
+
+def test_a_flap_pruned_model_skips_and_decodes_as_its_modules_do(tmp_path: Path) -> None:
+    """Blocks of unequal width, with biases on what was cut: the job, then the engine against the naive loop."""
+    home = tmp_path / "home"
+    registry = ModelRegistry(home / "models")
+    model = skipping_llama(6, vocab_size=64, width=256)
+    model.model.layers[2].mlp.down_proj.weight[:, :64] *= 3  # makes its other neurons look alike
+    source = save_and_import(model, tmp_path / "hf", home / "models")
+    ids_NS = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(1))
+    folder = home / "models" / "pruned"
+    compress(
+        source,
+        folder,
+        parse_recipe([{"flap": {"sparsity": 0.2}}]),
+        source_id="tiny",
+        calibration=CalibrationTokens(ids_NS=ids_NS, provenance={}),
+    )
+    shapes = read_config(folder)[LAYER_SHAPES]
+    assert len({shape["intermediate_size"] for shape in shapes}) > 1
+    assert any(
+        matrix.linear.bias
+        for matrix in registry.get("pruned").manifest.matrices
+        if matrix.name.endswith("mlp.down_proj")
+    )
+    context = context_of(home, model="pruned", target_ratios=[0.1])
+    result = outcome(context)["result"]
+    assert result["model"] == "skipping"
+    skipping = registry.get("skipping")
+    assert verify_checkpoint(skipping.path).ok
+    profile = skipping.manifest.skip_profile
+    assert profile is not None
+    tensors = dict(open_checkpoint(skipping.path).tensors(list(profile.tensors())))
+    substitutes = {
+        n: Fitted.from_tensors(kind, n, {name: t.float() for name, t in tensors.items()})
+        for n, kind in enumerate(profile.substitutes)
+        if kind.kind != "none"
+    }
+    prompt = [5, 9, 20, 11, 30, 8]
+    trace = generate(
+        load_model(skipping.path, dtype=torch.float32),
+        prompt,
+        40,
+        tau=profile.tau(0.1),
+        k=profile.k,
+        warm_up=profile.warm_up,
+        cold=(profile.cold_start, profile.cold_end),
+        substitutes=substitutes,
+    )
+    engine = NativeEngine.load("skipping", skipping.path, dtype=torch.float32)
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    request = build_request("r", prompt, params, skip=Skip(mode="target", target_ratio=0.1))
+    outputs = run_one(engine, request)
+    assert token_ids_of(outputs) == trace.token_ids
+    assert outputs[-1].ffn_rows_skipped == len(trace.skipped) > 0
 
 
 def test_the_gate_leaves_out_what_loses_more(home: Path) -> None:

@@ -6,12 +6,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def skipping_llama(num_layers: int = 7, vocab_size: int = 61, *, ties: bool = True) -> Any:
+def skipping_llama(
+    num_layers: int = 7, vocab_size: int = 61, *, ties: bool = True, width: int = 80
+) -> Any:
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=48,
-        intermediate_size=80,
+        intermediate_size=width,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -9,8 +9,9 @@ requests at once as the engine has slots, longest texts first, so that no long o
 budget may stop it, in the order of the request. A request has one prompt, so the prompts share their beginning, which
 the engine's prefix cache then holds. A failing unit fails its own rows. Rows are told as they finish.
 
-Of a node's text that is too long, `head` keeps the beginning, `head_tail` the two ends around a mark. `chunk_mean` shows
-the LLM the head, and encodes all of the text: in windows, whose vectors are averaged by their tokens and normalised.
+Of a node's text that is too long, `head` keeps the beginning, `head_tail` the two ends around a mark. `chunk_mean`
+shows the LLM the head, and encodes all of the text: in windows, whose vectors are averaged by their tokens and
+normalised.
 
 Keys hold everything that shapes a value: tenant, texts, prompt body, checkpoint, decoding; nothing cached goes stale.
 Knows engines only by their protocol, and text by `TextModel`; no torch, no HTTP.
@@ -234,8 +235,8 @@ class EnrichEstimate:
         num_calls: of the LLM.
         num_failing: distinct nodes whose prompt does not fit.
         prompt_tokens: exact, of all calls.
-        completion_tokens: expected: as long as the cached answers are, or as those that this process saw by this prompt;
-            where there are none, as long as an answer may be.
+        completion_tokens: expected: as long as the cached answers are, or as those that this process saw by this
+            prompt; where there are none, as long as an answer may be.
         seconds: at the speed that this process saw of the model; None where it saw none.
     """
 

@@ -5,6 +5,7 @@ import base64
 import io
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -34,7 +35,7 @@ from graph.enrich import (
     UnsuitableModelError,
 )
 from graph.served_text import ServedText
-from graph.store import MAX_ID_BYTES
+from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
@@ -183,6 +184,32 @@ class EnrichResponse(ResponseModel):
     usage: EnrichUsageBody
 
 
+class EnrichEstimateBody(ResponseModel):
+    """What an enrichment would cost now."""
+
+    object: Literal["enrich.estimate"] = "enrich.estimate"
+    num_nodes: int = Field(description="Those that max_nodes lets through.")
+    num_distinct: int = Field(description="Nodes that differ in what the prompt reads of them.")
+    dedupe_ratio: float = Field(description="Share of nodes that are equal to another one.")
+    num_empty: int = Field(description="Distinct nodes without text, which fail.")
+    num_cached: int = Field(description="Distinct nodes whose text is in the cache.")
+    num_embeddings_cached: int = Field(description="Distinct nodes whose vector is, too.")
+    num_calls: int = Field(description="Of the LLM.")
+    num_failing: int = Field(description="Distinct nodes whose prompt does not fit.")
+    prompt_tokens: int = Field(description="Of all calls; exact.")
+    completion_tokens: int = Field(
+        description="Expected: by the cached answers, by what this prompt was answered lately, or the most."
+    )
+    max_completion_tokens: int
+    total_tokens: int
+    seconds: float | None = Field(
+        description="At the speed last seen of this model; null where none was seen."
+    )
+    cost: float | None = Field(
+        description="By the server's cost_per_million_tokens; null where it names none."
+    )
+
+
 ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One row per node, in their order.",
@@ -228,6 +255,42 @@ def find_prompt(ref: str) -> Prompt:
         ) from None
 
 
+def open_graph(
+    state: AppState, identity: Identity, graph_id: str, param: str | None = None
+) -> Graph:
+    """Raises: ApiError: graph_not_found."""
+    try:
+        return state.graphs.get(graph_id, identity.tenant)
+    except GraphNotFoundError:
+        raise graph_not_found(graph_id, param) from None
+
+
+def graph_not_found(graph_id: str, param: str | None = None) -> ApiError:
+    return ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist", param)
+
+
+def find_nodes(graph: Graph, node_ids: list[NodeId]) -> list[int]:
+    """Raises: ApiError: the graph has no such node, or it is named twice."""
+    try:
+        indices = graph.indices_of(node_ids)
+    except UnknownNodeError as error:
+        raise ApiError(
+            "invalid_value",
+            f"the graph has no node {error.node_id!r:.80}",
+            f"node_ids[{error.position}]",
+        ) from None
+    seen: set[int] = set()
+    for position, index in enumerate(indices):
+        if index in seen:
+            raise ApiError(
+                "invalid_value",
+                f"node {node_ids[position]!r:.80} is named twice",
+                f"node_ids[{position}]",
+            )
+        seen.add(index)
+    return indices
+
+
 async def answer_enrich(
     request: Request,
     state: AppState,
@@ -253,6 +316,29 @@ async def answer_enrich(
         raise ApiError("invalid_value", error.message, error.param) from error
     content = await asyncio.to_thread(_encode, media_type, enrich, result, body)
     return Response(content, media_type=media_type)
+
+
+async def estimate_enrich(
+    state: AppState,
+    identity: Identity,
+    body: EnrichChoices,
+    prompt: Prompt,
+    nodes: tuple[EnrichNode, ...],
+) -> EnrichEstimateBody:
+    """Raises: ApiError."""
+    request = enrich_request(state, identity, body, prompt, nodes)
+    try:
+        estimate = await state.enricher.estimate(request)
+    except UnsuitableModelError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    total = estimate.prompt_tokens + estimate.completion_tokens
+    price = state.settings.cost_per_million_tokens
+    return EnrichEstimateBody(
+        **asdict(estimate),
+        dedupe_ratio=1 - estimate.num_distinct / estimate.num_nodes,
+        total_tokens=total,
+        cost=None if price is None else total * price / 1e6,
+    )
 
 
 def enrich_request(

@@ -615,6 +615,56 @@ def test_a_stream_that_cannot_begin_is_an_error(service: Service) -> None:
     assert error_of(response, 406) == ("not_acceptable", "Accept")
 
 
+def test_estimate(service: Service) -> None:
+    nodes = [{"id": i, "text": text} for i, text in enumerate(["one", "two", "two", " ", "three"])]
+    body = {"prompt": "summary", "model": "writer", "nodes": nodes}
+    service.client.post("/v1/enrich", json={**body, "nodes": nodes[:1]})
+    service.writer.prompts.clear()
+    service.state.settings.cost_per_million_tokens = 10.0
+    estimate = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert service.writer.prompts == []
+    counts = ("num_nodes", "num_distinct", "num_empty", "num_cached", "num_calls", "num_failing")
+    assert [estimate[name] for name in counts] == [5, 4, 1, 1, 2, 0]
+    assert estimate["dedupe_ratio"] == pytest.approx(0.2)
+    assert estimate["completion_tokens"] == 2 * 3  # as long as the cached answer, "ONE"
+    assert estimate["cost"] == pytest.approx(estimate["total_tokens"] / 1e5)
+    assert estimate["seconds"] > 0
+    real = service.client.post("/v1/enrich", json=body).json()["usage"]
+    assert real["prompt_tokens"] == estimate["prompt_tokens"]
+    after = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert [after[name] for name in counts] == [5, 4, 1, 3, 0, 0]
+    assert (after["total_tokens"], after["seconds"], after["cost"]) == (0, 0, 0)
+
+
+def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_id = service.graph_id()
+    body = {"prompt": "digest", "model": "writer", "graph": graph_id}
+
+    def estimate(**fields: Any) -> Any:
+        return service.client.post("/v1/enrich/estimate", json={**body, **fields})
+
+    whole = estimate().json()
+    assert (whole["num_nodes"], whole["num_empty"], whole["num_calls"]) == (4, 1, 3)
+    assert (whole["seconds"], whole["cost"]) == (None, None)  # no speed was seen, no price is set
+    assert estimate(node_ids=["a"]).json()["num_nodes"] == 1
+    assert estimate(budget={"max_nodes": 2}).json()["num_nodes"] == 2
+    answer = service.client.post(
+        f"/v1/graphs/{graph_id}/enrich",
+        json={"prompt": "digest", "model": "writer", "node_ids": ["a", "b", "c"]},
+    ).json()
+    assert answer["usage"]["prompt_tokens"] == whole["prompt_tokens"]
+    assert error_of(estimate(node_ids=["zz"])) == ("invalid_value", "node_ids[0]")
+    assert error_of(estimate(graph="graph-0"), 404) == ("graph_not_found", "graph")
+    assert error_of(estimate(nodes=NODES)) == ("invalid_value", "nodes")
+    assert error_of(estimate(stream=True)) == ("unsupported_parameter", "stream")
+    monkeypatch.setattr(enrich, "MAX_ESTIMATED_NODES", 3)
+    assert error_of(estimate()) == ("invalid_value", "node_ids")
+    assert estimate(budget={"max_nodes": 3}).status_code == 200
+    only_nodes = {"prompt": "digest", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
+    response = service.client.post("/v1/enrich/estimate", json=only_nodes)
+    assert error_of(response) == ("invalid_value", "node_ids")
+
+
 @pytest.mark.parametrize(
     ("given", "number"),
     [({}, 1), ({"priority": "interactive"}, 0), ({"priority": "bulk"}, 2)],

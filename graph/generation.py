@@ -53,13 +53,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """One call of the LLM. Attributes: prefix_hit_tokens: prompt tokens that the engine found computed."""
+    """One call of the LLM."""
 
     text: str
     tokens_in: int
     tokens_out: int
     finish_reason: FinishReason
-    prefix_hit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -24,20 +23,19 @@ from graph.enrich import (
     EnrichRow,
     EnrichUsage,
     ItemStatus,
-    TextError,
     TextModel,
     UnsuitableModelError,
 )
+from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES
 from service.auth import Identity
-from service.chat_template import ChatTemplateError
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import cancel_on_disconnect
 from service.settings import DEFAULT_MODEL, Settings
-from service.tokenizers import ModelText, TokenizerCache
+from service.tokenizers import TokenizerCache
 
 MAX_NODES_PER_REQUEST = 1024
 MAX_ANSWER_TOKENS = 1024
@@ -170,36 +168,6 @@ ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class ServedText(TextModel):
-    """A registered model's tokenizer and chat template, as enrichment uses them."""
-
-    def __init__(self, text: ModelText) -> None:
-        self._tokenizer = text.tokenizer
-        self._template = text.chat_template
-        bare = self._tokenizer.encode("a")
-        marked = self._tokenizer.encode("a", add_special_tokens=True)
-        starts = range(len(marked) - len(bare) + 1)
-        start = next(i for i in starts if marked[i : i + len(bare)] == bare)
-        self._before, self._after = marked[:start], marked[start + len(bare) :]
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if self._template is None:
-            raise TextError("the model has no chat template")
-        try:
-            return self._tokenizer.encode_segments(self._template.render(messages))
-        except ChatTemplateError as error:
-            raise TextError(str(error)) from error
-
-    def encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
-
-    def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        return [*self._before, *token_ids, *self._after]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
 def build_enricher(
     settings: Settings, engines: EnginePool, tokenizers: TokenizerCache, metrics: Metrics
 ) -> Enricher:
@@ -212,7 +180,8 @@ def build_enricher(
             raise ApiError(error.code, error.message, param) from error
 
     async def text_for(model_id: str, param: str) -> TextModel:
-        return ServedText(await tokenizers.get(engines.entry(model_id)))
+        text = await tokenizers.get(engines.entry(model_id))
+        return ServedText(text.tokenizer, text.chat_template)
 
     return Enricher(
         engine_for=engine_for,

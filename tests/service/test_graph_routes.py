@@ -600,7 +600,7 @@ def test_rows_as_arrow_batches(service: Service) -> None:
 
 def test_a_graph_streams_as_well(service: Service) -> None:
     path = f"/v1/graphs/{service.graph_id()}/enrich"
-    body = {"node_ids": ["a", "d"], "prompt": "summary", "model": "writer", "stream": True}
+    body = {"node_ids": ["a", "d"], "prompt": "summary@1", "model": "writer", "stream": True}
     *rows, last = lines_of(service.client.post(path, json=body))
     assert {row["node_id"]: row["status"] for row in rows} == {"a": "ok", "d": "failed"}
     assert last["usage"]["num_nodes"] == 2

@@ -22,7 +22,14 @@ from jobs.spec import (
     parse_spec,
     spec_json,
 )
-from jobs.store import Job, JobNotFoundError, JsonObject, NewJob, RequestConflictError
+from jobs.store import (
+    Job,
+    JobNotFoundError,
+    JsonObject,
+    NewJob,
+    RequestConflictError,
+    TooManyJobsError,
+)
 from service.auth import Identity
 from service.deps import AppState
 from service.enrich_jobs import complete_enrich
@@ -69,6 +76,7 @@ async def submit(
         spec=spec_json(spec),
         request_hash=digest,
         memory=memory,
+        deadline_seconds=state.settings.max_job_seconds,
     )
     return await anyio.to_thread.run_sync(_create, new, files, state, identity)
 
@@ -188,8 +196,13 @@ def _create(
 ) -> tuple[Job, bool]:
     try:
         with state.files.held(files, identity.sees):
-            return state.jobs.create(new)
+            return state.jobs.create(new, max_active=state.settings.max_active_jobs)
     except UploadNotFoundError as error:  # deleted in this moment
         raise ApiError("file_not_found", str(error), files[error.file_id]) from None
     except RequestConflictError:
         raise _conflict() from None
+    except TooManyJobsError:
+        raise ApiError(
+            "job_quota_exceeded",
+            f"a key may have {state.settings.max_active_jobs} jobs that have not ended; let one end or cancel one",
+        ) from None

@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     skip: dict[str, Annotated[Skip, PlainValidator(Skip.from_json)]] = Field(default_factory=dict)
     """By model: how requests skip feed-forwards that do not say; "profile" or {"target_ratio": share}. JSON in the
     environment, a table in lathe.toml."""
+    cost_per_million_tokens: float | None = Field(default=None, ge=0)
+    """What estimates and usage reckon a token at, in whatever currency; without it they name no cost."""
     request_timeout_seconds: float = 600.0
     drain_seconds: float = 30.0
 

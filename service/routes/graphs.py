@@ -14,17 +14,16 @@ from starlette.exceptions import HTTPException
 
 from graph.catalog import Prompt
 from graph.enrich import EnrichNode
+from graph.nodes import nodes_of_graph
 from graph.select import STRATEGIES, Budget, Order, SelectError, Selection, select_nodes
 from graph.store import (
     MAX_NAME_CHARS,
-    Graph,
     GraphColumns,
     GraphConflictError,
     GraphInfo,
     GraphInputError,
     GraphNotFoundError,
     NodeId,
-    UnknownNodeError,
 )
 from graph.upload import columns_from_lists, read_columns
 from service.auth import Identity
@@ -46,7 +45,10 @@ from service.enrichment import (
     LabelField,
     NodeIdField,
     answer_enrich,
+    find_nodes,
     find_prompt,
+    graph_not_found,
+    open_graph,
 )
 from service.errors import ApiError, error_responses
 from service.generation_body import present
@@ -347,7 +349,7 @@ async def get_graph(graph_id: str, state: StateDep, identity: IdentityDep) -> Gr
     try:
         info = await asyncio.to_thread(state.graphs.info, graph_id, identity.tenant)
     except GraphNotFoundError:
-        raise _not_found(graph_id) from None
+        raise graph_not_found(graph_id) from None
     return _graph_object(info)
 
 
@@ -357,7 +359,7 @@ async def delete_graph(graph_id: str, state: StateDep, identity: IdentityDep) ->
     try:
         await asyncio.to_thread(state.graphs.delete, graph_id, identity.tenant)
     except GraphNotFoundError:
-        raise _not_found(graph_id) from None
+        raise graph_not_found(graph_id) from None
     return GraphDeleted(id=graph_id)
 
 
@@ -372,7 +374,7 @@ async def select(
 def _select(
     graph_id: str, body: SelectBody, state: AppState, identity: Identity
 ) -> SelectionObject:
-    graph = _open(state, identity, graph_id)
+    graph = open_graph(state, identity, graph_id)
     try:
         budget = Budget(nodes=body.budget.nodes, fraction=body.budget.fraction)
         selection: Selection = select_nodes(
@@ -417,39 +419,8 @@ async def enrich_graph(
 def _graph_nodes(
     graph_id: str, node_ids: list[NodeId], prompt: Prompt, state: AppState, identity: Identity
 ) -> tuple[EnrichNode, ...]:
-    graph = _open(state, identity, graph_id)
-    try:
-        indices = graph.indices_of(node_ids)
-    except UnknownNodeError as error:
-        raise ApiError(
-            "invalid_value",
-            f"the graph has no node {error.node_id!r:.80}",
-            f"node_ids[{error.position}]",
-        ) from None
-    if len(set(indices)) < len(indices):
-        second = next(i for i, index in enumerate(indices) if index in indices[:i])
-        raise ApiError(
-            "invalid_value", f"node {node_ids[second]!r:.80} is named twice", f"node_ids[{second}]"
-        )
-    return tuple(
-        EnrichNode(
-            id=node_id,
-            text=text,
-            neighbors=tuple(graph.texts(graph.neighbors(index)[: prompt.max_neighbors])),
-        )
-        for node_id, index, text in zip(node_ids, indices, graph.texts(indices), strict=True)
-    )
-
-
-def _open(state: AppState, identity: Identity, graph_id: str) -> Graph:
-    try:
-        return state.graphs.get(graph_id, identity.tenant)
-    except GraphNotFoundError:
-        raise _not_found(graph_id) from None
-
-
-def _not_found(graph_id: str) -> ApiError:
-    return ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist")
+    graph = open_graph(state, identity, graph_id)
+    return nodes_of_graph(graph, find_nodes(graph, node_ids), prompt)
 
 
 def _graph_object(info: GraphInfo) -> GraphObject:

@@ -21,12 +21,13 @@ from compression.registry import ModelRegistry
 from engines.protocol import AsyncEngine
 from graph.arrow_stream import MEDIA_TYPE
 from graph.cache import EnrichmentCache
-from graph.enrich import Enricher, TextModel
+from graph.catalog import default_catalog
+from graph.enrich import GAP, Enricher, TextModel
 from graph.store import GraphStore
 from service.auth import KeyStore
 from service.deps import AppState
 from service.engine_pool import EnginePool
-from service.enrichment import EnrichResponse
+from service.enrichment import NDJSON, EnrichResponse
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
@@ -34,7 +35,7 @@ from service.routes import enrich, graphs, prompts
 from service.settings import Settings
 from service.supervisor_client import SupervisorClient
 from service.tokenizers import TokenizerCache
-from tests.graph.fakes import CodePointText, ScriptedEngine
+from tests.graph.fakes import CodePointText, ScriptedEngine, own_text
 
 GRAPH: dict[str, Any] = {
     "name": "letters",
@@ -523,6 +524,8 @@ def test_arrow_without_what_was_not_asked_for(service: Service) -> None:
         (f"{MEDIA_TYPE};q=0.5, application/json", "application/json"),
         (f"application/json;q=0, {MEDIA_TYPE}", MEDIA_TYPE),
         (f"*/*, {MEDIA_TYPE};q=0", "application/json"),
+        (NDJSON, NDJSON),
+        (f"{NDJSON}, application/json;q=0.9", NDJSON),
         ("APPLICATION/JSON", "application/json"),
     ],
 )
@@ -538,6 +541,145 @@ def test_not_acceptable(service: Service, accept: str) -> None:
     response = service.client.post("/v1/enrich", json=ENRICH, headers={"Accept": accept})
     assert error_of(response, 406)[0] == "not_acceptable"
     assert service.writer.prompts == []
+
+
+def lines_of(response: Any) -> list[Any]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith(NDJSON)
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+@pytest.mark.parametrize("how", [{"stream": True}, {}], ids=["stream", "Accept"])
+def test_rows_as_lines(service: Service, how: dict[str, bool]) -> None:
+    nodes = [*ENRICH["nodes"], {"id": "n3", "text": ""}]
+    body = {**ENRICH, "nodes": nodes, "return": ["text", "embedding"]}
+    headers = {} if how else {"Accept": NDJSON}
+    *rows, last = lines_of(service.client.post("/v1/enrich", json={**body, **how}, headers=headers))
+    plain = service.client.post("/v1/enrich", json=body).json()
+    assert sorted(row["node_id"] for row in rows) == ["n1", "n2", "n3"]
+    assert rows[0]["node_id"] == "n3"  # nothing had to be done for it
+    by_id = {row["node_id"]: row for row in plain["data"]}
+    for row in rows:
+        again = by_id[row["node_id"]]
+        assert {**row, "status": again["status"]} == again
+    assert list(last) == ["usage"]
+    assert last["usage"].keys() == plain["usage"].keys()
+    assert last["usage"]["num_by_status"]["failed"] == 1
+    assert last["usage"]["num_by_status"]["ok"] == 2
+
+
+def test_rows_as_arrow_batches(service: Service) -> None:
+    body = {**ENRICH, "return": ["text", "embedding"], "stream": True}
+    body["nodes"] = [{"id": f"n{i}", "text": "" if i == 9 else f"text {i}"} for i in range(10)]
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.headers["content-type"] == MEDIA_TYPE
+    batches, metadata = [], []
+    with pa.ipc.open_stream(response.content) as reader:
+        assert b"lathe.usage" not in reader.schema.metadata
+        assert reader.schema.metadata[b"lathe.model"] == b"writer"
+        while True:
+            try:
+                batch, custom = reader.read_next_batch_with_custom_metadata()
+            except StopIteration:
+                break
+            batches.append(batch)
+            metadata.append(custom)
+    assert len(batches) > 2  # four requests at a time
+    assert batches[-1].num_rows == 0
+    assert metadata[:-1] == [None] * (len(batches) - 1)
+    usage = json.loads(metadata[-1][b"lathe.usage"])
+    assert usage["num_by_status"] == {
+        "ok": 9, "cached": 0, "skipped_budget": 0, "invalid_output": 0, "failed": 1,
+    }  # fmt: skip
+    table = pa.Table.from_batches(batches)
+    table.validate(full=True)
+    rows = {row["node_id"]: row for row in table.to_pylist()}
+    assert [rows[f"n{i}"]["text"] for i in range(9)] == [f"TEXT {i}" for i in range(9)]
+    assert rows["n9"]["error_code"] == "empty_text"
+
+
+def test_a_graph_streams_as_well(service: Service) -> None:
+    path = f"/v1/graphs/{service.graph_id()}/enrich"
+    body = {"node_ids": ["a", "d"], "prompt": "summary", "model": "writer", "stream": True}
+    *rows, last = lines_of(service.client.post(path, json=body))
+    assert {row["node_id"]: row["status"] for row in rows} == {"a": "ok", "d": "failed"}
+    assert last["usage"]["num_nodes"] == 2
+
+
+def test_a_stream_that_cannot_begin_is_an_error(service: Service) -> None:
+    for fields, status in [({"model": "encoder"}, 400), ({"model": "other"}, 404)]:
+        body = {**ENRICH, **fields, "stream": True}
+        assert error_of(service.client.post("/v1/enrich", json=body), status)[1] == "model"
+    headers = {"Accept": "application/json"}
+    response = service.client.post("/v1/enrich", json={**ENRICH, "stream": True}, headers=headers)
+    assert error_of(response, 406) == ("not_acceptable", "Accept")
+
+
+def test_estimate(service: Service) -> None:
+    nodes = [{"id": i, "text": text} for i, text in enumerate(["one", "two", "two", " ", "three"])]
+    body = {"prompt": "summary", "model": "writer", "nodes": nodes}
+    service.client.post("/v1/enrich", json={**body, "nodes": nodes[:1]})
+    service.writer.prompts.clear()
+    service.state.settings.cost_per_million_tokens = 10.0
+    estimate = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert service.writer.prompts == []
+    counts = ("num_nodes", "num_distinct", "num_empty", "num_cached", "num_calls", "num_failing")
+    assert [estimate[name] for name in counts] == [5, 4, 1, 1, 2, 0]
+    assert estimate["dedupe_ratio"] == pytest.approx(0.2)
+    assert estimate["completion_tokens"] == 2 * 3  # as long as the cached answer, "ONE"
+    assert estimate["cost"] == pytest.approx(estimate["total_tokens"] / 1e5)
+    assert estimate["seconds"] > 0
+    real = service.client.post("/v1/enrich", json=body).json()["usage"]
+    assert real["prompt_tokens"] == estimate["prompt_tokens"]
+    after = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert [after[name] for name in counts] == [5, 4, 1, 3, 0, 0]
+    assert (after["total_tokens"], after["seconds"], after["cost"]) == (0, 0, 0)
+
+
+def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_id = service.graph_id()
+    body = {"prompt": "digest", "model": "writer", "graph": graph_id}
+
+    def estimate(**fields: Any) -> Any:
+        return service.client.post("/v1/enrich/estimate", json={**body, **fields})
+
+    whole = estimate().json()
+    assert (whole["num_nodes"], whole["num_empty"], whole["num_calls"]) == (4, 1, 3)
+    assert (whole["seconds"], whole["cost"]) == (None, None)  # no speed was seen, no price is set
+    assert estimate(node_ids=["a"]).json()["num_nodes"] == 1
+    assert estimate(budget={"max_nodes": 2}).json()["num_nodes"] == 2
+    answer = service.client.post(
+        f"/v1/graphs/{graph_id}/enrich",
+        json={"prompt": "digest", "model": "writer", "node_ids": ["a", "b", "c"]},
+    ).json()
+    assert answer["usage"]["prompt_tokens"] == whole["prompt_tokens"]
+    assert error_of(estimate(node_ids=["zz"])) == ("invalid_value", "node_ids[0]")
+    assert error_of(estimate(graph="graph-0"), 404) == ("graph_not_found", "graph")
+    assert error_of(estimate(nodes=NODES)) == ("invalid_value", "nodes")
+    assert error_of(estimate(stream=True)) == ("unsupported_parameter", "stream")
+    monkeypatch.setattr(enrich, "MAX_ESTIMATED_NODES", 3)
+    assert error_of(estimate()) == ("invalid_value", "node_ids")
+    assert estimate(budget={"max_nodes": 3}).status_code == 200
+    only_nodes = {"prompt": "digest", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
+    response = service.client.post("/v1/enrich/estimate", json=only_nodes)
+    assert error_of(response) == ("invalid_value", "node_ids")
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [({}, 1), ({"priority": "interactive"}, 0), ({"priority": "bulk"}, 2)],
+)
+def test_priorities(service: Service, given: dict[str, str], number: int) -> None:
+    service.client.post("/v1/enrich", json={**ENRICH, **given})
+    assert {request.priority for request in service.writer.requests} == {number}
+
+
+def test_long_texts_by_request(service: Service) -> None:
+    limit = default_catalog().get("summary").max_text_tokens
+    nodes = [{"id": "a", "text": "b" * limit + "e" * limit}]
+    for policy, shown in [("head", {"b"}), ("head_tail", {"b", "e", *GAP})]:
+        service.client.post("/v1/enrich", json={**ENRICH, "nodes": nodes, "long_text": policy})
+        assert set(own_text(service.writer.prompts[-1])) == shown
 
 
 NODES = ENRICH["nodes"]
@@ -557,6 +699,9 @@ NODES = ENRICH["nodes"]
         ({"temperature": 1}, 400, "unsupported_parameter", "temperature"),
         ({"seed": 1}, 400, "unsupported_parameter", "seed"),
         ({"long_text": "chunk"}, 400, "invalid_value", "long_text"),
+        ({"priority": "urgent"}, 400, "invalid_value", "priority"),
+        ({"priority": 1}, 400, "invalid_value", "priority"),
+        ({"stream": "true"}, 400, "invalid_value", "stream"),
         ({"max_tokens": "5"}, 400, "invalid_value", "max_tokens"),
         ({"budget": {"max_nodes": True}}, 400, "invalid_value", "budget.max_nodes"),
         ({"budget": None}, 400, "invalid_value", "budget"),
@@ -672,10 +817,17 @@ def test_prompts(service: Service) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_leaves_aborts_the_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "accept"),
+    [({}, "*/*"), ({"stream": True}, NDJSON), ({"stream": True}, MEDIA_TYPE)],
+    ids=["json", "lines", "arrow"],
+)
+async def test_a_client_that_leaves_aborts_the_engine(
+    tmp_path: Path, fields: dict[str, bool], accept: str
+) -> None:
     service = Service(tmp_path)
     service.writer.hold()
-    body = json.dumps(ENRICH).encode()
+    body = json.dumps({**ENRICH, **fields}).encode()
     left = asyncio.Event()
     incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -698,7 +850,11 @@ async def test_a_client_that_leaves_aborts_the_engine(tmp_path: Path) -> None:
         "path": "/v1/enrich",
         "raw_path": b"/v1/enrich",
         "query_string": b"",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"accept", accept.encode()),
+        ],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
         "state": {},

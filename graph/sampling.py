@@ -18,7 +18,7 @@ import asyncio
 import hashlib
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -38,8 +38,18 @@ from engines.protocol import (
 )
 from graph.cache import EnrichmentCache
 from graph.catalog import Message, Prompt, build_prompt
-from graph.enrich import PRIORITIES, TextModel, generate_tokens, normalise
+from graph.enrich import (
+    PRIORITIES,
+    Enricher,
+    EnrichRequest,
+    TextError,
+    TextModel,
+    UnsuitableModelError,
+    generate_tokens,
+    normalise,
+)
 from graph.generation import Written, answer_prompt, training_labels
+from graph.nodes import classes_of_graph, nodes_of_graph
 from graph.store import Graph
 
 ScorerName = Literal["embed", "llm_rank", "llm_pair"]
@@ -298,11 +308,7 @@ def _share_equal(graph: Graph, edges: Sequence[tuple[int, int]]) -> tuple[float 
 
 
 class EmbedScorer:
-    """Cosine of vectors, as (1 + cosine) / 2.
-
-    Args:
-        centre_vectors: of centres that are judged by another vector than their raw one.
-    """
+    """Cosine of vectors, as (1 + cosine) / 2; of the centres' raw ones, or of those that `enrich_centres` made."""
 
     name: ScorerName = "embed"
 
@@ -314,24 +320,55 @@ class EmbedScorer:
         cache: EnrichmentCache,
         *,
         tenant: str = "",
-        centre_vectors: Mapping[int, npt.NDArray[np.float32]] | None = None,
     ) -> None:
         self._graph = graph
         self._engine = engine
         self._text = text
         self._cache = cache
         self._tenant = tenant
-        self._centre_vectors = centre_vectors or {}
+        self._enriched: dict[int, Float64s | None] = {}
         self.usage = ScorerUsage()
+
+    async def enrich_centres(
+        self, enricher: Enricher, centres: Sequence[int], prompt: Prompt, model: str, encoder: str
+    ) -> None:
+        """Have centres judged by their enriched vectors. One that cannot be enriched is not judged.
+
+        Raises:
+            UnsuitableModelError
+            PromptInputError: the prompt needs more than the graph has.
+        """
+        if not centres:
+            return
+        result = await enricher.enrich(
+            EnrichRequest(
+                nodes=await asyncio.to_thread(nodes_of_graph, self._graph, centres, prompt),
+                prompt=prompt,
+                model=model,
+                embedding_model=encoder,
+                outputs=frozenset({"embedding"}),
+                tenant=self._tenant,
+                classes=classes_of_graph(self._graph, prompt),
+            )
+        )
+        for centre, row in zip(centres, result.rows, strict=True):
+            vector = None if row.embedding is None else np.frombuffer(row.embedding, "<f4")
+            self._enriched[centre] = None if vector is None else _unit(vector)
+        self.usage.prompt_tokens += result.usage.prompt_tokens
+        self.usage.completion_tokens += result.usage.completion_tokens
+        self.usage.embedding_tokens += result.usage.embedding_tokens
+        self.usage.num_calls += sum(row.tokens_spent > 0 for row in result.rows)
 
     async def score(self, neighborhoods: Sequence[Neighborhood]) -> list[Judged]:
         wanted = {index for n in neighborhoods for index in n.neighbors}
-        wanted |= {n.centre for n in neighborhoods if n.centre not in self._centre_vectors}
+        wanted |= {n.centre for n in neighborhoods if n.centre not in self._enriched}
         vectors = await self._raw_vectors(sorted(wanted))
         judged = []
         for n in neighborhoods:
-            own = self._centre_vectors.get(n.centre)
-            centre = vectors[n.centre] if own is None else _unit(own)
+            centre = self._enriched.get(n.centre, vectors.get(n.centre))
+            if centre is None and n.centre in self._enriched:
+                judged.append(Judged(scores=None, fault="the node could not be enriched"))
+                continue
             scores = [
                 0.0
                 if centre is None or (vector := vectors[index]) is None
@@ -389,6 +426,9 @@ class EmbedScorer:
 class _LlmScorer:
     """What the two scorers that ask an LLM have in common."""
 
+    name: ScorerName
+    needs_schema = False
+
     def __init__(
         self,
         graph: Graph,
@@ -405,6 +445,17 @@ class _LlmScorer:
         self._tenant = tenant
         self._slots = asyncio.Semaphore(max(1, engine.info.max_num_seqs))
         self.usage = ScorerUsage()
+
+    def check_model(self, model: str) -> None:
+        """Raises: UnsuitableModelError: it cannot chat, or not be kept to a schema where that is needed."""
+        if self._engine.info.kind != "decoder":
+            raise UnsuitableModelError("model", f"{model} is an encoder: it judges no texts")
+        if self.needs_schema and "response_format" in self._engine.info.unsupported:
+            raise UnsuitableModelError("model", f"{model} cannot keep an answer to a schema")
+        try:
+            self._text.encode_chat(PAIR_PROMPT.fill("", variables={"other": ""}))
+        except TextError as error:
+            raise UnsuitableModelError("model", f"{model}: {error}") from None
 
     async def score(self, neighborhoods: Sequence[Neighborhood]) -> list[Judged]:
         tasks = []
@@ -464,6 +515,7 @@ class RankScorer(_LlmScorer):
     """
 
     name: ScorerName = "llm_rank"
+    needs_schema = True
 
     async def _scores(self, centre: str, neighbors: Sequence[str]) -> list[float]:
         scores: list[float] = []

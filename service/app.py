@@ -43,6 +43,7 @@ from service.routes import (
     files,
     fine_tuning,
     graph_query,
+    graph_sampling,
     graphs,
     health,
     jobs,
@@ -69,6 +70,7 @@ ROUTERS = (
     fine_tuning.router,
     graphs.router,
     graph_query.router,
+    graph_sampling.router,
     enrich.router,
     prompts.router,
 )

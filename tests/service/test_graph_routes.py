@@ -617,7 +617,7 @@ def test_a_stream_that_cannot_begin_is_an_error(service: Service) -> None:
 
 def test_estimate(service: Service) -> None:
     nodes = [{"id": i, "text": text} for i, text in enumerate(["one", "two", "two", " ", "three"])]
-    body = {"prompt": "summary", "model": "writer", "nodes": nodes}
+    body = {"prompt": "summary@1", "model": "writer", "nodes": nodes}
     service.client.post("/v1/enrich", json={**body, "nodes": nodes[:1]})
     service.writer.prompts.clear()
     service.state.settings.cost_per_million_tokens = 10.0
@@ -638,7 +638,7 @@ def test_estimate(service: Service) -> None:
 
 def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     graph_id = service.graph_id()
-    body = {"prompt": "digest", "model": "writer", "graph": graph_id}
+    body = {"prompt": "digest@1", "model": "writer", "graph": graph_id}
 
     def estimate(**fields: Any) -> Any:
         return service.client.post("/v1/enrich/estimate", json={**body, **fields})
@@ -650,7 +650,7 @@ def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) 
     assert estimate(budget={"max_nodes": 2}).json()["num_nodes"] == 2
     answer = service.client.post(
         f"/v1/graphs/{graph_id}/enrich",
-        json={"prompt": "digest", "model": "writer", "node_ids": ["a", "b", "c"]},
+        json={"prompt": "digest@1", "model": "writer", "node_ids": ["a", "b", "c"]},
     ).json()
     assert answer["usage"]["prompt_tokens"] == whole["prompt_tokens"]
     assert error_of(estimate(node_ids=["zz"])) == ("invalid_value", "node_ids[0]")
@@ -660,7 +660,7 @@ def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(enrich, "MAX_ESTIMATED_NODES", 3)
     assert error_of(estimate()) == ("invalid_value", "node_ids")
     assert estimate(budget={"max_nodes": 3}).status_code == 200
-    only_nodes = {"prompt": "digest", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
+    only_nodes = {"prompt": "digest@1", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
     response = service.client.post("/v1/enrich/estimate", json=only_nodes)
     assert error_of(response) == ("invalid_value", "node_ids")
 
@@ -675,7 +675,7 @@ def test_priorities(service: Service, given: dict[str, str], number: int) -> Non
 
 
 def test_long_texts_by_request(service: Service) -> None:
-    limit = default_catalog().get("summary").max_text_tokens
+    limit = default_catalog().get("summary@1").max_text_tokens
     nodes = [{"id": "a", "text": "b" * limit + "e" * limit}]
     for policy, shown in [("head", {"b"}), ("head_tail", {"b", "e", *GAP})]:
         service.client.post("/v1/enrich", json={**ENRICH, "nodes": nodes, "long_text": policy})

@@ -29,7 +29,7 @@ from jobs.open import open_job_store
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
-from service.enrichment import build_enricher
+from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
 from service.logs import set_up_logging
 from service.metrics import EngineCollector, JobCollector, Metrics
@@ -93,6 +93,7 @@ def build_state(settings: Settings) -> AppState:
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
         enricher=build_enricher(settings, engines, tokenizers, metrics),
+        text_vectors=build_text_vectors(settings, engines, tokenizers),
         started_at=time.time(),
     )
 
@@ -128,6 +129,7 @@ def build_app(settings: Settings) -> FastAPI:
         finally:
             await state.engines.aclose()
             await asyncio.to_thread(state.enricher.close)
+            await asyncio.to_thread(state.text_vectors.close)
             state.jobs.close()
 
     app = FastAPI(

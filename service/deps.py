@@ -20,6 +20,7 @@ from service.tokenizers import TokenizerCache
 if TYPE_CHECKING:
     from graph.enrich import Enricher
     from graph.store import GraphStore
+    from graph.text_vectors import TextVectors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class AppState:
     tokenizers: TokenizerCache
     graphs: "GraphStore"
     enricher: "Enricher"
+    text_vectors: "TextVectors"
     started_at: float = field(default=0.0)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 from typing import IO, Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -12,11 +13,17 @@ from pydantic import FailFast, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
+from engines.protocol import EngineError
 from graph.catalog import Prompt
 from graph.enrich import EnrichNode
 from graph.selection.quotas import GroupShare
 from graph.selection.request import BudgetName, Order, SelectError, SelectRequest, Strategy
-from graph.selection.select import Selection, needs_text_vectors, select_nodes
+from graph.selection.select import (
+    Selection,
+    check_selection,
+    needs_text_vectors,
+    select_nodes,
+)
 from graph.store import (
     MAX_FEATURE_DIM,
     MAX_NAME_CHARS,
@@ -51,8 +58,10 @@ from service.enrichment import (
     answer_enrich,
     find_prompt,
 )
-from service.errors import ApiError, error_responses
+from service.errors import ApiError, error_responses, from_engine_error
+from service.generation import json_response
 from service.idempotency import request_hash, resource_id
+from service.middleware import cancel_on_disconnect
 
 router = APIRouter(
     prefix="/v1/graphs",
@@ -372,29 +381,49 @@ async def delete_graph(graph_id: str, state: StateDep, identity: IdentityDep) ->
     return GraphDeleted(id=graph_id)
 
 
-@router.post("/{graph_id}/select")
+@router.post("/{graph_id}/select", response_model=SelectionObject, responses=error_responses(408))
 async def select(
-    graph_id: str, body: SelectRequest, state: StateDep, identity: IdentityDep
-) -> SelectionObject:
-    """Choose the nodes that are worth an LLM call."""
-    return await asyncio.to_thread(_select, graph_id, body, state, identity)
+    graph_id: str, body: SelectRequest, request: Request, state: StateDep, identity: IdentityDep
+) -> Response:
+    """Choose the nodes that are worth an LLM call.
 
-
-def _select(
-    graph_id: str, body: SelectRequest, state: AppState, identity: Identity
-) -> SelectionObject:
-    graph = _open(state, identity, graph_id)
-    if needs_text_vectors(graph, body):
-        raise ApiError("unsupported_parameter", "the graph has no features", "strategy")
+    Texts that are encoded for it stay in the cache: a request that took too long goes on where it was when repeated.
+    """
     try:
-        selection = select_nodes(graph, body)
+        async with asyncio.timeout(state.settings.request_timeout_seconds):
+            response: Response = await cancel_on_disconnect(
+                request, _select(graph_id, body, state, identity)
+            )
+    except TimeoutError:
+        raise ApiError("request_timeout", "the selection took too long") from None
+    return response
+
+
+async def _select(
+    graph_id: str, body: SelectRequest, state: AppState, identity: Identity
+) -> Response:
+    graph = await asyncio.to_thread(_open, state, identity, graph_id)
+    model, vectors = None, None
+    try:
+        await asyncio.to_thread(check_selection, graph, body)
+        if needs_text_vectors(graph, body):
+            model = body.embedding_model or state.settings.embedding_model
+            vectors = await state.text_vectors.encode(
+                graph, np.arange(graph.info.num_nodes), model=model, tenant=identity.tenant
+            )
+        selection = await asyncio.to_thread(select_nodes, graph, body, text_vectors=vectors)
     except SelectError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise ApiError(code, error.message, error.param) from error
-    return _selection_object(graph, body, selection)
+    except EngineError as error:
+        raise from_engine_error(error) from error
+    return json_response(_selection_object(graph, body, selection, model))
 
 
-def _selection_object(graph: Graph, body: SelectRequest, selection: Selection) -> SelectionObject:
+def _selection_object(
+    graph: Graph, body: SelectRequest, selection: Selection, model: str | None
+) -> SelectionObject:
+    clustered = selection.num_clusters is not None
     estimate = selection.estimate
     return SelectionObject(
         graph_id=graph.info.id,
@@ -403,8 +432,8 @@ def _selection_object(graph: Graph, body: SelectRequest, selection: Selection) -
         order=selection.order,
         seed=selection.seed,
         num_clusters=selection.num_clusters,
-        vectors_from=None if selection.num_clusters is None else "features",
-        embedding_model=None,
+        vectors_from=("features" if model is None else "texts") if clustered else None,
+        embedding_model=model,
         node_ids=graph.ids(selection.indices),
         scores=selection.scores.tolist(),
         stopped_by=selection.stopped_by,

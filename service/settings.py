@@ -50,6 +50,13 @@ class Settings(BaseSettings):
     skip: dict[str, Annotated[Skip, PlainValidator(Skip.from_json)]] = Field(default_factory=dict)
     """By model: how requests skip feed-forwards that do not say; "profile" or {"target_ratio": share}. JSON in the
     environment, a table in lathe.toml."""
+    requests_per_minute: int = Field(default=0, ge=0)
+    tokens_per_minute: int = Field(default=0, ge=0)
+    """Of one API key that has no limit of its own; 0 is no limit."""
+    max_active_jobs: int = Field(default=100, ge=0)
+    """Of one API key: queued, running or paused; 0 is no limit."""
+    max_job_seconds: float = Field(default=7 * 24 * 3600.0, gt=0)
+    """An attempt that runs longer is ended."""
     request_timeout_seconds: float = 600.0
     drain_seconds: float = 30.0
 
@@ -105,6 +112,11 @@ class Settings(BaseSettings):
     def cache_database(self) -> Path:
         """Enrichment results; may be deleted at any time."""
         return self.home / "cache.db"
+
+    @property
+    def limits_database(self) -> Path:
+        """Of rate limits; may be deleted at any time."""
+        return self.home / "limits.db"
 
     @property
     def keys_file(self) -> Path:

@@ -77,7 +77,7 @@ class House:
         nodes = options.pop("nodes", None) or tuple(
             EnrichNode(id=f"n{i}", text=text) for i, text in enumerate(texts)
         )
-        prompt = default_catalog().get(options.pop("prompt", "summary"))
+        prompt = default_catalog().get(options.pop("prompt", "summary@1"))
         outputs = options.pop("outputs", ["text", "embedding"] if both else ["text"])
         return await self.enricher.enrich(
             EnrichRequest(
@@ -141,7 +141,7 @@ async def test_decoding_is_greedy_and_behind_interactive_requests(tmp_path: Path
     await house.enrich(["abc"], tenant="t")
     (request,) = house.writer.requests
     assert request.params.temperature == 0
-    assert request.params.max_tokens == default_catalog().get("summary").max_tokens
+    assert request.params.max_tokens == default_catalog().get("summary@1").max_tokens
     assert (request.priority, request.tenant) == (1, "t")
 
 
@@ -171,7 +171,7 @@ async def test_cache_outlives_the_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"tenant": "other"}, {"max_tokens": 7}, {"prompt": "repair"}],
+    [{"tenant": "other"}, {"max_tokens": 7}, {"prompt": "repair@1"}],
     ids=["tenant", "max_tokens", "prompt"],
 )
 async def test_key_holds_what_shapes_the_text(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -217,18 +217,18 @@ async def test_neighbours_count_where_they_are_read(tmp_path: Path) -> None:
         node = EnrichNode(id="a", text="abc", neighbors=neighbors)
         return statuses(await house.enrich([], nodes=(node,), prompt=prompt))[0]
 
-    assert await run("summary") == "ok"
-    assert await run("summary", "ignored") == "cached"
-    assert await run("digest", "x", "y") == "ok"
-    assert await run("digest", "y", "x") == "ok"  # their order is part of the prompt
-    assert await run("digest", "x", "y") == "cached"
+    assert await run("summary@1") == "ok"
+    assert await run("summary@1", "ignored") == "cached"
+    assert await run("digest@1", "x", "y") == "ok"
+    assert await run("digest@1", "y", "x") == "ok"  # their order is part of the prompt
+    assert await run("digest@1", "x", "y") == "cached"
     assert "1. x\n2. y" in house.writer.prompts[1]
 
 
 async def test_more_neighbours_than_the_prompt_reads(tmp_path: Path) -> None:
     house = House(tmp_path)
     node = EnrichNode(id="a", text="abc", neighbors=tuple(f"n{i}" for i in range(25)))
-    result = await house.enrich([], nodes=(node,), prompt="digest")
+    result = await house.enrich([], nodes=(node,), prompt="digest@1")
     assert result.rows[0].neighbors_used == 10
     assert "10. n9" in house.writer.prompts[0]
     assert "n10" not in house.writer.prompts[0]
@@ -357,7 +357,7 @@ async def test_token_budget_is_never_exceeded(tmp_path: Path, spare: int, num_do
     house = House(tmp_path)
     cost = (await House(tmp_path / "free").enrich(texts[:1])).usage.total_tokens
     # The fifth call starts if its prompt and its longest answer still fit.
-    fifth = cost - len(texts[0]) + default_catalog().get("summary").max_tokens
+    fifth = cost - len(texts[0]) + default_catalog().get("summary@1").max_tokens
     budget = 4 * cost + fifth + spare
     result = await house.enrich(texts, budget={"tokens": budget})
     assert statuses(result) == ["ok"] * num_done + ["skipped_budget"] * (9 - num_done)
@@ -418,7 +418,7 @@ async def test_a_client_that_leaves_takes_nothing_from_others(tmp_path: Path) ->
 
 async def test_long_text_is_cut_to_the_prompts_head(tmp_path: Path) -> None:
     house = House(tmp_path)
-    limit = default_catalog().get("summary").max_text_tokens
+    limit = default_catalog().get("summary@1").max_text_tokens
     result = await house.enrich(["x" * limit + "y" * 5000])
     assert own_text(house.writer.prompts[0]) == "x" * limit
     assert result.rows[0].truncated_tokens == 5000

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -24,7 +25,7 @@ from graph.arrow_stream import MEDIA_TYPE
 from graph.cache import EnrichmentCache
 from graph.catalog import default_catalog
 from graph.enrich import GAP, Enricher, TextModel
-from graph.store import GraphStore
+from graph.store import GraphNotFoundError, GraphStore
 from graph.text_vectors import TextVectors
 from service.auth import LOCAL_IDENTITY, KeyStore
 from service.deps import AppState
@@ -223,6 +224,64 @@ def test_json_and_files_give_the_same_graph(service: Service) -> None:
     one = service.create(body).json()
     two = service.client.post("/v1/graphs", data={"name": "f"}, files=files).json()
     assert one["content_hash"] == two["content_hash"]
+
+
+@pytest.mark.parametrize("write", [parquet, arrow])
+def test_features_in_files_and_in_json_are_the_same(
+    service: Service, write: Callable[[dict[str, list[Any]]], bytes]
+) -> None:
+    rows = [[0.1, 2.0], [-3.5, 0.0], [1e-8, 65504.0]]
+    nodes = [
+        {"id": i, "text": t, "label": x, "features": f}
+        for i, t, x, f in zip(*NODE_COLUMNS.values(), rows, strict=True)
+    ]
+    one = service.create({"name": "j", "nodes": nodes, "edges": [["a", "b"], ["a", "c"]]}).json()
+    columns = {**NODE_COLUMNS, "features": [np.array(row, dtype=np.float32) for row in rows]}
+    files = {"nodes": write(columns), "edges": write(EDGE_COLUMNS)}
+    two = service.client.post("/v1/graphs", data={"name": "f"}, files=files).json()
+    assert one["feature_dim"] == two["feature_dim"] == 2
+    assert one["content_hash"] == two["content_hash"]
+
+
+def test_files_with_a_feature_that_is_no_number(service: Service) -> None:
+    columns = {**NODE_COLUMNS, "features": [[1.0, 2.0], [float("nan"), 0.0], [0.0, 0.0]]}
+    files = {"nodes": parquet(columns), "edges": parquet(EDGE_COLUMNS)}
+    response = service.client.post("/v1/graphs", data={"name": "f"}, files=files)
+    assert error_of(response) == ("invalid_value", "nodes[1].features")
+    assert "'b'" in response.json()["error"]["message"]
+
+
+def test_a_graph_with_a_text_of_a_megabyte(service: Service) -> None:
+    """Kept, selected and enriched by its head; its length is its own."""
+    body = change(
+        nodes=[{"id": "a", "text": "word " * 200_000}, {"id": "b", "text": "x"}], edges=[]
+    )
+    graph_id = service.create(body).json()["id"]
+    select = {"strategy": "text_length", "order": "high", "budget": {"nodes": 1}}
+    answer = service.client.post(f"/v1/graphs/{graph_id}/select", json=select).json()
+    assert (answer["node_ids"], answer["scores"]) == (["a"], [1_000_000.0])
+    assert answer["estimate"]["tokens"] == 1024 + 256
+    enrich_body = {"node_ids": ["a"], "prompt": "summary@1", "model": "writer"}
+    answer = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=enrich_body).json()
+    assert answer["data"][0]["status"] == "ok"
+    assert answer["data"][0]["truncated_tokens"] > 900_000
+
+
+def test_a_graph_that_is_deleted_while_it_is_enriched(service: Service) -> None:
+    graph_id = service.graph_id()
+    answer_as_before = service.writer._answer
+
+    def delete_and_answer(prompt: str) -> str:
+        with contextlib.suppress(GraphNotFoundError):
+            service.state.graphs.delete(graph_id, LOCAL_IDENTITY.tenant)
+        return answer_as_before(prompt)
+
+    service.writer._answer = delete_and_answer
+    body = {"node_ids": ["a", "b", "c"], "prompt": "summary@1", "model": "writer"}
+    answer = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=body).json()
+    assert [row["status"] for row in answer["data"]] == ["ok"] * 3
+    again = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=body)
+    assert error_of(again, 404)[0] == "graph_not_found"
 
 
 def test_directed_and_integer_ids(service: Service) -> None:

@@ -21,6 +21,7 @@ from service.tokenizers import TokenizerCache
 if TYPE_CHECKING:
     from graph.enrich import Enricher
     from graph.store import GraphStore
+    from graph.text_vectors import TextVectors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class AppState:
     tokenizers: TokenizerCache
     graphs: "GraphStore"
     enricher: "Enricher"
+    text_vectors: "TextVectors"
     limits: RateLimits | None = None
     started_at: float = field(default=0.0)
 

@@ -17,7 +17,7 @@ async def complete_enrich(spec: EnrichSpec, state: AppState, identity: Identity)
     Raises:
         ApiError: no such prompt, graph or node; a model cannot do it or is not served.
     """
-    prompt = find_prompt(spec.prompt)
+    prompt = find_prompt(spec.prompt, state, identity)
     if spec.graph is not None:
         graph = await asyncio.to_thread(open_graph, state, identity, spec.graph, "graph")
         if spec.node_ids is not None:

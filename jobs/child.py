@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     context = RunnerContext(
         job_id=attempt["job_id"],
+        owner=attempt["owner"],
         attempt=attempt["attempt"],
         spec=attempt["spec"],
         folder=folder,

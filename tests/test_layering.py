@@ -15,6 +15,7 @@ ALLOWED = {
     "jobs": {"graph", "training", "evaluation", "engines", "compression"},
     "service": {"jobs", "graph", "training", "evaluation", "engines", "compression"},
 }
+CLIENT = ROOT / "client" / "lathe_client"
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -35,6 +36,25 @@ def test_rooms_import_downwards_only() -> None:
         for other in sorted(imported_rooms(path) - allowed - {room})
     ]
     assert wrong == []
+
+
+def test_rooms_and_client_do_not_know_each_other() -> None:
+    files = sorted(CLIENT.rglob("*.py"))
+    assert files
+    assert [(path.name, imported_rooms(path)) for path in files if imported_rooms(path)] == []
+    for room in ALLOWED:
+        for path in (ROOT / room).rglob("*.py"):
+            assert "lathe_client" not in path.read_text(), path
+
+
+def test_the_client_needs_no_torch_but_for_its_pyg_parts() -> None:
+    code = (
+        "import sys\n"
+        "import lathe_client, lathe_client.prefetch\n"
+        "loaded = [m for m in ('torch', 'torch_geometric', 'pydantic') if m in sys.modules]\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 def test_package_files_are_empty() -> None:

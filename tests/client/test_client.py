@@ -1,0 +1,149 @@
+"""Both clients against the real routes, over HTTP."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from lathe_client import ApiStatusError, AsyncEnrichmentClient, EnrichmentClient
+
+from tests.service.test_graph_routes import Service
+
+MODELS: Any = {"model": "writer", "embedding_model": "encoder"}
+NODES = [{"id": "n1", "text": "one"}, {"id": "n2", "text": ""}, {"id": "n3", "text": "three"}]
+LETTERS = [
+    {"id": "a", "text": "first", "label": "x", "split": "train"},
+    {"id": "b", "text": "second"},
+    {"id": "c", "text": "third"},
+]
+
+
+def test_enrich_gives_rows_texts_and_vectors(client: EnrichmentClient, service: Service) -> None:
+    enriched = client.enrich(NODES, prompt="summary", returns=["text", "embedding"], **MODELS)
+    assert enriched.node_ids == ["n1", "n2", "n3"]
+    assert enriched.statuses == ["ok", "failed", "ok"]
+    assert enriched.texts == ["ONE", None, "THREE"]
+    assert enriched.has_embedding.tolist() == [True, False, True]
+    assert enriched.embeddings.dtype == np.float16
+    assert enriched.embeddings.shape == (3, 4)
+    assert enriched.embeddings[1].tolist() == [0, 0, 0, 0]
+    # The scripted encoder's vector is the number of tokens and their sum: "one\nONE" between two marks.
+    ids = service.encoder.embedded[0]
+    assert enriched.embeddings[0].tolist() == [len(ids), sum(ids), 0.5, 0.5]
+    assert (enriched.model, enriched.embedding_model) == ("writer", "encoder")
+    assert enriched.prompt.id == "summary"
+    assert enriched.usage is not None
+    assert enriched.usage.num_by_status["ok"] == 2
+    first, second, third = enriched.rows()
+    assert (first.node_id, first.text, second.error_code) == ("n1", "ONE", "empty_text")
+    assert second.embedding is None
+    assert third.embedding is not None
+    exact = client.enrich(
+        NODES, prompt="summary", returns=["embedding"], embedding_dtype="float32", **MODELS
+    )
+    assert exact.embeddings.dtype == np.float32
+    assert exact.texts == [None, None, None]
+
+
+def test_text_alone_has_no_vectors(client: EnrichmentClient) -> None:
+    enriched = client.enrich(NODES, prompt="summary", **MODELS)
+    assert enriched.embedding_model is None
+    assert not enriched.has_embedding.any()
+    with pytest.raises(ValueError, match="no embeddings"):
+        _ = enriched.embeddings
+
+
+def test_many_nodes_go_out_in_pieces(client: EnrichmentClient, service: Service) -> None:
+    nodes = [{"id": i, "text": f"text {i % 40}"} for i in range(1100)]
+    enriched = client.enrich(nodes, prompt="summary", **MODELS)
+    assert enriched.node_ids == list(range(1100))
+    assert enriched.usage is not None
+    assert enriched.usage.num_nodes == 1100
+    assert enriched.usage.num_by_status["ok"] == 40
+    assert len(service.writer.prompts) == 40
+    with pytest.raises(ValueError, match="a budget is for one request"):
+        client.enrich(nodes, prompt="summary", budget={"max_nodes": 3}, **MODELS)
+    with pytest.raises(ValueError, match="no node"):
+        client.enrich([], prompt="summary", **MODELS)
+
+
+def test_graphs_from_create_to_delete(client: EnrichmentClient) -> None:
+    graph = client.create_graph("letters", LETTERS, [("a", "b"), ("b", "c"), ("c", "c")])
+    assert (graph.num_nodes, graph.num_edges, graph.num_self_loops) == (3, 2, 1)
+    assert graph.has_labels
+    assert client.graph(graph.id) == graph
+    assert client.graphs() == [graph]
+    selection = client.select(graph.id, "degree", budget={"nodes": 1}, order="high")
+    assert selection.node_ids == ["b"]
+    assert selection.raw["order"] == "high"
+    enriched = client.enrich_graph(graph.id, ["c", "a"], prompt="summary", **MODELS)
+    assert enriched.texts == ["THIRD", "FIRST"]
+    client.delete_graph(graph.id)
+    with pytest.raises(ApiStatusError) as caught:
+        client.graph(graph.id)
+    assert caught.value.code == "graph_not_found"
+    assert caught.value.request_id is not None
+
+
+def test_a_graph_from_tables_with_integer_ids_and_no_edge(client: EnrichmentClient) -> None:
+    nodes = pa.table({"id": [7, 8], "text": ["seven", "eight"]})
+    assert client.create_graph("t", nodes, []).id_type == "int64"
+    edges = pa.table({"source": [7], "target": [8]})
+    assert client.create_graph("t", nodes, edges, directed=True).num_edges == 1
+
+
+def test_the_same_key_makes_one_graph(client: EnrichmentClient) -> None:
+    made = [client.create_graph("g", LETTERS, [], idempotency_key="k").id for _ in range(2)]
+    assert made[0] == made[1]
+    with pytest.raises(ApiStatusError) as caught:
+        client.create_graph("other", LETTERS, [], idempotency_key="k")
+    assert caught.value.code == "idempotency_conflict"
+
+
+def test_refusals_name_the_field(client: EnrichmentClient) -> None:
+    with pytest.raises(ApiStatusError) as caught:
+        client.enrich(NODES, prompt="no-such-prompt", **MODELS)
+    assert (caught.value.status, caught.value.param) == (404, "prompt")
+    with pytest.raises(ApiStatusError) as caught:
+        client.enrich([{"id": "a", "text": "t", "colour": "red"}], prompt="summary", **MODELS)
+    assert caught.value.code == "unsupported_parameter"
+
+
+def test_the_catalog(client: EnrichmentClient) -> None:
+    assert "summary" in [prompt["id"] for prompt in client.prompts()]
+    assert client.prompt("summary@1")["version"] == 1
+
+
+def test_float16_on_the_wire_costs_few_bytes(client: EnrichmentClient, service: Service) -> None:
+    """The mark of 1.6 KB per node at 384 numbers and about 700 bytes of text; here by size, not by time."""
+    service.encoder.info = replace(service.encoder.info, hidden_size=384, max_model_len=500)
+    texts = [f"{i:03} " + "lorem ipsum dolor " * 39 for i in range(64)]
+    sizes: list[int] = []
+    client._http.event_hooks["response"] = [
+        lambda response: sizes.append(int(response.headers["content-length"]))
+    ]
+    nodes = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    enriched = client.enrich(
+        nodes, prompt="summary", returns=["text", "embedding"], max_tokens=700, **MODELS
+    )
+    assert min(len(text or "") for text in enriched.texts) >= 690
+    assert sizes[0] / 64 <= 1600
+
+
+@pytest.mark.anyio
+async def test_the_async_client_does_the_same(url: str) -> None:
+    async with AsyncEnrichmentClient(url) as client:
+        graph = await client.create_graph("letters", LETTERS, [("a", "b")])
+        selection = await client.select(graph.id, "pagerank", budget={"fraction": 0.5})
+        enriched = await client.enrich_graph(
+            graph.id,
+            selection.node_ids,
+            prompt="summary",
+            returns=["text", "embedding"],
+            **MODELS,
+        )
+        assert enriched.texts == ["FIRST", "SECOND"]
+        assert enriched.has_embedding.all()
+        await client.delete_graph(graph.id)
+        assert await client.graphs() == []

@@ -23,6 +23,7 @@ from starlette.routing import Match, Route
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from engines.protocol import EngineError
+from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
@@ -82,6 +83,7 @@ def build_state(settings: Settings) -> AppState:
     redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
     metrics = Metrics()
     tokenizers = TokenizerCache()
+    cache = EnrichmentCache(settings.cache_database)
     state = AppState(
         settings=settings,
         registry=registry,
@@ -92,7 +94,8 @@ def build_state(settings: Settings) -> AppState:
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
-        enricher=build_enricher(settings, engines, tokenizers, metrics),
+        cache=cache,
+        enricher=build_enricher(engines, tokenizers, cache, metrics),
         started_at=time.time(),
     )
 

@@ -18,6 +18,7 @@ from service.settings import Settings
 from service.tokenizers import TokenizerCache
 
 if TYPE_CHECKING:
+    from graph.cache import EnrichmentCache
     from graph.enrich import Enricher
     from graph.store import GraphStore
 
@@ -35,6 +36,7 @@ class AppState:
     metrics: Metrics
     tokenizers: TokenizerCache
     graphs: "GraphStore"
+    cache: "EnrichmentCache"
     enricher: "Enricher"
     started_at: float = field(default=0.0)
 

@@ -36,7 +36,7 @@ from service.engine_pool import EnginePool
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import cancel_on_disconnect
-from service.settings import DEFAULT_MODEL, Settings
+from service.settings import DEFAULT_MODEL
 from service.tokenizers import ModelText, TokenizerCache
 
 MAX_NODES_PER_REQUEST = 1024
@@ -201,9 +201,9 @@ class ServedText(TextModel):
 
 
 def build_enricher(
-    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache, metrics: Metrics
+    engines: EnginePool, tokenizers: TokenizerCache, cache: EnrichmentCache, metrics: Metrics
 ) -> Enricher:
-    """The enricher of one application; its cache file is opened when first needed."""
+    """The enricher of one application."""
 
     async def engine_for(model_id: str, param: str) -> AsyncEngine:
         try:
@@ -217,7 +217,7 @@ def build_enricher(
     return Enricher(
         engine_for=engine_for,
         text_for=text_for,
-        cache=EnrichmentCache(settings.cache_database),
+        cache=cache,
         observer=metrics,
     )
 

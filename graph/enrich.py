@@ -403,7 +403,7 @@ class Enricher:
         self._text_for = text_for
         self._cache = cache
         self._observer = observer
-        self._generations: SingleFlight[Generation] = SingleFlight()
+        self._generations: SingleFlight[tuple[Generation, bool]] = SingleFlight()
         self._embeddings: SingleFlight[Embedding] = SingleFlight()
         self._pace = _Pace()
 
@@ -571,23 +571,30 @@ class Enricher:
                 return
             used = 0
             try:
-                generation, led = await self._generations.run(
+                (generation, ran), led = await self._generations.run(
                     unit.key, lambda: self._generate(run, unit.key, prompt)
                 )
-                used = generation.tokens_in + generation.tokens_out if led else 0
+                ran = ran and led
+                used = generation.tokens_in + generation.tokens_out if ran else 0
             finally:
                 run.ledger.settle(reserved, used)
             unit.skipped = False
-            unit.generation, unit.llm_ran = generation, led
+            unit.generation, unit.llm_ran = generation, ran
         except (EngineError, TextError) as error:
             unit.skipped = False
             unit.error = _item_error(error)
 
-    async def _generate(self, run: _Run, key: bytes, prompt: "_Rendered") -> Generation:
-        """Have the LLM write one text; keeps it in the cache. Runs for all requests that wait for it."""
+    async def _generate(
+        self, run: _Run, key: bytes, prompt: "_Rendered"
+    ) -> tuple[Generation, bool]:
+        """Have the LLM write one text, for all requests that wait for it; keeps it in the cache.
+
+        Returns:
+            The text, and whether the LLM ran.
+        """
         again = await self._cached_generations([key])
         if key in again:  # another request finished it after we had looked
-            return again[key]
+            return again[key], False
         token_ids, finish_reason, num_hits = await _generate_tokens(
             run.engine,
             GenerateRequest(
@@ -608,7 +615,7 @@ class Enricher:
             neighbors_used=prompt.neighbors_used,
         )
         await self._store("text", key, msgspec.msgpack.encode(generation))
-        return generation
+        return generation, True
 
     async def _embed_units(self, run: _Run, units: Sequence[_Unit]) -> None:
         if run.encoder is None:
@@ -727,7 +734,7 @@ def _keys(run: _Run) -> tuple[list[bytes], list[str]]:
         info.checkpoint_hash,
         info.dtype,
         info.max_model_len,  # decides what is cut from a long text
-        request.long_text,
+        request.long_text == "head_tail",  # the other two show the LLM the same
         msgspec.to_builtins(_params(run.max_tokens)),  # greedy: no seed
     )
     keys, hashes = [], []
@@ -842,7 +849,8 @@ def _windows(
     if policy == "chunk_mean":
         joined = own + added
         parts = [joined[start : start + room] for start in range(0, len(joined), room)]
-        return [encoder_text.add_special_tokens(part) for part in parts], 0
+        # Of what has no tokens, such as a zero-width space, the marks alone.
+        return [encoder_text.add_special_tokens(part) for part in parts or [[]]], 0
     num_added = min(max(min(len(added), room // 2), room - len(own)), len(added))
     num_own = min(room - num_added, len(own))
     num_tail = num_own // 2 if policy == "head_tail" and num_own < len(own) else 0

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,6 +14,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from engines.protocol import AsyncEngine
 from graph import arrow_stream
+from graph.arrow_stream import EmbeddingDtype
 from graph.cache import EnrichmentCache
 from graph.catalog import Prompt, PromptNotFoundError, default_catalog
 from graph.enrich import (
@@ -22,26 +25,30 @@ from graph.enrich import (
     EnrichRequest,
     EnrichResult,
     EnrichRow,
+    EnrichStream,
     EnrichUsage,
     ItemStatus,
-    TextError,
+    LongText,
+    Priority,
     TextModel,
     UnsuitableModelError,
 )
+from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES
 from service.auth import Identity
-from service.chat_template import ChatTemplateError
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import cancel_on_disconnect
 from service.settings import DEFAULT_MODEL
-from service.tokenizers import ModelText, TokenizerCache
+from service.sse import ChunkedResponse
+from service.tokenizers import TokenizerCache
 
 MAX_NODES_PER_REQUEST = 1024
 MAX_ANSWER_TOKENS = 1024
 JSON = "application/json"
+NDJSON = "application/x-ndjson"
 
 
 def _string_or_integer(value: object, *, min_chars: int) -> str | int:
@@ -90,8 +97,8 @@ class BudgetBody(RequestModel):
     )
 
 
-class EnrichOptions(RequestModel):
-    """What the two enrich routes have in common."""
+class EnrichChoices(RequestModel):
+    """How to enrich, whatever is enriched and whenever."""
 
     prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")
     model: str = Field(default=DEFAULT_MODEL, max_length=100)
@@ -104,14 +111,25 @@ class EnrichOptions(RequestModel):
     max_tokens: int | None = Field(
         default=None, ge=1, le=MAX_ANSWER_TOKENS, description="Of an answer; the prompt's own."
     )
-    long_text: Literal["head"] = Field(
-        default="head", description="Which part of a text that is too long is kept."
+    long_text: LongText = Field(
+        default="head",
+        description="Of a text that is too long: its beginning; its beginning and its end; or, for the embedding, "
+        "the mean of all its pieces (the LLM is shown the beginning).",
+    )
+    priority: Priority = Field(
+        default="training", description="Among requests to one model; age makes up for it."
     )
     budget: BudgetBody = BudgetBody()
+
+
+class EnrichOptions(EnrichChoices):
+    """What the two enrich routes have in common."""
+
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="Of embeddings in JSON; base64 is of little-endian values."
     )
-    embedding_dtype: Literal["float32", "float16"] = "float32"
+    embedding_dtype: EmbeddingDtype = "float32"
+    stream: bool = Field(default=False, description="Rows as they finish: NDJSON or Arrow.")
 
 
 class ItemErrorBody(ResponseModel):
@@ -148,6 +166,9 @@ class EnrichUsageBody(ResponseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prefix_hit_tokens: int = Field(
+        description="Of the prompt tokens, those that the engine had computed before."
+    )
     embedding_tokens: int
     cached_tokens: int = Field(description="What rows would have cost without the cache.")
     num_nodes: int
@@ -165,39 +186,12 @@ class EnrichResponse(ResponseModel):
 ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One row per node, in their order.",
-        "content": {arrow_stream.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+        "content": {
+            arrow_stream.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+            NDJSON: {"schema": {"type": "string"}},
+        },
     }
 }
-
-
-class ServedText(TextModel):
-    """A registered model's tokenizer and chat template, as enrichment uses them."""
-
-    def __init__(self, text: ModelText) -> None:
-        self._tokenizer = text.tokenizer
-        self._template = text.chat_template
-        bare = self._tokenizer.encode("a")
-        marked = self._tokenizer.encode("a", add_special_tokens=True)
-        starts = range(len(marked) - len(bare) + 1)
-        start = next(i for i in starts if marked[i : i + len(bare)] == bare)
-        self._before, self._after = marked[:start], marked[start + len(bare) :]
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if self._template is None:
-            raise TextError("the model has no chat template")
-        try:
-            return self._tokenizer.encode_segments(self._template.render(messages))
-        except ChatTemplateError as error:
-            raise TextError(str(error)) from error
-
-    def encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
-
-    def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        return [*self._before, *token_ids, *self._after]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def build_enricher(
@@ -212,7 +206,8 @@ def build_enricher(
             raise ApiError(error.code, error.message, param) from error
 
     async def text_for(model_id: str, param: str) -> TextModel:
-        return ServedText(await tokenizers.get(engines.entry(model_id)))
+        text = await tokenizers.get(engines.entry(model_id))
+        return ServedText(text.tokenizer, text.chat_template)
 
     return Enricher(
         engine_for=engine_for,
@@ -246,11 +241,32 @@ async def answer_enrich(
     Raises:
         ApiError: not_acceptable, a model that cannot serve, the client has gone.
     """
-    media_type = negotiate(request.headers.get("accept"))
+    media_type = negotiate(request.headers.get("accept"), stream=body.stream)
+    enrich = enrich_request(state, identity, body, prompt, nodes)
+    try:
+        if media_type == NDJSON or body.stream:
+            stream = await state.enricher.stream(enrich)
+            encode = _ndjson if media_type == NDJSON else _arrow_batches
+            return ChunkedResponse(encode(stream, body), _nothing, media_type=media_type)
+        result = await cancel_on_disconnect(request, state.enricher.enrich(enrich))
+    except UnsuitableModelError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    content = await asyncio.to_thread(_encode, media_type, enrich, result, body)
+    return Response(content, media_type=media_type)
+
+
+def enrich_request(
+    state: AppState,
+    identity: Identity,
+    body: EnrichChoices,
+    prompt: Prompt,
+    nodes: tuple[EnrichNode, ...],
+) -> EnrichRequest:
+    """Raises: ApiError: return names a part twice."""
     if len(set(body.return_)) < len(body.return_):
         raise ApiError("invalid_value", "return names a part twice", "return")
     limit = state.settings.request_timeout_seconds
-    enrich = EnrichRequest(
+    return EnrichRequest(
         nodes=nodes,
         prompt=prompt,
         model=body.model,
@@ -263,31 +279,27 @@ async def answer_enrich(
             seconds=min(body.budget.max_seconds or limit, limit),
         ),
         tenant=identity.tenant,
+        priority=body.priority,
+        long_text=body.long_text,
     )
-    try:
-        result = await cancel_on_disconnect(request, state.enricher.enrich(enrich))
-    except UnsuitableModelError as error:
-        raise ApiError("invalid_value", error.message, error.param) from error
-    content = await asyncio.to_thread(_encode, media_type, enrich, result, body)
-    return Response(content, media_type=media_type)
 
 
-def negotiate(accept: str | None) -> str:
-    """The media type of an answer: JSON unless the client prefers Arrow.
+def negotiate(accept: str | None, *, stream: bool) -> str:
+    """The media type of an answer: JSON, or NDJSON for a stream, unless the client prefers another.
 
     Raises:
         ApiError: not_acceptable.
     """
+    offered = (
+        (NDJSON, arrow_stream.MEDIA_TYPE) if stream else (JSON, arrow_stream.MEDIA_TYPE, NDJSON)
+    )
     if accept is None or not accept.strip():
-        return JSON
-    weights = {JSON: 0.0, arrow_stream.MEDIA_TYPE: 0.0}
-    for offered in weights:
-        weights[offered] = _weight(accept, offered)
-    best = max(weights, key=lambda offered: weights[offered])  # JSON where they are equal
+        return offered[0]
+    weights = {media_type: _weight(accept, media_type) for media_type in offered}
+    best = max(offered, key=lambda media_type: weights[media_type])  # the first of equals
     if weights[best] <= 0:
-        raise ApiError(
-            "not_acceptable", f"Accept must allow {JSON} or {arrow_stream.MEDIA_TYPE}", "Accept"
-        )
+        what = "a stream is" if stream else "an enrichment is"
+        raise ApiError("not_acceptable", f"{what} one of: {', '.join(offered)}", "Accept")
     return best
 
 
@@ -314,6 +326,46 @@ def _quality(parameters: list[str]) -> float:
     return 1.0
 
 
+async def _nothing() -> None:
+    """The generators free all there is when they are closed."""
+
+
+async def _ndjson(stream: EnrichStream, body: EnrichOptions) -> AsyncGenerator[bytes, None]:
+    """A line per row as it finishes, then one with the usage."""
+    async with aclosing(stream.batches()) as batches:
+        async for batch in batches:
+            yield b"".join(
+                msgspec.json.encode(_item(stream.request, row, body)) + b"\n" for _, row in batch
+            )
+    yield msgspec.json.encode({"usage": _usage(stream.usage)}) + b"\n"
+
+
+async def _arrow_batches(stream: EnrichStream, body: EnrichOptions) -> AsyncGenerator[bytes, None]:
+    """A record batch whenever rows have finished, then an empty one with the usage."""
+    sink = io.BytesIO()
+    writer = arrow_stream.ArrowWriter(
+        sink,
+        stream.request,
+        node_id=stream.request.nodes[0].id,
+        dim=stream.dim,
+        dtype=body.embedding_dtype,
+    )
+    async with aclosing(stream.batches()) as batches:
+        async for batch in batches:
+            writer.write([row for _, row in batch])
+            yield _taken(sink)
+    writer.write([], _usage(stream.usage))
+    writer.close()
+    yield _taken(sink)
+
+
+def _taken(sink: io.BytesIO) -> bytes:
+    data = sink.getvalue()
+    sink.seek(0)
+    sink.truncate()
+    return data
+
+
 def _encode(
     media_type: str, request: EnrichRequest, result: EnrichResult, body: EnrichOptions
 ) -> bytes:
@@ -329,6 +381,7 @@ def _usage(usage: EnrichUsage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
+        "prefix_hit_tokens": usage.prefix_hit_tokens,
         "embedding_tokens": usage.embedding_tokens,
         "cached_tokens": usage.cached_tokens,
         "num_nodes": usage.num_nodes,

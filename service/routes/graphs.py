@@ -8,14 +8,17 @@ from typing import IO, Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import ConfigDict, FailFast, Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from graph.catalog import Prompt
 from graph.enrich import EnrichNode
-from graph.select import STRATEGIES, Budget, Order, SelectError, Selection, select_nodes
+from graph.selection.quotas import GroupShare
+from graph.selection.request import BudgetName, Order, SelectError, SelectRequest, Strategy
+from graph.selection.select import Selection, needs_text_vectors, select_nodes
 from graph.store import (
+    MAX_FEATURE_DIM,
     MAX_NAME_CHARS,
     Graph,
     GraphColumns,
@@ -49,7 +52,6 @@ from service.enrichment import (
     find_prompt,
 )
 from service.errors import ApiError, error_responses
-from service.generation_body import present
 from service.idempotency import request_hash, resource_id
 
 router = APIRouter(
@@ -62,12 +64,13 @@ _PARTS = ("nodes", "edges", "name", "directed")
 
 
 class GraphNodeBody(RequestModel):
-    """An empty text is allowed: a node need not have one."""
+    """An empty text is allowed: a node need not have one. Features: as many for every node, or for none."""
 
     id: NodeIdField
     text: str
     label: LabelField | None = None
     split: Literal["train", "val", "test"] | None = None
+    features: list[float] | None = Field(default=None, min_length=1, max_length=MAX_FEATURE_DIM)
 
 
 class GraphBody(RequestModel):
@@ -80,7 +83,7 @@ class GraphBody(RequestModel):
 
 
 class GraphUpload(RequestModel):
-    """Parquet or Arrow IPC files: nodes (id, text, label?, split?) and edges (source, target)."""
+    """Parquet or Arrow IPC files: nodes (id, text, label?, split?, features?) and edges (source, target)."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
     directed: Literal["true", "false"] = "false"
@@ -103,6 +106,7 @@ class GraphObject(ResponseModel):
     num_duplicate_edges: int = Field(description="Dropped from the upload.")
     has_labels: bool
     has_splits: bool
+    feature_dim: int | None = Field(description="Numbers of a node's features; null without.")
     content_hash: str
     num_bytes: int
 
@@ -121,22 +125,20 @@ class GraphDeleted(ResponseModel):
     deleted: Literal[True] = True
 
 
-class SelectBudget(RequestModel):
-    """Exactly one."""
+class SelectionEstimate(ResponseModel):
+    """Of calls about all selected nodes, by the request's `rates`; null where it has no rate."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [present("nodes"), present("fraction")]})
+    tokens: int
+    seconds: float | None
+    cost: float | None
 
-    nodes: int | None = Field(default=None, ge=1)
-    fraction: float | None = Field(default=None, gt=0, le=1)
 
-
-class SelectBody(RequestModel):
-    """`order`: of degree and text_length (default low) and pagerank (default high). `seed`: of random (default 0)."""
-
-    strategy: str = Field(max_length=100, json_schema_extra={"enum": list(STRATEGIES)})
-    budget: SelectBudget
-    order: Order | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+class SelectionQuota(ResponseModel):
+    name: str | int | None = Field(
+        description="A class, null for nodes without a training label, or a community's first node."
+    )
+    num_nodes: int
+    num_selected: int
 
 
 class SelectionObject(ResponseModel):
@@ -145,11 +147,19 @@ class SelectionObject(ResponseModel):
     object: Literal["graph.selection"] = "graph.selection"
     graph_id: str
     content_hash: str
-    strategy: str
+    strategy: Strategy
     order: Order | None
     seed: int | None
+    num_clusters: int | None
+    vectors_from: Literal["features", "texts"] | None = Field(description="What was clustered.")
+    embedding_model: str | None = Field(description="That encoded the texts that were clustered.")
     node_ids: list[str | int]
     scores: list[float]
+    stopped_by: BudgetName | None = Field(
+        description="The limit that was exhausted first; null: every node is selected."
+    )
+    estimate: SelectionEstimate
+    quotas: list[SelectionQuota] | None = Field(description="Groups that got any.")
 
 
 class GraphEnrichBody(EnrichOptions):
@@ -177,7 +187,7 @@ async def create_graph(
 ) -> GraphObject:
     """Upload a graph: JSON, or multipart with `nodes` and `edges` as Parquet or Arrow IPC files.
 
-    Nodes have `id`, `text` and optionally `label` and `split`; edges name two of them.
+    Nodes have `id`, `text` and optionally `label`, `split` and `features`; edges name two of them.
     """
     graph_id = resource_id("graph", identity, key)
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -208,6 +218,7 @@ def _create_from_json(
             texts=[node.text for node in graph.nodes],
             labels=[node.label for node in graph.nodes],
             splits=[node.split for node in graph.nodes],
+            features=[node.features for node in graph.nodes],
             edges=graph.edges,
         )
     except GraphInputError as error:
@@ -363,32 +374,50 @@ async def delete_graph(graph_id: str, state: StateDep, identity: IdentityDep) ->
 
 @router.post("/{graph_id}/select")
 async def select(
-    graph_id: str, body: SelectBody, state: StateDep, identity: IdentityDep
+    graph_id: str, body: SelectRequest, state: StateDep, identity: IdentityDep
 ) -> SelectionObject:
     """Choose the nodes that are worth an LLM call."""
     return await asyncio.to_thread(_select, graph_id, body, state, identity)
 
 
 def _select(
-    graph_id: str, body: SelectBody, state: AppState, identity: Identity
+    graph_id: str, body: SelectRequest, state: AppState, identity: Identity
 ) -> SelectionObject:
     graph = _open(state, identity, graph_id)
+    if needs_text_vectors(graph, body):
+        raise ApiError("unsupported_parameter", "the graph has no features", "strategy")
     try:
-        budget = Budget(nodes=body.budget.nodes, fraction=body.budget.fraction)
-        selection: Selection = select_nodes(
-            graph, body.strategy, budget, order=body.order, seed=body.seed
-        )
+        selection = select_nodes(graph, body)
     except SelectError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise ApiError(code, error.message, error.param) from error
+    return _selection_object(graph, body, selection)
+
+
+def _selection_object(graph: Graph, body: SelectRequest, selection: Selection) -> SelectionObject:
+    estimate = selection.estimate
     return SelectionObject(
-        graph_id=graph_id,
+        graph_id=graph.info.id,
         content_hash=graph.info.content_hash,
-        strategy=selection.strategy,
+        strategy=body.strategy,
         order=selection.order,
         seed=selection.seed,
+        num_clusters=selection.num_clusters,
+        vectors_from=None if selection.num_clusters is None else "features",
+        embedding_model=None,
         node_ids=graph.ids(selection.indices),
         scores=selection.scores.tolist(),
+        stopped_by=selection.stopped_by,
+        estimate=SelectionEstimate(
+            tokens=estimate.tokens, seconds=estimate.seconds, cost=estimate.cost
+        ),
+        quotas=None if selection.quotas is None else [_quota(share) for share in selection.quotas],
+    )
+
+
+def _quota(share: GroupShare) -> SelectionQuota:
+    return SelectionQuota(
+        name=share.name, num_nodes=share.num_nodes, num_selected=share.num_selected
     )
 
 
@@ -465,6 +494,7 @@ def _graph_object(info: GraphInfo) -> GraphObject:
         num_duplicate_edges=info.num_duplicate_edges,
         has_labels=info.has_labels,
         has_splits=info.has_splits,
+        feature_dim=info.feature_dim,
         content_hash=info.content_hash,
         num_bytes=info.num_bytes,
     )

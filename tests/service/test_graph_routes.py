@@ -21,12 +21,13 @@ from compression.registry import ModelRegistry
 from engines.protocol import AsyncEngine
 from graph.arrow_stream import MEDIA_TYPE
 from graph.cache import EnrichmentCache
-from graph.enrich import Enricher, TextModel
+from graph.catalog import default_catalog
+from graph.enrich import GAP, Enricher, TextModel
 from graph.store import GraphStore
 from service.auth import KeyStore
 from service.deps import AppState
 from service.engine_pool import EnginePool
-from service.enrichment import EnrichResponse
+from service.enrichment import NDJSON, EnrichResponse
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
@@ -34,7 +35,7 @@ from service.routes import enrich, graphs, prompts
 from service.settings import Settings
 from service.supervisor_client import SupervisorClient
 from service.tokenizers import TokenizerCache
-from tests.graph.fakes import CodePointText, ScriptedEngine
+from tests.graph.fakes import CodePointText, ScriptedEngine, own_text
 
 GRAPH: dict[str, Any] = {
     "name": "letters",
@@ -413,15 +414,32 @@ def test_select(service: Service) -> None:
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
-        ({"strategy": "entropy", "budget": {"nodes": 1}}, "unsupported_parameter", "strategy"),
+        ({"strategy": "entropy", "budget": {"nodes": 1}}, "invalid_value", "predictions"),
         ({"strategy": "best", "budget": {"nodes": 1}}, "invalid_value", "strategy"),
         ({"strategy": "random", "budget": {}}, "invalid_value", "budget"),
-        ({"strategy": "random", "budget": {"nodes": 1, "fraction": 0.1}}, "invalid_value", "budget"),
         ({"strategy": "random", "budget": {"nodes": 0}}, "invalid_value", "budget.nodes"),
         ({"strategy": "random", "budget": {"fraction": 1.5}}, "invalid_value", "budget.fraction"),
-        ({"strategy": "random", "budget": {"tokens": 10}}, "unsupported_parameter", "budget.tokens"),
-        ({"strategy": "random", "budget": {"seconds": 1}}, "unsupported_parameter", "budget.seconds"),
-        ({"strategy": "random", "budget": {"cost": 1}}, "unsupported_parameter", "budget.cost"),
+        ({"strategy": "random", "budget": {"tokens": 0}}, "invalid_value", "budget.tokens"),
+        ({"strategy": "random", "budget": {"seconds": 1}}, "invalid_value", "rates.tokens_per_second"),
+        ({"strategy": "random", "budget": {"cost": 1}}, "invalid_value", "rates.cost_per_million_tokens"),
+        ({"strategy": "random", "budget": {"gold": 1}}, "unsupported_parameter", "budget.gold"),
+        ({"strategy": "mix", "budget": {"nodes": 1}}, "invalid_value", "mix"),
+        ({"strategy": "mix", "mix": [], "budget": {"nodes": 1}}, "invalid_value", "mix"),
+        ({"strategy": "mix", "mix": [{"strategy": "mix", "weight": 1}], "budget": {"nodes": 1}},
+         "invalid_value", "mix[0].strategy"),
+        ({"strategy": "mix", "mix": [{"strategy": "random", "weight": 0}], "budget": {"nodes": 1}},
+         "invalid_value", "mix[0].weight"),
+        ({"strategy": "random", "quotas": {"per": "label"}, "budget": {"nodes": 1}}, "invalid_value", "quotas.per"),
+        ({"strategy": "random", "num_clusters": 2, "budget": {"nodes": 1}}, "unsupported_parameter", "num_clusters"),
+        ({"strategy": "entropy", "predictions": {"a": [1.0]}, "budget": {"nodes": 1}}, "invalid_value", "predictions"),
+        ({"strategy": "entropy", "predictions": {"a": [1.0], "z": [1.0]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.z"),
+        ({"strategy": "entropy", "predictions": {"a": [1.0], "b": [0.5, 0.5]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.b"),
+        ({"strategy": "entropy", "predictions": {"a": [0.9], "b": [1], "c": [1], "d": [1]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.a"),
+        ({"strategy": "entropy", "predictions": {"a": ["1"]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.a[0]"),
         ({"strategy": "degree", "budget": {"nodes": 1}, "seed": 1}, "unsupported_parameter", "seed"),
         ({"strategy": "random", "budget": {"nodes": 1}, "order": "low"}, "unsupported_parameter", "order"),
         ({"strategy": "degree", "budget": {"nodes": 1}, "order": "up"}, "invalid_value", "order"),
@@ -525,6 +543,8 @@ def test_arrow_without_what_was_not_asked_for(service: Service) -> None:
         (f"{MEDIA_TYPE};q=0.5, application/json", "application/json"),
         (f"application/json;q=0, {MEDIA_TYPE}", MEDIA_TYPE),
         (f"*/*, {MEDIA_TYPE};q=0", "application/json"),
+        (NDJSON, NDJSON),
+        (f"{NDJSON}, application/json;q=0.9", NDJSON),
         ("APPLICATION/JSON", "application/json"),
     ],
 )
@@ -540,6 +560,95 @@ def test_not_acceptable(service: Service, accept: str) -> None:
     response = service.client.post("/v1/enrich", json=ENRICH, headers={"Accept": accept})
     assert error_of(response, 406)[0] == "not_acceptable"
     assert service.writer.prompts == []
+
+
+def lines_of(response: Any) -> list[Any]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith(NDJSON)
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+@pytest.mark.parametrize("how", [{"stream": True}, {}], ids=["stream", "Accept"])
+def test_rows_as_lines(service: Service, how: dict[str, bool]) -> None:
+    nodes = [*ENRICH["nodes"], {"id": "n3", "text": ""}]
+    body = {**ENRICH, "nodes": nodes, "return": ["text", "embedding"]}
+    headers = {} if how else {"Accept": NDJSON}
+    *rows, last = lines_of(service.client.post("/v1/enrich", json={**body, **how}, headers=headers))
+    plain = service.client.post("/v1/enrich", json=body).json()
+    assert sorted(row["node_id"] for row in rows) == ["n1", "n2", "n3"]
+    assert rows[0]["node_id"] == "n3"  # nothing had to be done for it
+    by_id = {row["node_id"]: row for row in plain["data"]}
+    for row in rows:
+        again = by_id[row["node_id"]]
+        assert {**row, "status": again["status"]} == again
+    assert list(last) == ["usage"]
+    assert last["usage"].keys() == plain["usage"].keys()
+    assert last["usage"]["num_by_status"]["failed"] == 1
+    assert last["usage"]["num_by_status"]["ok"] == 2
+
+
+def test_rows_as_arrow_batches(service: Service) -> None:
+    body = {**ENRICH, "return": ["text", "embedding"], "stream": True}
+    body["nodes"] = [{"id": f"n{i}", "text": "" if i == 9 else f"text {i}"} for i in range(10)]
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.headers["content-type"] == MEDIA_TYPE
+    batches, metadata = [], []
+    with pa.ipc.open_stream(response.content) as reader:
+        assert b"lathe.usage" not in reader.schema.metadata
+        assert reader.schema.metadata[b"lathe.model"] == b"writer"
+        while True:
+            try:
+                batch, custom = reader.read_next_batch_with_custom_metadata()
+            except StopIteration:
+                break
+            batches.append(batch)
+            metadata.append(custom)
+    assert len(batches) > 2  # four requests at a time
+    assert batches[-1].num_rows == 0
+    assert metadata[:-1] == [None] * (len(batches) - 1)
+    usage = json.loads(metadata[-1][b"lathe.usage"])
+    assert usage["num_by_status"] == {
+        "ok": 9, "cached": 0, "skipped_budget": 0, "invalid_output": 0, "failed": 1,
+    }  # fmt: skip
+    table = pa.Table.from_batches(batches)
+    table.validate(full=True)
+    rows = {row["node_id"]: row for row in table.to_pylist()}
+    assert [rows[f"n{i}"]["text"] for i in range(9)] == [f"TEXT {i}" for i in range(9)]
+    assert rows["n9"]["error_code"] == "empty_text"
+
+
+def test_a_graph_streams_as_well(service: Service) -> None:
+    path = f"/v1/graphs/{service.graph_id()}/enrich"
+    body = {"node_ids": ["a", "d"], "prompt": "summary", "model": "writer", "stream": True}
+    *rows, last = lines_of(service.client.post(path, json=body))
+    assert {row["node_id"]: row["status"] for row in rows} == {"a": "ok", "d": "failed"}
+    assert last["usage"]["num_nodes"] == 2
+
+
+def test_a_stream_that_cannot_begin_is_an_error(service: Service) -> None:
+    for fields, status in [({"model": "encoder"}, 400), ({"model": "other"}, 404)]:
+        body = {**ENRICH, **fields, "stream": True}
+        assert error_of(service.client.post("/v1/enrich", json=body), status)[1] == "model"
+    headers = {"Accept": "application/json"}
+    response = service.client.post("/v1/enrich", json={**ENRICH, "stream": True}, headers=headers)
+    assert error_of(response, 406) == ("not_acceptable", "Accept")
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [({}, 1), ({"priority": "interactive"}, 0), ({"priority": "bulk"}, 2)],
+)
+def test_priorities(service: Service, given: dict[str, str], number: int) -> None:
+    service.client.post("/v1/enrich", json={**ENRICH, **given})
+    assert {request.priority for request in service.writer.requests} == {number}
+
+
+def test_long_texts_by_request(service: Service) -> None:
+    limit = default_catalog().get("summary").max_text_tokens
+    nodes = [{"id": "a", "text": "b" * limit + "e" * limit}]
+    for policy, shown in [("head", {"b"}), ("head_tail", {"b", "e", *GAP})]:
+        service.client.post("/v1/enrich", json={**ENRICH, "nodes": nodes, "long_text": policy})
+        assert set(own_text(service.writer.prompts[-1])) == shown
 
 
 NODES = ENRICH["nodes"]
@@ -559,6 +668,9 @@ NODES = ENRICH["nodes"]
         ({"temperature": 1}, 400, "unsupported_parameter", "temperature"),
         ({"seed": 1}, 400, "unsupported_parameter", "seed"),
         ({"long_text": "chunk"}, 400, "invalid_value", "long_text"),
+        ({"priority": "urgent"}, 400, "invalid_value", "priority"),
+        ({"priority": 1}, 400, "invalid_value", "priority"),
+        ({"stream": "true"}, 400, "invalid_value", "stream"),
         ({"max_tokens": "5"}, 400, "invalid_value", "max_tokens"),
         ({"budget": {"max_nodes": True}}, 400, "invalid_value", "budget.max_nodes"),
         ({"budget": None}, 400, "invalid_value", "budget"),
@@ -674,10 +786,17 @@ def test_prompts(service: Service) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_leaves_aborts_the_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "accept"),
+    [({}, "*/*"), ({"stream": True}, NDJSON), ({"stream": True}, MEDIA_TYPE)],
+    ids=["json", "lines", "arrow"],
+)
+async def test_a_client_that_leaves_aborts_the_engine(
+    tmp_path: Path, fields: dict[str, bool], accept: str
+) -> None:
     service = Service(tmp_path)
     service.writer.hold()
-    body = json.dumps(ENRICH).encode()
+    body = json.dumps({**ENRICH, **fields}).encode()
     left = asyncio.Event()
     incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -700,7 +819,11 @@ async def test_a_client_that_leaves_aborts_the_engine(tmp_path: Path) -> None:
         "path": "/v1/enrich",
         "raw_path": b"/v1/enrich",
         "query_string": b"",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"accept", accept.encode()),
+        ],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
         "state": {},

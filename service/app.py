@@ -23,6 +23,7 @@ from starlette.routing import Match, Route
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from engines.protocol import EngineError
+from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
@@ -93,6 +94,7 @@ def build_state(settings: Settings) -> AppState:
     engines = EnginePool(settings, registry, supervisor, limits.charge)
     metrics = Metrics()
     tokenizers = TokenizerCache()
+    cache = EnrichmentCache(settings.cache_database)
     state = AppState(
         settings=settings,
         registry=registry,
@@ -103,8 +105,9 @@ def build_state(settings: Settings) -> AppState:
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
-        enricher=build_enricher(settings, engines, tokenizers, metrics),
-        text_vectors=build_text_vectors(settings, engines, tokenizers),
+        cache=cache,
+        enricher=build_enricher(engines, tokenizers, cache, metrics),
+        text_vectors=build_text_vectors(engines, tokenizers, cache),
         limits=limits,
         started_at=time.time(),
     )
@@ -142,8 +145,7 @@ def build_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await state.engines.aclose()
-            await asyncio.to_thread(state.enricher.close)
-            await asyncio.to_thread(state.text_vectors.close)
+            await asyncio.to_thread(state.cache.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
 

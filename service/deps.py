@@ -19,6 +19,7 @@ from service.settings import Settings
 from service.tokenizers import TokenizerCache
 
 if TYPE_CHECKING:
+    from graph.cache import EnrichmentCache
     from graph.enrich import Enricher
     from graph.store import GraphStore
     from graph.text_vectors import TextVectors
@@ -37,6 +38,7 @@ class AppState:
     metrics: Metrics
     tokenizers: TokenizerCache
     graphs: "GraphStore"
+    cache: "EnrichmentCache"
     enricher: "Enricher"
     text_vectors: "TextVectors"
     limits: RateLimits | None = None

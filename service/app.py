@@ -155,7 +155,7 @@ def build_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
     _handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

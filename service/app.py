@@ -149,6 +149,7 @@ def build_app(settings: Settings) -> FastAPI:
         description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        redirect_slashes=False,  # where to would be built from the Host header
     )
     app.state.lathe = state
     for router in ROUTERS:

@@ -155,13 +155,14 @@ def build_app(settings: Settings) -> FastAPI:
         description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        redirect_slashes=False,  # where to would be built from the Host header
     )
     app.state.lathe = state
     for router in ROUTERS:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
     _handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

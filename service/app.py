@@ -22,7 +22,9 @@ from starlette.routing import Match, Route
 
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
+from engines.logs import set_up_logging
 from engines.protocol import EngineError
+from engines.tracing import set_up_tracing, shut_down_tracing
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
@@ -31,7 +33,6 @@ from service.deps import AppState
 from service.engine_pool import EnginePool
 from service.enrichment import build_enricher
 from service.errors import ApiError, from_engine_error
-from service.logs import set_up_logging
 from service.metrics import EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
@@ -118,6 +119,7 @@ def build_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         set_up_logging(settings.log_level)
+        set_up_tracing("api", settings.otlp_endpoint)
         notice = check_bind(settings.host, state.keys)
         if notice is not None:
             logger.warning(notice)
@@ -129,6 +131,7 @@ def build_app(settings: Settings) -> FastAPI:
             await state.engines.aclose()
             await asyncio.to_thread(state.enricher.close)
             state.jobs.close()
+            await asyncio.to_thread(shut_down_tracing)
 
     app = FastAPI(
         title="Lathe",
@@ -136,6 +139,8 @@ def build_app(settings: Settings) -> FastAPI:
         description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        # Traces are `engines/tracing.py`'s; FastAPI's own would send what a client wrote.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.lathe = state
     for router in ROUTERS:

@@ -22,7 +22,9 @@ from starlette.routing import Match, Route
 
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
+from engines.logs import set_up_logging
 from engines.protocol import EngineError
+from engines.tracing import set_up_tracing, shut_down_tracing
 from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
@@ -33,7 +35,6 @@ from service.engine_pool import EnginePool
 from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
 from service.limits import RateLimits, open_buckets
-from service.logs import set_up_logging
 from service.metrics import EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
@@ -136,6 +137,7 @@ def build_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         set_up_logging(settings.log_level)
+        set_up_tracing("api", settings.otlp_endpoint)
         notice = check_bind(settings.host, state.keys)
         if notice is not None:
             logger.warning(notice)
@@ -148,6 +150,7 @@ def build_app(settings: Settings) -> FastAPI:
             await asyncio.to_thread(state.cache.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
+            await asyncio.to_thread(shut_down_tracing)
 
     app = FastAPI(
         title="Lathe",
@@ -156,6 +159,8 @@ def build_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
         redirect_slashes=False,  # where to would be built from the Host header
+        # Traces are `engines/tracing.py`'s; FastAPI's own would send what a client wrote.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.lathe = state
     for router in ROUTERS:

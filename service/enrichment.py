@@ -34,6 +34,7 @@ from graph.enrich import (
 from graph.json_rows import json_row, json_usage
 from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
+from jobs.usage import UsageStore
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
@@ -220,7 +221,11 @@ ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_enricher(
-    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache, metrics: Metrics
+    settings: Settings,
+    engines: EnginePool,
+    tokenizers: TokenizerCache,
+    metrics: Metrics,
+    usage: UsageStore,
 ) -> Enricher:
     """The enricher of one application; its cache file is opened when first needed."""
 
@@ -239,6 +244,7 @@ def build_enricher(
         text_for=text_for,
         cache=EnrichmentCache(settings.cache_database),
         observer=metrics,
+        ended=usage.enriched,
     )
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -18,6 +18,7 @@ import msgspec
 
 from compression.registry import ModelNotFoundError, ModelRegistry
 from engines.client import EngineClient
+from engines.metering import DeviceClock, EngineUse, MeteredEngine
 from engines.protocol import AsyncEngine, EngineError
 from graph.arrow_stream import ArrowWriter
 from graph.cache import EnrichmentCache
@@ -44,6 +45,7 @@ from jobs.file_check import read_nodes
 from jobs.files import FileStore, UploadNotFoundError
 from jobs.runners.enrich_ledger import Ledger
 from jobs.store import JsonObject
+from jobs.usage import UsageStore
 
 ARTIFACTS = ["enriched.arrow", "enriched.jsonl"]
 PIECE = 2048
@@ -128,10 +130,12 @@ class _FileNodes:
 class _Engines:
     """The engine hosts of the home, connected when they are needed and again when they were restarted."""
 
-    def __init__(self, context: RunnerContext) -> None:
+    def __init__(self, context: RunnerContext, meter: Callable[[EngineUse], None]) -> None:
+        self._meter = meter
         self._run_dir = context.home / "run"
         self._registry = ModelRegistry(context.home / "models")
         self._clients: dict[str, EngineClient] = {}
+        self._metered: dict[str, AsyncEngine] = {}
         self._texts: dict[str, TextModel] = {}
 
     async def engine(self, model: str, param: str) -> AsyncEngine:
@@ -140,7 +144,8 @@ class _Engines:
         if client is None or client.is_dead:
             client = await EngineClient.connect(self._run_dir / f"{model}.sock")
             self._clients[model] = client
-        return client
+            self._metered[model] = MeteredEngine(client, model, self._meter, DeviceClock())
+        return self._metered[model]
 
     async def text(self, model: str, param: str) -> TextModel:
         """Raises: JobFailedError: the model was deleted."""
@@ -182,11 +187,13 @@ class _Job:
         self._context = context
         self._ledger = Ledger(context.folder / "ledger.db")
         self._totals = _Totals(**self._ledger.fact("totals", {}))
-        self._engines = _Engines(context)
+        self._used = UsageStore(context.home / "usage.db")
+        self._engines = _Engines(context, self._used.used)
         self._enricher = Enricher(
             engine_for=self._engines.engine,
             text_for=self._engines.text,
             cache=EnrichmentCache(context.home / "cache.db"),
+            ended=self._used.enriched,
         )
         self._away_since: float | None = None
 
@@ -206,6 +213,7 @@ class _Job:
         finally:
             self._enricher.close()
             await self._engines.aclose()
+            self._used.close()
             self._ledger.close()
 
     async def _work(self, request: EnrichRequest, nodes: _Nodes, places: Sequence[int]) -> None:
@@ -224,6 +232,7 @@ class _Job:
                     lost = next((_message(row) for _, row in batch if _is_lost(row)), lost)
                     totals.seconds = before + time.monotonic() - began
                     ledger.add(kept, {"totals": asdict(totals), "dim": stream.dim})
+                    self._used.flush()  # with the ledger, so that a kill loses of both the same
                     self._context.progress(ledger.num_rows, len(nodes))
             totals.add(stream.usage)
             ledger.add([], {"totals": asdict(totals)})

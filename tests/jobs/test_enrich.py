@@ -29,6 +29,7 @@ from jobs.spec import SpecError, parse_spec, spec_json
 from jobs.sqlite import SqliteJobStore
 from jobs.states import JobStatus
 from jobs.store import JsonObject, NewJob
+from jobs.usage import UsageStore
 from jobs.worker import Worker, WorkerConfig
 from tests.jobs.conftest import REPOSITORY, child_environment, wait_until
 
@@ -193,6 +194,13 @@ def test_a_graph(home: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> Non
     assert usage["embedding_tokens"] > 0
     assert result["artifacts"] == ["enriched.arrow", "enriched.jsonl"]
     assert result["prompt"]["id"] == "summary"
+    counted = {row.operation: row.counters for row in UsageStore(home / "usage.db").read("me")}
+    assert counted["generate"].requests == 28
+    assert counted["generate"].prompt_tokens == usage["prompt_tokens"]
+    assert counted["generate"].completion_tokens == usage["completion_tokens"]
+    assert counted["embed"].prompt_tokens == usage["embedding_tokens"]
+    assert (counted["enrich"].items, counted["enrich"].cached_items) == (30, 1)
+    assert counted["enrich"].cached_tokens == usage["cached_tokens"]
 
 
 @pytest.mark.anyio

@@ -649,6 +649,7 @@ class Enricher:
             run.request.prompt,
             prompt.messages,
             run.request.classes,
+            run.max_tokens,
             lambda messages, constraint: self._ask(run, prompt, messages, constraint),
         )
         answer = answered.answer or Answer(text="")

@@ -31,6 +31,7 @@ from service.deps import AppState
 from service.engine_pool import EnginePool
 from service.enrichment import build_enricher
 from service.errors import ApiError, from_engine_error
+from service.limits import RateLimits, open_buckets
 from service.logs import set_up_logging
 from service.metrics import EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
@@ -80,8 +81,16 @@ OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
 def build_state(settings: Settings) -> AppState:
     """Open everything that the application works with."""
     registry = ModelRegistry(settings.models_dir)
-    engines = EnginePool(settings, registry, SupervisorClient(settings.supervisor_socket))
     redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    keys = KeyStore(settings.keys_file)
+    limits = RateLimits(
+        keys,
+        open_buckets(settings.limits_database, redis_url),
+        requests_per_minute=settings.requests_per_minute,
+        tokens_per_minute=settings.tokens_per_minute,
+    )
+    supervisor = SupervisorClient(settings.supervisor_socket)
+    engines = EnginePool(settings, registry, supervisor, limits.charge)
     metrics = Metrics()
     tokenizers = TokenizerCache()
     state = AppState(
@@ -90,11 +99,12 @@ def build_state(settings: Settings) -> AppState:
         engines=engines,
         jobs=open_job_store(settings.database, redis_url),
         files=FileStore(settings.files_dir),
-        keys=KeyStore(settings.keys_file),
+        keys=keys,
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
         enricher=build_enricher(settings, engines, tokenizers, metrics),
+        limits=limits,
         started_at=time.time(),
     )
 
@@ -116,6 +126,8 @@ def build_state(settings: Settings) -> AppState:
 def build_app(settings: Settings) -> FastAPI:
     """The application. Its state is at `app.state.lathe`; nothing runs before the lifespan starts."""
     state = build_state(settings)
+    limits = state.limits
+    assert limits is not None, "build_state made them"
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -131,6 +143,7 @@ def build_app(settings: Settings) -> FastAPI:
             await state.engines.aclose()
             await asyncio.to_thread(state.enricher.close)
             state.jobs.close()
+            await asyncio.to_thread(limits.close)
 
     app = FastAPI(
         title="Lathe",

@@ -52,6 +52,13 @@ class Settings(BaseSettings):
     environment, a table in lathe.toml."""
     cost_per_million_tokens: float | None = Field(default=None, ge=0)
     """What estimates and usage reckon a token at, in whatever currency; without it they name no cost."""
+    requests_per_minute: int = Field(default=0, ge=0)
+    tokens_per_minute: int = Field(default=0, ge=0)
+    """Of one API key that has no limit of its own; 0 is no limit."""
+    max_active_jobs: int = Field(default=100, ge=0)
+    """Of one API key: queued, running or paused; 0 is no limit."""
+    max_job_seconds: float = Field(default=7 * 24 * 3600.0, gt=0)
+    """An attempt that runs longer is ended."""
     request_timeout_seconds: float = 600.0
     drain_seconds: float = 30.0
 
@@ -112,6 +119,11 @@ class Settings(BaseSettings):
     def cache_database(self) -> Path:
         """Enrichment results; may be deleted at any time."""
         return self.home / "cache.db"
+
+    @property
+    def limits_database(self) -> Path:
+        """Of rate limits; may be deleted at any time."""
+        return self.home / "limits.db"
 
     @property
     def keys_file(self) -> Path:

@@ -13,7 +13,14 @@ from jobs.file_check import FileContentError, read_texts
 from jobs.files import FileInfo, Purpose, UploadNotFoundError
 from jobs.memory import has_nvidia_gpu, too_large
 from jobs.spec import ExportSpec, FinetuneSpec, Spec, SpecError, check_source, parse_spec, spec_json
-from jobs.store import Job, JobNotFoundError, JsonObject, NewJob, RequestConflictError
+from jobs.store import (
+    Job,
+    JobNotFoundError,
+    JsonObject,
+    NewJob,
+    RequestConflictError,
+    TooManyJobsError,
+)
 from service.auth import Identity
 from service.deps import AppState
 from service.errors import ApiError
@@ -56,6 +63,7 @@ async def submit(
         spec=spec_json(spec),
         request_hash=digest,
         memory=memory,
+        deadline_seconds=state.settings.max_job_seconds,
     )
     return await anyio.to_thread.run_sync(_create, new, files, state, identity)
 
@@ -172,8 +180,13 @@ def _create(
 ) -> tuple[Job, bool]:
     try:
         with state.files.held(files, identity.sees):
-            return state.jobs.create(new)
+            return state.jobs.create(new, max_active=state.settings.max_active_jobs)
     except UploadNotFoundError as error:  # deleted in this moment
         raise ApiError("file_not_found", str(error), files[error.file_id]) from None
     except RequestConflictError:
         raise _conflict() from None
+    except TooManyJobsError:
+        raise ApiError(
+            "job_quota_exceeded",
+            f"a key may have {state.settings.max_active_jobs} jobs that have not ended; let one end or cancel one",
+        ) from None

@@ -281,6 +281,12 @@ class EnrichSpec(_Spec):
     return_: list[Output] = Field(default=["text"], alias="return", min_length=1, max_length=2)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_ENRICH_ANSWER_TOKENS)
     long_text: LongText = "head"
+    classes: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        default=None, min_length=1, max_length=256, description="As in POST /v1/enrich."
+    )
+    variables: dict[
+        Annotated[str, Field(max_length=32)], Annotated[str, Field(max_length=20_000)]
+    ] = {}
     priority: Priority = "bulk"
     budget: EnrichBudgetSpec = EnrichBudgetSpec()
     embedding_dtype: EmbeddingDtype = "float16"

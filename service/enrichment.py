@@ -13,10 +13,10 @@ from fastapi.responses import Response
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from engines.protocol import AsyncEngine
-from graph import arrow_stream
+from graph import arrow_stream, user_prompts
 from graph.arrow_stream import EmbeddingDtype
 from graph.cache import EnrichmentCache
-from graph.catalog import Prompt, PromptNotFoundError, default_catalog
+from graph.catalog import Prompt, PromptNotFoundError
 from graph.enrich import (
     EnrichBudget,
     Enricher,
@@ -31,9 +31,11 @@ from graph.enrich import (
     TextModel,
     UnsuitableModelError,
 )
+from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
 from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
+from graph.user_prompts import UserPrompts
 from jobs.usage import UsageStore
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
@@ -85,6 +87,11 @@ LabelField = Annotated[str | int, PlainValidator(_label), _either(0)]
 Outputs = list[Literal["text", "embedding"]]
 
 
+ClassName = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES)]
+VariableName = Annotated[str, Field(max_length=32)]
+VariableText = Annotated[str, Field(max_length=20_000)]
+
+
 class BudgetBody(RequestModel):
     """The first limit that is reached stops the run; what was not done is `skipped_budget`."""
 
@@ -116,6 +123,15 @@ class EnrichChoices(RequestModel):
         description="Of a text that is too long: its beginning; its beginning and its end; or, for the embedding, "
         "the mean of all its pieces (the LLM is shown the beginning).",
     )
+    classes: list[ClassName] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="For a prompt that chooses among classes; of a graph by default its training nodes' labels.",
+    )
+    variables: dict[VariableName, VariableText] = Field(
+        default={}, description="Of the prompt, for every node that does not give its own."
+    )
     priority: Priority = Field(
         default="training", description="Among requests to one model; age makes up for it."
     )
@@ -143,6 +159,11 @@ class EnrichItem(ResponseModel):
     node_id: str | int
     status: ItemStatus
     text: str | None
+    fields: dict[str, Any] | None = Field(description="A JSON answer as it was written.")
+    label: str | None = Field(
+        description="The class that a JSON answer chooses; never part of text."
+    )
+    repaired: bool = Field(description="The first answer was not valid, the second was.")
     embedding: list[float] | str | None
     embedding_source: Literal["enriched", "raw"] | None = Field(
         description="raw: of the node's own text alone, because the LLM wrote nothing usable."
@@ -248,15 +269,18 @@ def build_enricher(
     )
 
 
-def find_prompt(ref: str) -> Prompt:
-    """Raises: ApiError: prompt_not_found."""
+def find_prompt(ref: str, state: AppState, identity: Identity, param: str = "prompt") -> Prompt:
+    """A prompt of Lathe, or one of the caller's own.
+
+    Raises:
+        ApiError: prompt_not_found.
+    """
     try:
-        return default_catalog().get(ref)
-    except PromptNotFoundError:
-        known = ", ".join(prompt.id for prompt in default_catalog().prompts())
-        raise ApiError(
-            "prompt_not_found", f"the prompt {ref!r} does not exist; there are: {known}", "prompt"
-        ) from None
+        return user_prompts.find_prompt(
+            UserPrompts(state.settings.prompts_dir), identity.tenant, ref
+        )
+    except PromptNotFoundError as error:
+        raise ApiError("prompt_not_found", error.args[0], param) from None
 
 
 def open_graph(
@@ -302,6 +326,7 @@ async def answer_enrich(
     body: EnrichOptions,
     prompt: Prompt,
     nodes: tuple[EnrichNode, ...],
+    classes: tuple[str, ...] = (),
 ) -> Response:
     """Enrich nodes for a request, and answer in the form that it accepts.
 
@@ -309,7 +334,7 @@ async def answer_enrich(
         ApiError: not_acceptable, a model that cannot serve, the client has gone.
     """
     media_type = negotiate(request.headers.get("accept"), stream=body.stream)
-    enrich = enrich_request(state, identity, body, prompt, nodes)
+    enrich = enrich_request(state, identity, body, prompt, nodes, classes)
     try:
         if media_type == NDJSON or body.stream:
             stream = await state.enricher.stream(enrich)
@@ -328,9 +353,10 @@ async def estimate_enrich(
     body: EnrichChoices,
     prompt: Prompt,
     nodes: tuple[EnrichNode, ...],
+    classes: tuple[str, ...] = (),
 ) -> EnrichEstimateBody:
     """Raises: ApiError."""
-    request = enrich_request(state, identity, body, prompt, nodes)
+    request = enrich_request(state, identity, body, prompt, nodes, classes)
     try:
         estimate = await state.enricher.estimate(request)
     except UnsuitableModelError as error:
@@ -351,27 +377,40 @@ def enrich_request(
     body: EnrichChoices,
     prompt: Prompt,
     nodes: tuple[EnrichNode, ...],
+    classes: tuple[str, ...] = (),
 ) -> EnrichRequest:
-    """Raises: ApiError: return names a part twice."""
+    """The request of a body.
+
+    Args:
+        classes: of the graph, where the body names none.
+
+    Raises:
+        ApiError: return names a part twice, or the prompt reads other inputs.
+    """
     if len(set(body.return_)) < len(body.return_):
         raise ApiError("invalid_value", "return names a part twice", "return")
     limit = state.settings.request_timeout_seconds
-    return EnrichRequest(
-        nodes=nodes,
-        prompt=prompt,
-        model=body.model,
-        embedding_model=body.embedding_model or state.settings.embedding_model,
-        outputs=frozenset(body.return_),
-        max_tokens=body.max_tokens,
-        budget=EnrichBudget(
-            nodes=body.budget.max_nodes,
-            tokens=body.budget.max_tokens,
-            seconds=min(body.budget.max_seconds or limit, limit),
-        ),
-        tenant=identity.tenant,
-        priority=body.priority,
-        long_text=body.long_text,
-    )
+    try:
+        return EnrichRequest(
+            nodes=nodes,
+            prompt=prompt,
+            model=body.model,
+            embedding_model=body.embedding_model or state.settings.embedding_model,
+            outputs=frozenset(body.return_),
+            max_tokens=body.max_tokens,
+            budget=EnrichBudget(
+                nodes=body.budget.max_nodes,
+                tokens=body.budget.max_tokens,
+                seconds=min(body.budget.max_seconds or limit, limit),
+            ),
+            tenant=identity.tenant,
+            priority=body.priority,
+            long_text=body.long_text,
+            classes=classes if body.classes is None else tuple(body.classes),
+            variables=body.variables,
+        )
+    except PromptInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
 
 
 def negotiate(accept: str | None, *, stream: bool) -> str:

@@ -93,6 +93,11 @@ class Settings(BaseSettings):
         return self.home / "graphs"
 
     @property
+    def prompts_dir(self) -> Path:
+        """Prompts that users have registered."""
+        return self.home / "prompts"
+
+    @property
     def files_dir(self) -> Path:
         return self.home / "files"
 

@@ -22,7 +22,7 @@ from engines.metering import DeviceClock, EngineUse, MeteredEngine
 from engines.protocol import AsyncEngine, EngineError
 from graph.arrow_stream import ArrowWriter
 from graph.cache import EnrichmentCache
-from graph.catalog import Prompt, PromptNotFoundError, default_catalog
+from graph.catalog import Prompt, PromptNotFoundError
 from graph.enrich import (
     ITEM_STATUSES,
     BudgetName,
@@ -36,10 +36,12 @@ from graph.enrich import (
     TextModel,
     UnsuitableModelError,
 )
+from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
-from graph.nodes import nodes_of_graph
+from graph.nodes import classes_of_graph, nodes_of_graph
 from graph.served_text import ServedText
 from graph.store import Graph, GraphNotFoundError, GraphStore
+from graph.user_prompts import UserPrompts, find_prompt
 from jobs.context import JobFailedError, RunnerContext
 from jobs.file_check import read_nodes
 from jobs.files import FileStore, UploadNotFoundError
@@ -236,7 +238,7 @@ class _Job:
                     self._context.progress(ledger.num_rows, len(nodes))
             totals.add(stream.usage)
             ledger.add([], {"totals": asdict(totals)})
-        except UnsuitableModelError as error:
+        except (PromptInputError, UnsuitableModelError) as error:
             raise JobFailedError("invalid_value", f"{error.param}: {error.message}") from None
         except EngineError as error:
             lost = error.message
@@ -349,7 +351,7 @@ def _request(context: RunnerContext) -> EnrichRequest:
     """What is the same of all pieces; nodes and budget are each piece's own."""
     spec = context.spec
     try:
-        prompt = default_catalog().get(spec["prompt"])
+        prompt = find_prompt(UserPrompts(context.home / "prompts"), context.owner, spec["prompt"])
     except PromptNotFoundError:
         raise JobFailedError("prompt_not_found", f"the prompt {spec['prompt']!r} is gone") from None
     return EnrichRequest(
@@ -362,7 +364,15 @@ def _request(context: RunnerContext) -> EnrichRequest:
         tenant=context.owner,
         priority=spec["priority"],
         long_text=spec["long_text"],
+        classes=tuple(spec.get("classes", ())) or _classes(context, prompt),
+        variables=spec["variables"],
     )
+
+
+def _classes(context: RunnerContext, prompt: Prompt) -> tuple[str, ...]:
+    """The graph's own, as in a request about a graph."""
+    graph = _check_graph(context)
+    return () if graph is None else classes_of_graph(graph, prompt)
 
 
 def _find_nodes(context: RunnerContext, prompt: Prompt) -> _Nodes:

@@ -1,6 +1,7 @@
 """Stateless enrichment: node texts in, LLM texts and embeddings out; and what an enrichment would cost."""
 
 import asyncio
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -8,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from graph.catalog import Prompt
 from graph.enrich import EnrichNode
-from graph.nodes import nodes_of_graph
+from graph.nodes import classes_of_graph, nodes_of_graph
 from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, StateDep, require
 from service.enrichment import (
@@ -19,6 +20,8 @@ from service.enrichment import (
     EnrichOptions,
     EnrichResponse,
     NodeIdField,
+    VariableName,
+    VariableText,
     answer_enrich,
     estimate_enrich,
     find_nodes,
@@ -41,11 +44,13 @@ MAX_ESTIMATED_NODES = 20_000
 
 
 class NodeBody(RequestModel):
-    """Neighbours are texts, best first; a prompt that reads none does not look at them."""
+    """Neighbours are texts, best first; a prompt that reads none does not look at them. `variables` of the prompt for
+    this node only."""
 
     id: NodeIdField
     text: str = Field(max_length=MAX_TEXT_CHARS)
     neighbors: list[str] = Field(default=[], max_length=MAX_NEIGHBORS)
+    variables: dict[VariableName, VariableText] = Field(default={})
 
 
 class EnrichBody(EnrichOptions):
@@ -78,7 +83,7 @@ async def enrich(
     line each (`application/x-ndjson`) and a last one with the usage, or Arrow batches, of which the last has no rows
     and the usage in its metadata. Leaving ends the work.
     """
-    prompt = find_prompt(body.prompt)
+    prompt = find_prompt(body.prompt, state, identity)
     return await answer_enrich(request, state, identity, body, prompt, _nodes(body.nodes))
 
 
@@ -87,7 +92,8 @@ async def estimate(
     body: EstimateBody, state: StateDep, identity: IdentityDep
 ) -> EnrichEstimateBody:
     """What an enrichment would cost: equal nodes, cache hits, tokens, seconds, money. Asks no model."""
-    prompt = find_prompt(body.prompt)
+    prompt = find_prompt(body.prompt, state, identity)
+    classes: tuple[str, ...] = ()
     if (body.nodes is None) == (body.graph is None):
         raise ApiError("invalid_value", "needs either nodes or a graph", "nodes")
     if body.nodes is not None:
@@ -95,17 +101,19 @@ async def estimate(
             raise ApiError("invalid_value", "node_ids are of a graph", "node_ids")
         nodes = _nodes(body.nodes)
     else:
-        nodes = await asyncio.to_thread(_graph_nodes, body, prompt, state, identity)
-    return await estimate_enrich(state, identity, body, prompt, nodes)
+        nodes, classes = await asyncio.to_thread(_graph_nodes, body, prompt, state, identity)
+    return await estimate_enrich(state, identity, body, prompt, nodes, classes)
 
 
 def _graph_nodes(
     body: EstimateBody, prompt: Prompt, state: AppState, identity: Identity
-) -> tuple[EnrichNode, ...]:
+) -> tuple[tuple[EnrichNode, ...], tuple[str, ...]]:
+    """Nodes, and the classes of the graph."""
     assert body.graph is not None
     graph = open_graph(state, identity, body.graph, "graph")
     if body.node_ids is not None:
-        return nodes_of_graph(graph, find_nodes(graph, body.node_ids), prompt)
+        indices: Sequence[int] = find_nodes(graph, body.node_ids)
+        return nodes_of_graph(graph, indices, prompt), classes_of_graph(graph, prompt)
     num_nodes = min(graph.info.num_nodes, body.budget.max_nodes or graph.info.num_nodes)
     if num_nodes > MAX_ESTIMATED_NODES:
         raise ApiError(
@@ -113,13 +121,19 @@ def _graph_nodes(
             f"at most {MAX_ESTIMATED_NODES} nodes are estimated, the graph has {num_nodes}: name some",
             "node_ids",
         )
-    return nodes_of_graph(graph, range(num_nodes), prompt)
+    return nodes_of_graph(graph, range(num_nodes), prompt), classes_of_graph(graph, prompt)
 
 
 def _nodes(nodes: list[NodeBody]) -> tuple[EnrichNode, ...]:
     _check_ids(nodes)
     return tuple(
-        EnrichNode(id=node.id, text=node.text, neighbors=tuple(node.neighbors)) for node in nodes
+        EnrichNode(
+            id=node.id,
+            text=node.text,
+            neighbors=tuple(node.neighbors),
+            variables=node.variables,
+        )
+        for node in nodes
     )
 
 

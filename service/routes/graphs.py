@@ -12,9 +12,9 @@ from pydantic import ConfigDict, FailFast, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from graph.catalog import Prompt
+from graph.catalog import MAX_NEIGHBORS_READ, Prompt
 from graph.enrich import EnrichNode
-from graph.nodes import nodes_of_graph
+from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
 from graph.select import STRATEGIES, Budget, Order, SelectError, Selection, select_nodes
 from graph.store import (
     MAX_NAME_CHARS,
@@ -23,7 +23,6 @@ from graph.store import (
     GraphInfo,
     GraphInputError,
     GraphNotFoundError,
-    NodeId,
 )
 from graph.upload import columns_from_lists, read_columns
 from service.auth import Identity
@@ -44,6 +43,8 @@ from service.enrichment import (
     EnrichResponse,
     LabelField,
     NodeIdField,
+    VariableName,
+    VariableText,
     answer_enrich,
     find_nodes,
     find_prompt,
@@ -154,8 +155,21 @@ class SelectionObject(ResponseModel):
     scores: list[float]
 
 
+NeighborIds = Annotated[list[NodeIdField], Field(max_length=MAX_NEIGHBORS_READ)]
+
+
 class GraphEnrichBody(EnrichOptions):
+    """`neighbors` and `node_variables` have an item per node."""
+
     node_ids: list[NodeIdField] = Field(min_length=1, max_length=MAX_NODES_PER_REQUEST)
+    neighbors: list[NeighborIds] | None = Field(
+        default=None,
+        max_length=MAX_NODES_PER_REQUEST,
+        description="Which neighbours the prompt reads, best first; by default the first in the order of the upload.",
+    )
+    node_variables: list[dict[VariableName, VariableText]] | None = Field(
+        default=None, max_length=MAX_NODES_PER_REQUEST
+    )
 
 
 _CREATE_BODY = {
@@ -408,19 +422,27 @@ async def enrich_graph(
 ) -> Response:
     """Enrich nodes of a stored graph; as `POST /v1/enrich`, in JSON or as an Arrow stream.
 
-    A prompt that reads neighbours gets the first ones in the order of the upload, direction aside; each row says how
-    many it read.
+    A prompt that reads neighbours gets those named, as `/sample` chooses them, or the first ones in the order of the
+    upload, direction aside; each row says how many it read. Of labels it gets those of training nodes at most.
     """
-    prompt = find_prompt(body.prompt)
-    nodes = await asyncio.to_thread(_graph_nodes, graph_id, body.node_ids, prompt, state, identity)
-    return await answer_enrich(request, state, identity, body, prompt, nodes)
+    prompt = find_prompt(body.prompt, state, identity)
+    nodes, classes = await asyncio.to_thread(_graph_nodes, graph_id, body, prompt, state, identity)
+    return await answer_enrich(request, state, identity, body, prompt, nodes, classes)
 
 
 def _graph_nodes(
-    graph_id: str, node_ids: list[NodeId], prompt: Prompt, state: AppState, identity: Identity
-) -> tuple[EnrichNode, ...]:
+    graph_id: str, body: GraphEnrichBody, prompt: Prompt, state: AppState, identity: Identity
+) -> tuple[tuple[EnrichNode, ...], tuple[str, ...]]:
+    """Nodes, and the classes of the graph."""
     graph = open_graph(state, identity, graph_id)
-    return nodes_of_graph(graph, find_nodes(graph, node_ids), prompt)
+    indices = find_nodes(graph, body.node_ids)
+    try:
+        nodes = nodes_of_graph(
+            graph, indices, prompt, neighbors=body.neighbors, variables=body.node_variables
+        )
+    except NodeInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    return nodes, classes_of_graph(graph, prompt)
 
 
 def _graph_object(info: GraphInfo) -> GraphObject:

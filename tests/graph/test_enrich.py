@@ -660,7 +660,7 @@ async def test_a_text_found_late_costs_nothing(tmp_path: Path) -> None:
 
 
 async def test_head_tail_shows_both_ends(tmp_path: Path) -> None:
-    limit = default_catalog().get("summary").max_text_tokens
+    limit = default_catalog().get("summary@1").max_text_tokens
     house = House(tmp_path)
     text = "b" * limit + "m" * limit + "e" * limit
     result = await house.enrich([text], long_text="head_tail")
@@ -752,7 +752,7 @@ async def test_estimate_asks_no_engine_and_is_right(tmp_path: Path) -> None:
     assert (house.writer.prompts, house.encoder.embedded) == ([], [])
     assert (before.num_nodes, before.num_distinct, before.num_empty) == (5, 4, 1)
     assert (before.num_cached, before.num_embeddings_cached, before.num_calls) == (0, 0, 3)
-    limit = default_catalog().get("summary").max_tokens
+    limit = default_catalog().get("summary@1").max_tokens
     assert before.completion_tokens == before.max_completion_tokens == 3 * limit
     assert before.seconds is None
     result = await house.enrich(texts, both=True)

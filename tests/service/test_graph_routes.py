@@ -598,6 +598,24 @@ def test_rows_as_arrow_batches(service: Service) -> None:
     assert rows["n9"]["error_code"] == "empty_text"
 
 
+def test_arrow_of_a_prompt_that_asks_for_json(service: Service) -> None:
+    service.writer._answer = lambda prompt: (
+        '{"label": "x", "confidence": 0.5}' if own_text(prompt) == "one" else "no JSON"
+    )
+    body = {**ENRICH, "prompt": "pseudo_label", "classes": ["x", "y"], "return": ["text"]}
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.status_code == 200, response.text
+    table = pa.ipc.open_stream(response.content).read_all()
+    table.validate(full=True)
+    plain = service.client.post("/v1/enrich", json=body).json()["data"]
+    for row, again in zip(table.to_pylist(), plain, strict=True):
+        fields = None if row["fields"] is None else json.loads(row["fields"])
+        assert fields == again["fields"]
+        assert (row["label"], row["repaired"]) == (again["label"], again["repaired"])
+    assert table.column("label").to_pylist() == ["x", None]
+    assert table.column("status").to_pylist() == ["ok", "invalid_output"]
+
+
 def test_a_graph_streams_as_well(service: Service) -> None:
     path = f"/v1/graphs/{service.graph_id()}/enrich"
     body = {"node_ids": ["a", "d"], "prompt": "summary@1", "model": "writer", "stream": True}
@@ -617,7 +635,7 @@ def test_a_stream_that_cannot_begin_is_an_error(service: Service) -> None:
 
 def test_estimate(service: Service) -> None:
     nodes = [{"id": i, "text": text} for i, text in enumerate(["one", "two", "two", " ", "three"])]
-    body = {"prompt": "summary", "model": "writer", "nodes": nodes}
+    body = {"prompt": "summary@1", "model": "writer", "nodes": nodes}
     service.client.post("/v1/enrich", json={**body, "nodes": nodes[:1]})
     service.writer.prompts.clear()
     service.state.settings.cost_per_million_tokens = 10.0
@@ -638,7 +656,7 @@ def test_estimate(service: Service) -> None:
 
 def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     graph_id = service.graph_id()
-    body = {"prompt": "digest", "model": "writer", "graph": graph_id}
+    body = {"prompt": "digest@1", "model": "writer", "graph": graph_id}
 
     def estimate(**fields: Any) -> Any:
         return service.client.post("/v1/enrich/estimate", json={**body, **fields})
@@ -650,7 +668,7 @@ def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) 
     assert estimate(budget={"max_nodes": 2}).json()["num_nodes"] == 2
     answer = service.client.post(
         f"/v1/graphs/{graph_id}/enrich",
-        json={"prompt": "digest", "model": "writer", "node_ids": ["a", "b", "c"]},
+        json={"prompt": "digest@1", "model": "writer", "node_ids": ["a", "b", "c"]},
     ).json()
     assert answer["usage"]["prompt_tokens"] == whole["prompt_tokens"]
     assert error_of(estimate(node_ids=["zz"])) == ("invalid_value", "node_ids[0]")
@@ -660,7 +678,7 @@ def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(enrich, "MAX_ESTIMATED_NODES", 3)
     assert error_of(estimate()) == ("invalid_value", "node_ids")
     assert estimate(budget={"max_nodes": 3}).status_code == 200
-    only_nodes = {"prompt": "digest", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
+    only_nodes = {"prompt": "digest@1", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
     response = service.client.post("/v1/enrich/estimate", json=only_nodes)
     assert error_of(response) == ("invalid_value", "node_ids")
 
@@ -675,7 +693,7 @@ def test_priorities(service: Service, given: dict[str, str], number: int) -> Non
 
 
 def test_long_texts_by_request(service: Service) -> None:
-    limit = default_catalog().get("summary").max_text_tokens
+    limit = default_catalog().get("summary@1").max_text_tokens
     nodes = [{"id": "a", "text": "b" * limit + "e" * limit}]
     for policy, shown in [("head", {"b"}), ("head_tail", {"b", "e", *GAP})]:
         service.client.post("/v1/enrich", json={**ENRICH, "nodes": nodes, "long_text": policy})

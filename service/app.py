@@ -31,7 +31,7 @@ from jobs.usage import FLUSH_SECONDS, UsageStore
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
-from service.enrichment import build_enricher
+from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
 from service.limits import RateLimits, open_buckets
 from service.logs import set_up_logging
@@ -114,6 +114,7 @@ def build_state(settings: Settings) -> AppState:
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
         enricher=build_enricher(settings, engines, tokenizers, metrics, used),
+        text_vectors=build_text_vectors(settings, engines, tokenizers),
         limits=limits,
         usage=used,
         started_at=time.time(),
@@ -156,6 +157,7 @@ def build_app(settings: Settings) -> FastAPI:
             flushing.cancel()
             await state.engines.aclose()
             await asyncio.to_thread(state.enricher.close)
+            await asyncio.to_thread(state.text_vectors.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
             await asyncio.to_thread(used.close)

@@ -22,6 +22,7 @@ from service.tokenizers import TokenizerCache
 if TYPE_CHECKING:
     from graph.enrich import Enricher
     from graph.store import GraphStore
+    from graph.text_vectors import TextVectors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class AppState:
     tokenizers: TokenizerCache
     graphs: "GraphStore"
     enricher: "Enricher"
+    text_vectors: "TextVectors"
     limits: RateLimits | None = None
     usage: UsageStore | None = None
     started_at: float = field(default=0.0)

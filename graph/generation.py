@@ -1,8 +1,9 @@
 """From a prompt's messages to a checked answer: constrain, parse, repair once, and keep labels out of the text.
 
 A prompt with a JSON schema is generated under that schema, so an answer can hardly be anything but JSON that was cut by
-max_tokens. Then the LLM is shown what it wrote and asked again, under the same schema with half the lengths; if that
-does not validate either, the answer is invalid, and the node keeps its raw feature.
+max_tokens. Then the LLM is shown what it wrote and asked again, under the same schema with strings of half the length;
+if that does not validate either, the answer is invalid, and the node keeps its raw feature. A request that allows fewer
+tokens than the prompt does gets shorter strings from the start.
 
 Labels. An explanation often begins with the label that it explains, and encoding that would mostly encode the label:
 so sentences that state one are taken out of the text, and the chosen label travels in a field of its own. Labels of
@@ -89,10 +90,11 @@ Ask = Callable[[Sequence[Message], Constraint | None], Awaitable[Written | None]
 
 
 async def answer_prompt(
-    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], ask: Ask
+    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], max_tokens: int, ask: Ask
 ) -> Answered:
     """Have a filled prompt answered. An empty text is for the caller to judge; JSON is repaired once."""
-    first = await ask(messages, constraint_of(prompt, classes))
+    share = min(1.0, max_tokens / prompt.max_tokens)
+    first = await ask(messages, constraint_of(prompt, classes, share))
     assert first is not None, "the prompt was fitted to the context"
     try:
         answer = parse_answer(prompt, first.text, classes)
@@ -101,7 +103,7 @@ async def answer_prompt(
         fault = str(error)
     again = await ask(
         repair_messages(messages, first.text, fault),
-        constraint_of(prompt, classes, shortened=True),
+        constraint_of(prompt, classes, share / 2),
     )
     if again is None:
         return Answered(answer=None, fault=fault, calls=(first,))
@@ -146,15 +148,11 @@ def max_calls(prompt: Prompt) -> int:
     return 1 if prompt.output["type"] == "text" else 2
 
 
-def constraint_of(
-    prompt: Prompt, classes: Sequence[str], *, shortened: bool = False
-) -> Constraint | None:
-    """What the engine is to keep the answer to; None for text."""
+def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) -> Constraint | None:
+    """What the engine is to keep the answer to, with a share of the strings' lengths; None for text."""
     if prompt.output["type"] == "text":
         return None
-    schema = with_classes(prompt.output["schema"], classes)
-    if shortened:
-        schema = shorten(schema)
+    schema = shorten(with_classes(prompt.output["schema"], classes), share)
     return Constraint(kind="json_schema", text=json.dumps(schema))
 
 
@@ -185,9 +183,9 @@ def repair_messages(messages: Sequence[Message], written: str, fault: str) -> li
 
 
 def _as_text(value: Any) -> str:
-    """A list one line per item, an object its values after one another: "term: meaning"."""
+    """A list one line per item, each once; an object its values after one another: "term: meaning"."""
     if isinstance(value, list):
-        return "\n".join(map(_as_text, value))
+        return "\n".join(dict.fromkeys(map(_as_text, value)))
     if isinstance(value, dict):
         return ": ".join(map(_as_text, value.values()))
     return value.strip() if isinstance(value, str) else json.dumps(value)

@@ -511,16 +511,21 @@ class RankScorer(_LlmScorer):
     """An integer from 0 to 10 for each of up to `RANK_CHUNK` neighbours at once, a tenth of it as score.
 
     Texts are cut to the prompt's limits. More neighbours than one call takes are judged in several; if they do not fit
-    the context, in smaller ones.
+    the context, in smaller ones. A small LLM also goes by the place in the list, so neighbours are listed in the order
+    of a hash, which favours none.
     """
 
     name: ScorerName = "llm_rank"
     needs_schema = True
 
     async def _scores(self, centre: str, neighbors: Sequence[str]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(neighbors), RANK_CHUNK):
-            scores += await self._rank(centre, neighbors[start : start + RANK_CHUNK])
+        order = sorted(range(len(neighbors)), key=lambda i: _hash(f"{centre}\n{neighbors[i]}"))
+        scores = [0.0] * len(neighbors)
+        for start in range(0, len(order), RANK_CHUNK):
+            places = order[start : start + RANK_CHUNK]
+            ratings = await self._rank(centre, [neighbors[i] for i in places])
+            for place, rating in zip(places, ratings, strict=True):
+                scores[place] = rating
         return scores
 
     async def _rank(self, centre: str, neighbors: Sequence[str]) -> list[float]:
@@ -542,7 +547,11 @@ class RankScorer(_LlmScorer):
                 *await self._rank(centre, neighbors[half:]),
             ]
         answered = await answer_prompt(
-            prompt, messages, (), lambda given, constraint: self._ask(prompt, given, constraint)
+            prompt,
+            messages,
+            (),
+            prompt.max_tokens,
+            lambda given, constraint: self._ask(prompt, given, constraint),
         )
         if answered.answer is None or answered.answer.fields is None:
             raise _JudgementError(f"the LLM's ratings are not valid: {answered.fault}")
@@ -642,9 +651,13 @@ def _unit(vector: npt.NDArray[Any]) -> Float64s:
 def _digest(what: str, tenant: str, engine: AsyncEngine, texts: Sequence[str]) -> bytes:
     """A cache key: all that shapes a judgement."""
     info = engine.info
-    hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+    hashes = list(map(_hash, texts))
     parts = ("sampling", KEY_VERSION, what, tenant, info.checkpoint_hash, info.dtype, info.max_model_len)  # fmt: skip
     return hashlib.sha256(msgspec.msgpack.encode((*parts, hashes))).digest()
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _request_id() -> str:

@@ -23,12 +23,14 @@ from starlette.routing import Match, Route
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from engines.logs import set_up_logging
+from engines.metering import EngineUse
 from engines.protocol import EngineError
 from engines.tracing import set_up_tracing, shut_down_tracing
 from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
+from jobs.usage import FLUSH_SECONDS, UsageStore
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
@@ -53,6 +55,7 @@ from service.routes import (
     prompts,
     score,
     tokenize,
+    usage,
 )
 from service.settings import Settings
 from service.supervisor_client import SupervisorClient
@@ -75,6 +78,7 @@ ROUTERS = (
     graph_sampling.router,
     enrich.router,
     prompts.router,
+    usage.router,
 )
 _ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
@@ -92,7 +96,13 @@ def build_state(settings: Settings) -> AppState:
         tokens_per_minute=settings.tokens_per_minute,
     )
     supervisor = SupervisorClient(settings.supervisor_socket)
-    engines = EnginePool(settings, registry, supervisor, limits.charge)
+    used = UsageStore(settings.usage_database)
+
+    def meter(use: EngineUse) -> None:
+        limits.charge(use.tenant, use.prompt_tokens + use.completion_tokens)
+        used.used(use)
+
+    engines = EnginePool(settings, registry, supervisor, meter)
     metrics = Metrics()
     tokenizers = TokenizerCache()
     cache = EnrichmentCache(settings.cache_database)
@@ -107,9 +117,10 @@ def build_state(settings: Settings) -> AppState:
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
         cache=cache,
-        enricher=build_enricher(engines, tokenizers, cache, metrics),
+        enricher=build_enricher(engines, tokenizers, cache, metrics, used),
         text_vectors=build_text_vectors(engines, tokenizers, cache),
         limits=limits,
+        usage=used,
         started_at=time.time(),
     )
 
@@ -131,8 +142,9 @@ def build_state(settings: Settings) -> AppState:
 def build_app(settings: Settings) -> FastAPI:
     """The application. Its state is at `app.state.lathe`; nothing runs before the lifespan starts."""
     state = build_state(settings)
-    limits = state.limits
+    limits, used = state.limits, state.usage
     assert limits is not None, "build_state made them"
+    assert used is not None, "build_state made it"
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -143,13 +155,16 @@ def build_app(settings: Settings) -> FastAPI:
             logger.warning(notice)
         await asyncio.to_thread(check_default_skips, settings, state.registry)
         await state.engines.start()
+        flushing = asyncio.create_task(_flush_for_ever(used), name="usage")
         try:
             yield
         finally:
+            flushing.cancel()
             await state.engines.aclose()
             await asyncio.to_thread(state.cache.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
+            await asyncio.to_thread(used.close)
             await asyncio.to_thread(shut_down_tracing)
 
     app = FastAPI(
@@ -170,6 +185,12 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+async def _flush_for_ever(used: UsageStore) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.to_thread(used.flush)
 
 
 def check_default_skips(settings: Settings, registry: ModelRegistry) -> None:

@@ -37,6 +37,7 @@ from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.text_vectors import TextVectors
 from graph.user_prompts import UserPrompts
+from jobs.usage import UsageStore
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
@@ -242,11 +243,21 @@ ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_enricher(
-    engines: EnginePool, tokenizers: TokenizerCache, cache: EnrichmentCache, metrics: Metrics
+    engines: EnginePool,
+    tokenizers: TokenizerCache,
+    cache: EnrichmentCache,
+    metrics: Metrics,
+    usage: UsageStore,
 ) -> Enricher:
     """The enricher of one application."""
     engine_for, text_for = _lookups(engines, tokenizers)
-    return Enricher(engine_for=engine_for, text_for=text_for, cache=cache, observer=metrics)
+    return Enricher(
+        engine_for=engine_for,
+        text_for=text_for,
+        cache=cache,
+        observer=metrics,
+        ended=usage.enriched,
+    )
 
 
 def build_text_vectors(

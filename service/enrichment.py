@@ -1,7 +1,6 @@
 """Enrichment as HTTP sees it: request options, JSON rows, content negotiation, and which engines it uses."""
 
 import asyncio
-import base64
 import io
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -19,7 +18,6 @@ from graph.arrow_stream import EmbeddingDtype
 from graph.cache import EnrichmentCache
 from graph.catalog import Prompt, PromptNotFoundError
 from graph.enrich import (
-    ITEM_STATUSES,
     EnrichBudget,
     Enricher,
     EnrichNode,
@@ -27,7 +25,6 @@ from graph.enrich import (
     EnrichResult,
     EnrichRow,
     EnrichStream,
-    EnrichUsage,
     ItemStatus,
     LongText,
     Priority,
@@ -35,6 +32,7 @@ from graph.enrich import (
     UnsuitableModelError,
 )
 from graph.generation import PromptInputError
+from graph.json_rows import json_row, json_usage
 from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.user_prompts import UserPrompts
@@ -462,7 +460,7 @@ async def _ndjson(stream: EnrichStream, body: EnrichOptions) -> AsyncGenerator[b
             yield b"".join(
                 msgspec.json.encode(_item(stream.request, row, body)) + b"\n" for _, row in batch
             )
-    yield msgspec.json.encode({"usage": _usage(stream.usage)}) + b"\n"
+    yield msgspec.json.encode({"usage": json_usage(stream.usage)}) + b"\n"
 
 
 async def _arrow_batches(stream: EnrichStream, body: EnrichOptions) -> AsyncGenerator[bytes, None]:
@@ -479,7 +477,7 @@ async def _arrow_batches(stream: EnrichStream, body: EnrichOptions) -> AsyncGene
         async for batch in batches:
             writer.write([row for _, row in batch])
             yield _taken(sink)
-    writer.write([], _usage(stream.usage))
+    writer.write([], json_usage(stream.usage))
     writer.close()
     yield _taken(sink)
 
@@ -494,54 +492,13 @@ def _taken(sink: io.BytesIO) -> bytes:
 def _encode(
     media_type: str, request: EnrichRequest, result: EnrichResult, body: EnrichOptions
 ) -> bytes:
-    usage = _usage(result.usage)
+    usage = json_usage(result.usage)
     if media_type == arrow_stream.MEDIA_TYPE:
         return arrow_stream.encode_stream(request, result, usage, body.embedding_dtype)
     data = [_item(request, row, body) for row in result.rows]
     return msgspec.json.encode({"object": "list", "data": data, "usage": usage})
 
 
-def _usage(usage: EnrichUsage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prefix_hit_tokens": usage.prefix_hit_tokens,
-        "embedding_tokens": usage.embedding_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "num_nodes": usage.num_nodes,
-        "num_by_status": {status: usage.num_by_status[status] for status in ITEM_STATUSES},
-        "seconds": round(usage.seconds, 6),
-        "stopped_by": usage.stopped_by,
-    }
-
-
 def _item(request: EnrichRequest, row: EnrichRow, body: EnrichOptions) -> dict[str, Any]:
-    embedding: list[float] | str | None = None
-    if row.embedding is not None:
-        vector = arrow_stream.vector(row.embedding, body.embedding_dtype)
-        as_text = body.encoding_format == "base64"
-        embedding = base64.b64encode(vector.tobytes()).decode() if as_text else vector.tolist()
-    return {
-        "node_id": row.node_id,
-        "status": row.status,
-        "text": row.text,
-        "fields": row.fields,
-        "label": row.label,
-        "repaired": row.repaired,
-        "embedding": embedding,
-        "embedding_source": row.embedding_source,
-        "tokens_in": row.tokens_in,
-        "tokens_out": row.tokens_out,
-        "finish_reason": row.finish_reason,
-        "truncated_tokens": row.truncated_tokens,
-        "embedding_truncated_tokens": row.embedding_truncated_tokens,
-        "neighbors_used": row.neighbors_used,
-        "content_hash": row.content_hash,
-        "model": request.model,
-        "embedding_model": request.embedding_model if "embedding" in request.outputs else None,
-        "prompt_id": request.prompt.id,
-        "prompt_version": request.prompt.version,
-        "prompt_hash": request.prompt.hash,
-        "error": row.error and {"code": row.error.code, "message": row.error.message},
-    }
+    as_base64 = body.encoding_format == "base64"
+    return json_row(request, row, dtype=body.embedding_dtype, as_base64=as_base64)

@@ -5,9 +5,8 @@ Columns, `text` and the two of the embedding only where they were asked for:
     node_id                     string or int64, as in the request
     status                      dictionary<int8, string>: ok, cached, skipped_budget, invalid_output, failed
     text                        string, nullable
-    fields                      string, nullable: JSON; this and the next two where the prompt asks for JSON
-    label                       string, nullable
-    repaired                    bool
+    fields, label               string, nullable: a JSON answer as it was written, and the class in it; these and
+    repaired                    bool: whether the LLM was asked twice; of prompts that ask for JSON only
     embedding                   fixed_size_list<float32 or float16>[dim], nullable
     embedding_source            dictionary<int8, string>, nullable: enriched, raw
     tokens_in, tokens_out       int32
@@ -81,7 +80,7 @@ class ArrowWriter:
         import pyarrow as pa
 
         self._outputs = request.outputs
-        self._has_fields = request.prompt.output["type"] == "json"
+        self._has_fields = _has_fields(request)
         self._dim = dim
         self._dtype: EmbeddingDtype = dtype
         self._schema = _schema(request, node_id, dim, dtype, usage)
@@ -145,7 +144,7 @@ def _schema(
     ]
     if "text" in request.outputs:
         fields.append(("text", pa.string()))
-    if request.prompt.output["type"] == "json":
+    if _has_fields(request):
         fields += [("fields", pa.string()), ("label", pa.string()), ("repaired", pa.bool_())]
     if "embedding" in request.outputs:
         value = pa.float16() if dtype == "float16" else pa.float32()
@@ -173,6 +172,10 @@ def _schema(
     if "embedding" in request.outputs:
         metadata["lathe.embedding_model"] = request.embedding_model
     return pa.schema(fields, metadata)
+
+
+def _has_fields(request: EnrichRequest) -> bool:
+    return bool(request.prompt.output["type"] == "json")
 
 
 def _json(fields: dict[str, Any] | None) -> str | None:

@@ -30,7 +30,9 @@ class _NodeLine(msgspec.Struct, forbid_unknown_fields=True):
     )
     text: Annotated[str, msgspec.Meta(max_length=2**20)]
     neighbors: Annotated[list[str], msgspec.Meta(max_length=1000)] = []
-    variables: dict[str, Annotated[str, msgspec.Meta(max_length=20_000)]] = {}
+    variables: dict[
+        Annotated[str, msgspec.Meta(max_length=32)], Annotated[str, msgspec.Meta(max_length=20_000)]
+    ] = {}
 
 
 class FileContentError(ValueError):
@@ -73,7 +75,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def read_nodes(path: Path) -> Iterator[EnrichNode]:
-    """The nodes of a file for enrichment: per line `id`, `text` and optionally `neighbors` (texts, best first) and
+    """The nodes of a file for enrichment: per line `id`, `text` and optionally `neighbors`, texts, best first, and
     `variables` of the prompt.
 
     Raises:

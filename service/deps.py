@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from compression.registry import ModelRegistry
 from jobs.files import FileStore
 from jobs.store import JobStore
+from jobs.usage import UsageStore
 from service.auth import LOCAL_IDENTITY, Identity, KeyStore, Role, bearer_token
 from service.engine_pool import EnginePool
 from service.errors import ApiError
@@ -21,6 +22,7 @@ from service.tokenizers import TokenizerCache
 if TYPE_CHECKING:
     from graph.enrich import Enricher
     from graph.store import GraphStore
+    from graph.text_vectors import TextVectors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,7 +39,9 @@ class AppState:
     tokenizers: TokenizerCache
     graphs: "GraphStore"
     enricher: "Enricher"
+    text_vectors: "TextVectors"
     limits: RateLimits | None = None
+    usage: UsageStore | None = None
     started_at: float = field(default=0.0)
 
 

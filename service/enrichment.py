@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -35,7 +35,9 @@ from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
 from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
+from graph.text_vectors import TextVectors
 from graph.user_prompts import UserPrompts
+from jobs.usage import UsageStore
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
@@ -241,9 +243,39 @@ ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_enricher(
-    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache, metrics: Metrics
+    settings: Settings,
+    engines: EnginePool,
+    tokenizers: TokenizerCache,
+    metrics: Metrics,
+    usage: UsageStore,
 ) -> Enricher:
     """The enricher of one application; its cache file is opened when first needed."""
+    engine_for, text_for = _lookups(engines, tokenizers)
+    return Enricher(
+        engine_for=engine_for,
+        text_for=text_for,
+        cache=EnrichmentCache(settings.cache_database),
+        observer=metrics,
+        ended=usage.enriched,
+    )
+
+
+def build_text_vectors(
+    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache
+) -> TextVectors:
+    """Vectors of nodes, kept in the file that enrichment uses too."""
+    engine_for, text_for = _lookups(engines, tokenizers)
+    return TextVectors(
+        engine_for=engine_for, text_for=text_for, cache=EnrichmentCache(settings.cache_database)
+    )
+
+
+def _lookups(
+    engines: EnginePool, tokenizers: TokenizerCache
+) -> tuple[
+    Callable[[str, str], Awaitable[AsyncEngine]], Callable[[str, str], Awaitable[TextModel]]
+]:
+    """Engine and text of a model, given its id and the field that named it."""
 
     async def engine_for(model_id: str, param: str) -> AsyncEngine:
         try:
@@ -255,12 +287,7 @@ def build_enricher(
         text = await tokenizers.get(engines.entry(model_id))
         return ServedText(text.tokenizer, text.chat_template)
 
-    return Enricher(
-        engine_for=engine_for,
-        text_for=text_for,
-        cache=EnrichmentCache(settings.cache_database),
-        observer=metrics,
-    )
+    return engine_for, text_for
 
 
 def find_prompt(ref: str, state: AppState, identity: Identity, param: str = "prompt") -> Prompt:

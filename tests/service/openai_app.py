@@ -105,6 +105,7 @@ class Service:
             tokenizers=TokenizerCache(),
             graphs=cast(Any, None),
             enricher=cast(Any, None),
+            text_vectors=cast(Any, None),
         )
         self.app = build_test_app(self.state)
         self.client = TestClient(self.app, raise_server_exceptions=False)

@@ -208,7 +208,7 @@ _HEAD = re.compile(
 )
 """Begins a sentence that states a label, whatever follows."""
 _FRAME = re.compile(
-    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict\w+|assigned)\b",
+    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict(?:ed|ion)|assigned)\b",
     re.IGNORECASE,
 )
 """Makes a sentence that names a class a statement of it."""

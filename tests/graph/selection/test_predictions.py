@@ -87,6 +87,8 @@ def test_sums_may_be_rounded(tmp_path: Path) -> None:
         ({"b": [1.5, -0.5]}, "predictions.b", "negative"),
         ({"b": [float("nan"), 1.0]}, "predictions.b", "nan"),
         ({"b": [float("inf"), 0.0]}, "predictions.b", "inf"),
+        ({"b": [float("inf"), float("-inf")]}, "predictions.b", "nan"),
+        ({"b": [1e308, 1e308]}, "predictions.b", "inf"),
         ({"b": [0.5, 0.5], "q": [0.5, 0.5]}, "predictions.q", "no node 'q'"),
         ({}, "predictions", "'b' has no prediction"),
     ],

@@ -1,8 +1,9 @@
 """From a prompt's messages to a checked answer: constrain, parse, repair once, and keep labels out of the text.
 
 A prompt with a JSON schema is generated under that schema, so an answer can hardly be anything but JSON that was cut by
-max_tokens. Then the LLM is shown what it wrote and asked again, under the same schema with half the lengths; if that
-does not validate either, the answer is invalid, and the node keeps its raw feature.
+max_tokens. Then the LLM is shown what it wrote and asked again, under the same schema with strings of half the length;
+if that does not validate either, the answer is invalid, and the node keeps its raw feature. A request that allows fewer
+tokens than the prompt does gets shorter strings from the start.
 
 Labels. An explanation often begins with the label that it explains, and encoding that would mostly encode the label:
 so sentences that state one are taken out of the text, and the chosen label travels in a field of its own. Labels of
@@ -12,7 +13,7 @@ validation and test nodes are never given to an LLM: what a graph lends to a pro
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,15 @@ _REPAIR = (
     "This is no valid answer: {fault}. "
     "Answer again, with the same fields and much shorter, so that the JSON is complete."
 )
+
+
+class PromptInputError(ValueError):
+    """What was given is not what a prompt reads. Attributes: param: the place at fault."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
 
 
 class InvalidAnswerError(ValueError):
@@ -80,10 +90,11 @@ Ask = Callable[[Sequence[Message], Constraint | None], Awaitable[Written | None]
 
 
 async def answer_prompt(
-    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], ask: Ask
+    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], max_tokens: int, ask: Ask
 ) -> Answered:
     """Have a filled prompt answered. An empty text is for the caller to judge; JSON is repaired once."""
-    first = await ask(messages, constraint_of(prompt, classes))
+    share = min(1.0, max_tokens / prompt.max_tokens)
+    first = await ask(messages, constraint_of(prompt, classes, share))
     assert first is not None, "the prompt was fitted to the context"
     try:
         answer = parse_answer(prompt, first.text, classes)
@@ -92,7 +103,7 @@ async def answer_prompt(
         fault = str(error)
     again = await ask(
         repair_messages(messages, first.text, fault),
-        constraint_of(prompt, classes, shortened=True),
+        constraint_of(prompt, classes, share / 2),
     )
     if again is None:
         return Answered(answer=None, fault=fault, calls=(first,))
@@ -103,20 +114,45 @@ async def answer_prompt(
         return Answered(answer=None, fault=str(error), calls=(first, again))
 
 
+def check_inputs(
+    prompt: Prompt,
+    classes: Sequence[str],
+    variables: Mapping[str, str],
+    own: Sequence[Mapping[str, str]],
+) -> None:
+    """Nothing is missing, and nothing is given in vain.
+
+    Args:
+        variables: for all nodes; own: of each node.
+
+    Raises:
+        PromptInputError
+    """
+    if "classes" in prompt.inputs and not classes:
+        raise PromptInputError("classes", f"{prompt.ref} chooses among classes: name them")
+    if "classes" not in prompt.inputs and classes:
+        raise PromptInputError("classes", f"{prompt.ref} reads no classes")
+    if len(set(classes)) < len(classes):
+        raise PromptInputError("classes", "a class is named twice")
+    known = set(prompt.variables)
+    needed = known - set(prompt.defaults) - set(variables)
+    for given, where in [(variables, "variables"), *((mine, "node") for mine in own)]:
+        if unknown := sorted(set(given) - known):
+            raise PromptInputError("variables", f"{prompt.ref} has no variable {unknown[0]!r:.40}")
+        if where == "node" and (missing := sorted(needed - set(given))):
+            raise PromptInputError("variables", f"{prompt.ref} needs the variable {missing[0]!r}")
+
+
 def max_calls(prompt: Prompt) -> int:
     """How often the LLM may be called for one answer."""
     return 1 if prompt.output["type"] == "text" else 2
 
 
-def constraint_of(
-    prompt: Prompt, classes: Sequence[str], *, shortened: bool = False
-) -> Constraint | None:
-    """What the engine is to keep the answer to; None for text."""
+def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) -> Constraint | None:
+    """What the engine is to keep the answer to, with a share of the strings' lengths; None for text."""
     if prompt.output["type"] == "text":
         return None
-    schema = with_classes(prompt.output["schema"], classes)
-    if shortened:
-        schema = shorten(schema)
+    schema = shorten(with_classes(prompt.output["schema"], classes), share)
     return Constraint(kind="json_schema", text=json.dumps(schema))
 
 
@@ -147,9 +183,9 @@ def repair_messages(messages: Sequence[Message], written: str, fault: str) -> li
 
 
 def _as_text(value: Any) -> str:
-    """A list one line per item, an object its values after one another: "term: meaning"."""
+    """A list one line per item, each once; an object its values after one another: "term: meaning"."""
     if isinstance(value, list):
-        return "\n".join(map(_as_text, value))
+        return "\n".join(dict.fromkeys(map(_as_text, value)))
     if isinstance(value, dict):
         return ": ".join(map(_as_text, value.values()))
     return value.strip() if isinstance(value, str) else json.dumps(value)

@@ -23,6 +23,7 @@ from jobs.store import JsonObject
 RUNNERS = {
     "calibrate_skip": "jobs.runners.calibrate_skip:run",
     "compress": "jobs.runners.compress:run",
+    "enrich": "jobs.runners.enrich:run",
     "export": "jobs.runners.export:run",
     "finetune": "jobs.runners.finetune:run",
 }

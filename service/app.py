@@ -22,10 +22,12 @@ from starlette.routing import Match, Route
 
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
+from engines.metering import EngineUse
 from engines.protocol import EngineError
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
+from jobs.usage import FLUSH_SECONDS, UsageStore
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
@@ -43,6 +45,7 @@ from service.routes import (
     files,
     fine_tuning,
     graph_query,
+    graph_sampling,
     graphs,
     health,
     jobs,
@@ -50,6 +53,7 @@ from service.routes import (
     prompts,
     score,
     tokenize,
+    usage,
 )
 from service.settings import Settings
 from service.supervisor_client import SupervisorClient
@@ -69,8 +73,10 @@ ROUTERS = (
     fine_tuning.router,
     graphs.router,
     graph_query.router,
+    graph_sampling.router,
     enrich.router,
     prompts.router,
+    usage.router,
 )
 _ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
@@ -88,7 +94,13 @@ def build_state(settings: Settings) -> AppState:
         tokens_per_minute=settings.tokens_per_minute,
     )
     supervisor = SupervisorClient(settings.supervisor_socket)
-    engines = EnginePool(settings, registry, supervisor, limits.charge)
+    used = UsageStore(settings.usage_database)
+
+    def meter(use: EngineUse) -> None:
+        limits.charge(use.tenant, use.prompt_tokens + use.completion_tokens)
+        used.used(use)
+
+    engines = EnginePool(settings, registry, supervisor, meter)
     metrics = Metrics()
     tokenizers = TokenizerCache()
     state = AppState(
@@ -101,9 +113,10 @@ def build_state(settings: Settings) -> AppState:
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
-        enricher=build_enricher(settings, engines, tokenizers, metrics),
+        enricher=build_enricher(settings, engines, tokenizers, metrics, used),
         text_vectors=build_text_vectors(settings, engines, tokenizers),
         limits=limits,
+        usage=used,
         started_at=time.time(),
     )
 
@@ -125,8 +138,9 @@ def build_state(settings: Settings) -> AppState:
 def build_app(settings: Settings) -> FastAPI:
     """The application. Its state is at `app.state.lathe`; nothing runs before the lifespan starts."""
     state = build_state(settings)
-    limits = state.limits
+    limits, used = state.limits, state.usage
     assert limits is not None, "build_state made them"
+    assert used is not None, "build_state made it"
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -136,14 +150,17 @@ def build_app(settings: Settings) -> FastAPI:
             logger.warning(notice)
         await asyncio.to_thread(check_default_skips, settings, state.registry)
         await state.engines.start()
+        flushing = asyncio.create_task(_flush_for_ever(used), name="usage")
         try:
             yield
         finally:
+            flushing.cancel()
             await state.engines.aclose()
             await asyncio.to_thread(state.enricher.close)
             await asyncio.to_thread(state.text_vectors.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
+            await asyncio.to_thread(used.close)
 
     app = FastAPI(
         title="Lathe",
@@ -160,6 +177,12 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestMiddleware, settings=settings)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+async def _flush_for_ever(used: UsageStore) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.to_thread(used.flush)
 
 
 def check_default_skips(settings: Settings, registry: ModelRegistry) -> None:

@@ -849,6 +849,24 @@ def test_rows_as_arrow_batches(service: Service) -> None:
     assert rows["n9"]["error_code"] == "empty_text"
 
 
+def test_arrow_of_a_prompt_that_asks_for_json(service: Service) -> None:
+    service.writer._answer = lambda prompt: (
+        '{"label": "x", "confidence": 0.5}' if own_text(prompt) == "one" else "no JSON"
+    )
+    body = {**ENRICH, "prompt": "pseudo_label", "classes": ["x", "y"], "return": ["text"]}
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.status_code == 200, response.text
+    table = pa.ipc.open_stream(response.content).read_all()
+    table.validate(full=True)
+    plain = service.client.post("/v1/enrich", json=body).json()["data"]
+    for row, again in zip(table.to_pylist(), plain, strict=True):
+        fields = None if row["fields"] is None else json.loads(row["fields"])
+        assert fields == again["fields"]
+        assert (row["label"], row["repaired"]) == (again["label"], again["repaired"])
+    assert table.column("label").to_pylist() == ["x", None]
+    assert table.column("status").to_pylist() == ["ok", "invalid_output"]
+
+
 def test_a_graph_streams_as_well(service: Service) -> None:
     path = f"/v1/graphs/{service.graph_id()}/enrich"
     body = {"node_ids": ["a", "d"], "prompt": "summary@1", "model": "writer", "stream": True}
@@ -866,6 +884,56 @@ def test_a_stream_that_cannot_begin_is_an_error(service: Service) -> None:
     assert error_of(response, 406) == ("not_acceptable", "Accept")
 
 
+def test_estimate(service: Service) -> None:
+    nodes = [{"id": i, "text": text} for i, text in enumerate(["one", "two", "two", " ", "three"])]
+    body = {"prompt": "summary@1", "model": "writer", "nodes": nodes}
+    service.client.post("/v1/enrich", json={**body, "nodes": nodes[:1]})
+    service.writer.prompts.clear()
+    service.state.settings.cost_per_million_tokens = 10.0
+    estimate = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert service.writer.prompts == []
+    counts = ("num_nodes", "num_distinct", "num_empty", "num_cached", "num_calls", "num_failing")
+    assert [estimate[name] for name in counts] == [5, 4, 1, 1, 2, 0]
+    assert estimate["dedupe_ratio"] == pytest.approx(0.2)
+    assert estimate["completion_tokens"] == 2 * 3  # as long as the cached answer, "ONE"
+    assert estimate["cost"] == pytest.approx(estimate["total_tokens"] / 1e5)
+    assert estimate["seconds"] > 0
+    real = service.client.post("/v1/enrich", json=body).json()["usage"]
+    assert real["prompt_tokens"] == estimate["prompt_tokens"]
+    after = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert [after[name] for name in counts] == [5, 4, 1, 3, 0, 0]
+    assert (after["total_tokens"], after["seconds"], after["cost"]) == (0, 0, 0)
+
+
+def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_id = service.graph_id()
+    body = {"prompt": "digest@1", "model": "writer", "graph": graph_id}
+
+    def estimate(**fields: Any) -> Any:
+        return service.client.post("/v1/enrich/estimate", json={**body, **fields})
+
+    whole = estimate().json()
+    assert (whole["num_nodes"], whole["num_empty"], whole["num_calls"]) == (4, 1, 3)
+    assert (whole["seconds"], whole["cost"]) == (None, None)  # no speed was seen, no price is set
+    assert estimate(node_ids=["a"]).json()["num_nodes"] == 1
+    assert estimate(budget={"max_nodes": 2}).json()["num_nodes"] == 2
+    answer = service.client.post(
+        f"/v1/graphs/{graph_id}/enrich",
+        json={"prompt": "digest@1", "model": "writer", "node_ids": ["a", "b", "c"]},
+    ).json()
+    assert answer["usage"]["prompt_tokens"] == whole["prompt_tokens"]
+    assert error_of(estimate(node_ids=["zz"])) == ("invalid_value", "node_ids[0]")
+    assert error_of(estimate(graph="graph-0"), 404) == ("graph_not_found", "graph")
+    assert error_of(estimate(nodes=NODES)) == ("invalid_value", "nodes")
+    assert error_of(estimate(stream=True)) == ("unsupported_parameter", "stream")
+    monkeypatch.setattr(enrich, "MAX_ESTIMATED_NODES", 3)
+    assert error_of(estimate()) == ("invalid_value", "node_ids")
+    assert estimate(budget={"max_nodes": 3}).status_code == 200
+    only_nodes = {"prompt": "digest@1", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
+    response = service.client.post("/v1/enrich/estimate", json=only_nodes)
+    assert error_of(response) == ("invalid_value", "node_ids")
+
+
 @pytest.mark.parametrize(
     ("given", "number"),
     [({}, 1), ({"priority": "interactive"}, 0), ({"priority": "bulk"}, 2)],
@@ -876,7 +944,7 @@ def test_priorities(service: Service, given: dict[str, str], number: int) -> Non
 
 
 def test_long_texts_by_request(service: Service) -> None:
-    limit = default_catalog().get("summary").max_text_tokens
+    limit = default_catalog().get("summary@1").max_text_tokens
     nodes = [{"id": "a", "text": "b" * limit + "e" * limit}]
     for policy, shown in [("head", {"b"}), ("head_tail", {"b", "e", *GAP})]:
         service.client.post("/v1/enrich", json={**ENRICH, "nodes": nodes, "long_text": policy})

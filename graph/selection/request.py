@@ -36,7 +36,7 @@ class gain most from an LLM."""
 SEEDED = frozenset({"random", "clustering_distance"})
 PREDICTED = frozenset({"entropy", "soft_homophily"})
 CLUSTERED = frozenset({"clustering_distance"})
-MAX_CLUSTERS = 10_000
+MAX_CLUSTERS = 512
 MAX_PARTS = 16
 
 

@@ -112,6 +112,16 @@ def test_one_cluster_is_the_distance_to_the_mean() -> None:
     assert cluster_distances(vectors, 1, seed=3).tolist() == pytest.approx([8**0.5] * 4 + [0])
 
 
+def test_mini_batches_make_the_mean_of_what_they_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graph.selection.clustering.NUM_BATCHES", 3)
+    monkeypatch.setattr("graph.selection.clustering.BATCH", 5)
+    vectors = np.random.default_rng(2).standard_normal((20, 3)).astype(np.float32)
+    centre = mini_batch_centres(vectors, np.full((1, 3), 9.0), np.random.default_rng(7))
+    rng = np.random.default_rng(7)
+    drawn = np.concatenate([vectors[rng.integers(20, size=5)] for _ in range(3)])
+    assert np.abs(centre[0] - drawn.astype(np.float64).mean(axis=0)).max() < 1e-12
+
+
 def test_planted_clusters_are_found() -> None:
     vectors, own = blobs(500, 5, 16)
     found = cluster_distances(vectors, 5, seed=0)

@@ -537,10 +537,8 @@ def _check_features(features: Any, ids: Any) -> Float32s | None:
     if len(ragged):
         row = int(ragged[0])
         raise refuse(row, f"are {lengths[row]} numbers, those of the first node are {dim}")
-    with np.errstate(
-        over="ignore"
-    ):  # a double that float32 cannot hold becomes inf, which is refused
-        numbers = features.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused
+        numbers = features.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     values: Float32s = numbers.reshape(len(ids), dim)
     finite = np.isfinite(values)  # a null within a list reads as NaN
     if not finite.all():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graph.selection.budget import Cost, affordable, estimate_tokens, price
+from graph.selection.budget import Cost, affordable, estimate_cost, estimate_tokens
 from graph.selection.clustering import cluster_distances
 from graph.selection.predictions import entropy, probabilities, soft_homophily
 from graph.selection.quotas import GroupShare, divide, find_groups, shares_of, training_labels
@@ -102,7 +102,7 @@ def select_nodes(
         indices=indices,
         scores=scores[indices],
         stopped_by=stopped_by,
-        estimate=price(int(tokens[:num_selected].sum()), request.rates),
+        estimate=estimate_cost(int(tokens[:num_selected].sum()), request.rates),
         quotas=None if groups is None else shares_of(indices, groups),
     )
 

@@ -25,6 +25,7 @@ RUNNERS = {
     "compress": "jobs.runners.compress:run",
     "export": "jobs.runners.export:run",
     "finetune": "jobs.runners.finetune:run",
+    "train_projector": "jobs.runners.train_projector:run",
 }
 MAX_MESSAGE_CHARS = 500
 

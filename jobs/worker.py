@@ -48,7 +48,7 @@ _PIPE_SECONDS = 5.0
 logger = logging.getLogger("lathe.worker")
 
 
-TRAINING_TYPES = frozenset({"finetune"})
+TRAINING_TYPES = frozenset({"finetune", "train_projector"})
 """Jobs that take the GPU, and that write a checkpoint before they stop."""
 
 

@@ -50,6 +50,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "job_not_pausable": (409, "conflict_error", None),
     "file_in_use": (409, "conflict_error", None),
     "model_exists": (409, "conflict_error", None),
+    "projector_exists": (409, "conflict_error", None),
     "model_in_use": (409, "conflict_error", None),
     "model_not_loaded": (409, "conflict_error", None),
     "model_sleeping": (409, "conflict_error", None),

@@ -226,9 +226,10 @@ def test_depth_is_never_an_internal_error(
 ) -> None:
     """Also where json reads what it could not write."""
     deep = brackets[:-1] * depth + "1" + brackets[-1] * depth
-    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": "@@@"}}
-    body: Any = CHAT | {"response_format": schema}
-    for path, body, place in [("/v1/chat/completions", body, ["user"]), *some(app, deep)]:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
+    place = ["response_format", "json_schema", "schema"]
+    chat = ("/v1/chat/completions", CHAT | {"response_format": form}, place)
+    for path, body, place in [chat, *some(app, deep)]:
         content = json.dumps(put(body, place, "@@@")).replace('"@@@"', deep).encode()
         response = post(path, content)
         assert response.status_code < 500, (path, place, response.text)

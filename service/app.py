@@ -257,7 +257,12 @@ def _handle_errors(app: FastAPI) -> None:
         logger.error("unsound checkpoint", exc_info=error)
         return _respond(ApiError("model_load_failed", "the model's checkpoint is unsound"))
 
+    def recursion_error(_: Request, error: Any) -> JSONResponse:
+        logger.warning("a body nested too deep", exc_info=error)
+        return _respond(ApiError("invalid_json", "the body is nested too deep"))
+
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RecursionError, recursion_error)
     app.add_exception_handler(EngineError, engine_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)

@@ -33,7 +33,7 @@ from service.deps import AppState
 from service.engine_pool import EnginePool
 from service.enrichment import build_enricher
 from service.errors import ApiError, from_engine_error
-from service.metrics import EngineCollector, JobCollector, Metrics
+from service.metrics import DiskCollector, EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
     chat,
@@ -107,7 +107,10 @@ def build_state(settings: Settings) -> AppState:
             for entry in registry.list_models()
         }
 
-    metrics.registry.register(EngineCollector(engines.snapshot, sizes, engines.restarts))
+    metrics.registry.register(
+        EngineCollector(engines.snapshot, sizes, engines.restarts, engines.readiness)
+    )
+    metrics.registry.register(DiskCollector(settings.home))
     metrics.registry.register(JobCollector(state.jobs.counts, state.jobs.worker_ages))
     return state
 

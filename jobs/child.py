@@ -25,6 +25,7 @@ from jobs.store import JsonObject
 RUNNERS = {
     "calibrate_skip": "jobs.runners.calibrate_skip:run",
     "compress": "jobs.runners.compress:run",
+    "enrich": "jobs.runners.enrich:run",
     "export": "jobs.runners.export:run",
     "finetune": "jobs.runners.finetune:run",
 }
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     context = RunnerContext(
         job_id=attempt["job_id"],
+        owner=attempt["owner"],
         attempt=attempt["attempt"],
         spec=attempt["spec"],
         folder=folder,

@@ -30,6 +30,10 @@ class RequestConflictError(Exception):
     """A job with this id was created from another request body."""
 
 
+class TooManyJobsError(Exception):
+    """The owner has as many jobs that have not ended as it may have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """A job to create.
@@ -141,11 +145,15 @@ class JobStore(Protocol):
     Every status change appends a "status" event in the same transaction.
     """
 
-    def create(self, job: NewJob) -> tuple[Job, bool]:
+    def create(self, job: NewJob, *, max_active: int = 0) -> tuple[Job, bool]:
         """Insert; an id that exists with the same `request_hash` returns (existing, False).
+
+        Args:
+            max_active: most jobs of one owner that have not ended, this one included; 0 is no limit.
 
         Raises:
             RequestConflictError: the id exists with another `request_hash`.
+            TooManyJobsError
         """
 
     def get(self, job_id: str) -> Job:

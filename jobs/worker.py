@@ -238,6 +238,7 @@ class _Attempt:
         self._folder.mkdir(parents=True, exist_ok=True)
         attempt = {
             "job_id": self._job.id,
+            "owner": self._job.owner,
             "attempt": self._job.attempt,
             "spec": self._job.spec,
             "folder": str(self._folder),

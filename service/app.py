@@ -23,16 +23,19 @@ from starlette.routing import Match, Route
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from engines.logs import set_up_logging
+from engines.metering import EngineUse
 from engines.protocol import EngineError
 from engines.tracing import set_up_tracing, shut_down_tracing
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
+from jobs.usage import FLUSH_SECONDS, UsageStore
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
-from service.enrichment import build_enricher
+from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
+from service.limits import RateLimits, open_buckets
 from service.metrics import DiskCollector, EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
@@ -43,6 +46,7 @@ from service.routes import (
     files,
     fine_tuning,
     graph_query,
+    graph_sampling,
     graphs,
     health,
     jobs,
@@ -50,6 +54,7 @@ from service.routes import (
     prompts,
     score,
     tokenize,
+    usage,
 )
 from service.settings import Settings
 from service.supervisor_client import SupervisorClient
@@ -69,8 +74,10 @@ ROUTERS = (
     fine_tuning.router,
     graphs.router,
     graph_query.router,
+    graph_sampling.router,
     enrich.router,
     prompts.router,
+    usage.router,
 )
 _ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
@@ -79,8 +86,22 @@ OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
 def build_state(settings: Settings) -> AppState:
     """Open everything that the application works with."""
     registry = ModelRegistry(settings.models_dir)
-    engines = EnginePool(settings, registry, SupervisorClient(settings.supervisor_socket))
     redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    keys = KeyStore(settings.keys_file)
+    limits = RateLimits(
+        keys,
+        open_buckets(settings.limits_database, redis_url),
+        requests_per_minute=settings.requests_per_minute,
+        tokens_per_minute=settings.tokens_per_minute,
+    )
+    supervisor = SupervisorClient(settings.supervisor_socket)
+    used = UsageStore(settings.usage_database)
+
+    def meter(use: EngineUse) -> None:
+        limits.charge(use.tenant, use.prompt_tokens + use.completion_tokens)
+        used.used(use)
+
+    engines = EnginePool(settings, registry, supervisor, meter)
     metrics = Metrics()
     tokenizers = TokenizerCache()
     state = AppState(
@@ -89,11 +110,14 @@ def build_state(settings: Settings) -> AppState:
         engines=engines,
         jobs=open_job_store(settings.database, redis_url),
         files=FileStore(settings.files_dir),
-        keys=KeyStore(settings.keys_file),
+        keys=keys,
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
-        enricher=build_enricher(settings, engines, tokenizers, metrics),
+        enricher=build_enricher(settings, engines, tokenizers, metrics, used),
+        text_vectors=build_text_vectors(settings, engines, tokenizers),
+        limits=limits,
+        usage=used,
         started_at=time.time(),
     )
 
@@ -118,6 +142,9 @@ def build_state(settings: Settings) -> AppState:
 def build_app(settings: Settings) -> FastAPI:
     """The application. Its state is at `app.state.lathe`; nothing runs before the lifespan starts."""
     state = build_state(settings)
+    limits, used = state.limits, state.usage
+    assert limits is not None, "build_state made them"
+    assert used is not None, "build_state made it"
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -128,12 +155,17 @@ def build_app(settings: Settings) -> FastAPI:
             logger.warning(notice)
         await asyncio.to_thread(check_default_skips, settings, state.registry)
         await state.engines.start()
+        flushing = asyncio.create_task(_flush_for_ever(used), name="usage")
         try:
             yield
         finally:
+            flushing.cancel()
             await state.engines.aclose()
             await asyncio.to_thread(state.enricher.close)
+            await asyncio.to_thread(state.text_vectors.close)
             state.jobs.close()
+            await asyncio.to_thread(limits.close)
+            await asyncio.to_thread(used.close)
             await asyncio.to_thread(shut_down_tracing)
 
     app = FastAPI(
@@ -153,6 +185,12 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestMiddleware, settings=settings)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+async def _flush_for_ever(used: UsageStore) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.to_thread(used.flush)
 
 
 def check_default_skips(settings: Settings, registry: ModelRegistry) -> None:

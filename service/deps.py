@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from compression.registry import ModelRegistry
 from jobs.files import FileStore
 from jobs.store import JobStore
+from jobs.usage import UsageStore
 from service.auth import LOCAL_IDENTITY, Identity, KeyStore, Role, bearer_token
 from service.engine_pool import EnginePool
 from service.errors import ApiError
+from service.limits import RateLimits
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tokenizers import TokenizerCache
@@ -20,6 +22,7 @@ from service.tokenizers import TokenizerCache
 if TYPE_CHECKING:
     from graph.enrich import Enricher
     from graph.store import GraphStore
+    from graph.text_vectors import TextVectors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +39,9 @@ class AppState:
     tokenizers: TokenizerCache
     graphs: "GraphStore"
     enricher: "Enricher"
+    text_vectors: "TextVectors"
+    limits: RateLimits | None = None
+    usage: UsageStore | None = None
     started_at: float = field(default=0.0)
 
 
@@ -77,12 +83,16 @@ def identify(request: Request, state: StateDep) -> Identity:
 IdentityDep = Annotated[Identity, Depends(identify)]
 
 
-def require(role: Role) -> Callable[[Identity], Identity]:
-    """A dependency that lets only keys with `role` pass."""
+def require(role: Role) -> Callable[[Request, AppState, Identity], Identity]:
+    """A dependency that lets only keys with `role` pass, and counts what they ask for; looking costs nothing."""
 
-    def check(identity: IdentityDep) -> Identity:
+    def check(request: Request, state: StateDep, identity: IdentityDep) -> Identity:
         if not identity.may(role):
             raise ApiError("insufficient_scope", f"this needs a key with role {role!r}")
+        if state.limits is not None and request.method not in ("GET", "HEAD"):
+            headers: dict[str, str] = {}
+            request.state.headers = headers
+            state.limits.admit(identity, headers, costs_tokens=role == "inference")
         return identity
 
     return check

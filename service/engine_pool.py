@@ -11,11 +11,13 @@ import contextlib
 import logging
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 from compression.registry import ModelEntry, ModelNotFoundError, ModelRegistry
 from engines.client import EngineClient
+from engines.metering import DeviceClock, EngineUse, MeteredEngine
 from engines.protocol import (
     AsyncEngine,
     EmbedRequest,
@@ -72,15 +74,25 @@ class _Loaded:
     client: AsyncEngine
     stats: EngineStats | None = None
     proved_at: float | None = None
+    clock: DeviceClock = field(default_factory=DeviceClock)
 
 
 class EnginePool:
-    """The engines that this process can reach. Belongs to one event loop."""
+    """The engines that this process can reach. Belongs to one event loop.
+
+    Args:
+        meter: told what engines do for whom.
+    """
 
     def __init__(
-        self, settings: Settings, registry: ModelRegistry, supervisor: SupervisorClient
+        self,
+        settings: Settings,
+        registry: ModelRegistry,
+        supervisor: SupervisorClient,
+        meter: Callable[[EngineUse], None] | None = None,
     ) -> None:
         self._settings = settings
+        self._meter = meter
         self._registry = registry
         self._supervisor = supervisor
         self._loaded: dict[str, _Loaded] = {}
@@ -132,7 +144,9 @@ class EnginePool:
             loaded = await self._connect(model_id)
         if loaded is None:
             raise self._why_not(model_id)
-        return loaded.client
+        if self._meter is None:
+            return loaded.client
+        return MeteredEngine(loaded.client, model_id, self._meter, loaded.clock)
 
     async def _load_on_request(self, model_id: str) -> None:
         """Have a model loaded that nobody loaded yet, and wait for it together with all who ask for it meanwhile.

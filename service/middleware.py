@@ -112,9 +112,11 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            state = self._scope.get("state", {})
+            extra = {"x-request-id": self._request_id, **state.get("headers", {})}
             message["headers"] = [
                 *message.get("headers", []),
-                (b"x-request-id", self._request_id.encode()),
+                *((name.encode(), value.encode()) for name, value in extra.items()),
             ]
         await self._send(message)
 

@@ -39,6 +39,7 @@ from service.limits import RateLimits, open_buckets
 from service.metrics import DiskCollector, EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -72,6 +73,7 @@ ROUTERS = (
     jobs.router,
     files.router,
     fine_tuning.router,
+    batches.router,
     graphs.router,
     graph_query.router,
     graph_sampling.router,
@@ -181,7 +183,7 @@ def build_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
-    _handle_errors(app)
+    handle_errors(app)
     app.add_middleware(RequestMiddleware, settings=settings)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -223,7 +225,7 @@ def _respond(error: ApiError, extra: dict[str, str] | None = None) -> JSONRespon
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
-def _handle_errors(app: FastAPI) -> None:
+def handle_errors(app: FastAPI) -> None:
     """Turn every exception that can leave a route into the one error shape."""
 
     def api_error(_: Request, error: Any) -> JSONResponse:

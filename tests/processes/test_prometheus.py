@@ -112,8 +112,12 @@ def service(
         pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")
     home = tmp_path_factory.mktemp("watched")
     shutil.copytree(native_folder, home / "native")
+    source = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("source") / "long")
+    config = json.loads((source / "config.json").read_text())
+    config["max_position_embeddings"] = 2048  # a prompt of the catalog is a token per letter here
+    (source / "config.json").write_text(json.dumps(config))
     for model_id in (MODEL, ENCODER):
-        import_folder(ModelRegistry(home / "models"), model_id, tiny_llama, report=lambda _: None)
+        import_folder(ModelRegistry(home / "models"), model_id, source, report=lambda _: None)
     give_skip_profile(home, MODEL)
     running = Service(home, (MODEL, ENCODER))
     running.start()
@@ -135,6 +139,7 @@ def use(service: Service, number: int) -> None:
         enrich = {"model": MODEL, "prompt": "summary@1", "nodes": nodes, "return": ["text"]}
         enriched = client.post("/enrich", json=enrich)
         assert enriched.status_code == 200, enriched.text
+        assert {row["status"] for row in enriched.json()["data"]} <= {"ok", "cached"}
         if number == 0:
             job = {"type": "export", "model": MODEL, "format": "dense"}
             assert client.post("/jobs", json=job).status_code == 201

@@ -37,6 +37,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "not_found": (404, "invalid_request_error", None),
     "model_not_found": (404, "invalid_request_error", None),
     "job_not_found": (404, "invalid_request_error", None),
+    "batch_not_found": (404, "invalid_request_error", None),
     "file_not_found": (404, "invalid_request_error", None),
     "graph_not_found": (404, "invalid_request_error", None),
     "projector_not_found": (404, "invalid_request_error", None),

@@ -37,7 +37,9 @@ def build_adjacency(model: ModelName, edge_index_2E: Tensor, num_nodes: int) -> 
         edge_index_2E, weights = gcn_norm(edge_index_2E, num_nodes=num_nodes, dtype=torch.float32)
     else:
         weights = torch.ones(edge_index_2E.shape[1])
-    coo = torch.sparse_coo_tensor(edge_index_2E.flip(0), weights, (num_nodes, num_nodes))
+    coo = torch.sparse_coo_tensor(
+        edge_index_2E.flip(0), weights, (num_nodes, num_nodes), check_invariants=True
+    )
     with warnings.catch_warnings():  # torch says once that CSR is in beta
         warnings.simplefilter("ignore", UserWarning)
         return coo.coalesce().to_sparse_csr()

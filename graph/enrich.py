@@ -43,7 +43,7 @@ from engines.protocol import (
 )
 from graph.cache import EnrichmentCache, Layer
 from graph.catalog import Message, Prompt
-from graph.generation import Answer, Written, answer_prompt, max_calls
+from graph.generation import Answer, Written, answer_prompt, check_inputs, max_calls
 from graph.single_flight import SingleFlight
 from graph.store import NodeId
 
@@ -141,6 +141,7 @@ class EnrichRequest:
         outputs: what the rows are to hold; a text is written in any case.
         max_tokens: of an answer; None is the prompt's own number.
         classes: to choose from, for a prompt that has them among its inputs.
+        variables: of the prompt, for every node that has none of its own.
         tenant: nothing is shared between tenants.
     """
 
@@ -155,6 +156,17 @@ class EnrichRequest:
     priority: Priority = "training"
     long_text: LongText = "head"
     classes: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises: PromptInputError: it does not give what the prompt reads, or gives what it does not."""
+        own = [node.variables for node in self.nodes]
+        check_inputs(self.prompt, self.classes, self.variables, own)
+
+    def variables_of(self, node: EnrichNode) -> dict[str, str]:
+        """What the prompt's variables are for one node, by name."""
+        given = {**self.prompt.defaults, **self.variables, **node.variables}
+        return {name: given[name] for name in self.prompt.variables}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,6 +441,14 @@ class Enricher:
         self._generations: SingleFlight[tuple[Generation, bool]] = SingleFlight()
         self._embeddings: SingleFlight[Embedding] = SingleFlight()
         self._pace = _Pace()
+
+    @property
+    def cache(self) -> EnrichmentCache:
+        return self._cache
+
+    async def model(self, model_id: str, param: str) -> tuple[AsyncEngine, TextModel]:
+        """What serves a model; for sampling, which shares engines and cache with enrichment."""
+        return await self._engine_for(model_id, param), await self._text_for(model_id, param)
 
     async def enrich(self, request: EnrichRequest) -> EnrichResult:
         """Enrich every node that the budget allows. Cancelling it aborts what no other request waits for.
@@ -813,7 +833,7 @@ def _keys(run: _Run) -> tuple[list[bytes], list[str]]:
 
 def _other_inputs(request: EnrichRequest, node: EnrichNode) -> list[Any]:
     """What the prompt reads besides texts; nothing where it reads nothing else."""
-    read: dict[str, Any] = {name: node.variables[name] for name in sorted(node.variables)}
+    read: dict[str, Any] = dict(request.variables_of(node))
     if "neighbor_labels" in request.prompt.inputs:
         read["neighbor_labels"] = node.neighbor_labels[: request.prompt.max_neighbors]
     if "classes" in request.prompt.inputs:
@@ -876,7 +896,7 @@ def _render(run: _Run, node: EnrichNode) -> _Rendered:
         neighbors.append(head if cut else normalise(neighbor))
         truncated += cut
     variables = {}
-    for name, value in node.variables.items():
+    for name, value in run.request.variables_of(node).items():
         head, cut = _head(text, text.encode_text(normalise(value)), prompt.max_text_tokens)
         variables[name] = head if cut else normalise(value)
         truncated += cut

@@ -12,7 +12,7 @@ validation and test nodes are never given to an LLM: what a graph lends to a pro
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,15 @@ _REPAIR = (
     "This is no valid answer: {fault}. "
     "Answer again, with the same fields and much shorter, so that the JSON is complete."
 )
+
+
+class PromptInputError(ValueError):
+    """What was given is not what a prompt reads. Attributes: param: the place at fault."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
 
 
 class InvalidAnswerError(ValueError):
@@ -101,6 +110,35 @@ async def answer_prompt(
         return Answered(answer=answer, fault=None, calls=(first, again))
     except InvalidAnswerError as error:
         return Answered(answer=None, fault=str(error), calls=(first, again))
+
+
+def check_inputs(
+    prompt: Prompt,
+    classes: Sequence[str],
+    variables: Mapping[str, str],
+    own: Sequence[Mapping[str, str]],
+) -> None:
+    """Nothing is missing, and nothing is given in vain.
+
+    Args:
+        variables: for all nodes; own: of each node.
+
+    Raises:
+        PromptInputError
+    """
+    if "classes" in prompt.inputs and not classes:
+        raise PromptInputError("classes", f"{prompt.ref} chooses among classes: name them")
+    if "classes" not in prompt.inputs and classes:
+        raise PromptInputError("classes", f"{prompt.ref} reads no classes")
+    if len(set(classes)) < len(classes):
+        raise PromptInputError("classes", "a class is named twice")
+    known = set(prompt.variables)
+    needed = known - set(prompt.defaults) - set(variables)
+    for given, where in [(variables, "variables"), *((mine, "node") for mine in own)]:
+        if unknown := sorted(set(given) - known):
+            raise PromptInputError("variables", f"{prompt.ref} has no variable {unknown[0]!r:.40}")
+        if where == "node" and (missing := sorted(needed - set(given))):
+            raise PromptInputError("variables", f"{prompt.ref} needs the variable {missing[0]!r}")
 
 
 def max_calls(prompt: Prompt) -> int:

@@ -12,7 +12,16 @@ from compression.registry import ModelEntry, ModelNotFoundError
 from jobs.file_check import FileContentError, read_texts
 from jobs.files import FileInfo, Purpose, UploadNotFoundError
 from jobs.memory import has_nvidia_gpu, too_large
-from jobs.spec import ExportSpec, FinetuneSpec, Spec, SpecError, check_source, parse_spec, spec_json
+from jobs.spec import (
+    EnrichSpec,
+    ExportSpec,
+    FinetuneSpec,
+    Spec,
+    SpecError,
+    check_source,
+    parse_spec,
+    spec_json,
+)
 from jobs.store import (
     Job,
     JobNotFoundError,
@@ -23,6 +32,7 @@ from jobs.store import (
 )
 from service.auth import Identity
 from service.deps import AppState
+from service.enrich_jobs import complete_enrich
 from service.errors import ApiError
 from service.idempotency import request_hash
 from service.training_files import check_examples
@@ -48,6 +58,9 @@ async def submit(
         return existing, False
     try:
         spec = parse_spec(body)
+        if isinstance(spec, EnrichSpec):
+            spec = await complete_enrich(spec, state, identity)
+        assert spec.model is not None
         entry = state.engines.entry(spec.model)
         config = read_config(entry)
         check_source(spec, entry.manifest, config)
@@ -92,7 +105,7 @@ def _conflict() -> ApiError:
 
 
 def _check_output(spec: Spec, state: AppState) -> None:
-    if isinstance(spec, ExportSpec):
+    if isinstance(spec, EnrichSpec | ExportSpec):
         return
     try:
         state.registry.get(spec.output)
@@ -112,6 +125,9 @@ async def _check_files(
             if spec.validation_file == spec.training_file:
                 raise ApiError("invalid_value", "it is the training file", "validation_file")
             named[spec.validation_file] = ("validation_file", "fine-tune")
+    elif isinstance(spec, EnrichSpec):
+        if spec.file is not None:
+            named[spec.file] = ("file", "enrich")
     elif not isinstance(spec, ExportSpec) and spec.calibration and spec.calibration.file:
         named[spec.calibration.file] = ("calibration.file", "calibration")
     for file_id, (param, purpose) in named.items():
@@ -126,7 +142,7 @@ async def _check_files(
             max_length = parse_settings(spec.settings).max_length
             path = state.files.path(info)
             await anyio.to_thread.run_sync(check_examples, entry, path, max_length, param)
-        elif not isinstance(spec, ExportSpec) and spec.calibration is not None:
+        elif not isinstance(spec, EnrichSpec | ExportSpec) and spec.calibration is not None:
             await _check_length(info, spec.calibration.length, entry, state)
     return {file_id: param for file_id, (param, _) in named.items()}
 

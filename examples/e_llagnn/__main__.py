@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import torch
+from lathe_client import LatheError
 from tqdm import tqdm
 
 from examples.e_llagnn import report
@@ -41,11 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = Rows(arguments.rows or arguments.work / f"rows-{arguments.graph}.json")
     source = Source(arguments.url, graph, arguments.work, arguments.api_key)
     try:
-        if arguments.studies:
-            lab = Lab(source, rows)
-            for study in arguments.studies:
-                for run in tqdm(list(STUDIES[study](options)), desc=study, mininterval=10):
-                    lab.run(run)
+        lab = Lab(source, rows)
+        for study in arguments.studies:
+            for run in tqdm(list(STUDIES[study](options)), desc=study, mininterval=10):
+                lab.run(run)
+    except httpx.TransportError as error:
+        sys.exit(f"error: no service at {arguments.url}: {error}")
+    except LatheError as error:
+        sys.exit(f"error: {error}")
     finally:
         source.close()
     print(report.markdown(rows.rows))

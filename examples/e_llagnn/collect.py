@@ -13,7 +13,7 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 import numpy.typing as npt
-from lathe_client import EnrichmentClient, EnrichmentStore
+from lathe_client import EnrichmentClient, EnrichmentStore, LatheError
 from lathe_client.prefetch import Fetch, Prefetcher
 
 from examples.e_llagnn.graphs import Indices, TextGraph
@@ -156,6 +156,9 @@ class Source:
                 returns=["text", "embedding"],
                 embedding_dtype="float32",
             )
+            if set(rows.statuses) == {"failed"}:  # of one node it would be the node's fault
+                reason = next(rows.rows()).error_message
+                raise LatheError(f"none of {len(nodes)} nodes could be enriched: {reason}")
             there = np.array([status in ("ok", "cached") for status in rows.statuses])
             there &= np.array([bool(text) for text in rows.texts])
             if recipe.join == "append":

@@ -130,8 +130,8 @@ def train(
         kept_N = drop_enrichment(mask_N, settings.enrichment_dropout, draws)
         logits = gnn(mix(raw_ND, enriched_ND, kept_N), adjacency)
         nodes = parts["train"]
-        loss = functional.cross_entropy(logits[nodes], task.labels_N[nodes])
-        loss.backward()  # type: ignore[no-untyped-call]
+        train_loss = functional.cross_entropy(logits[nodes], task.labels_N[nodes])
+        train_loss.backward()  # type: ignore[no-untyped-call]
         log_norms.append([math.log(max(norm, 1e-30)) for norm in gnn.gradient_norms()])
         optimizer.step()
         if num_epochs % VALIDATE_EVERY:

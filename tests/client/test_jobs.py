@@ -86,7 +86,7 @@ def test_a_job_that_nobody_takes_is_cancelled(client: EnrichmentClient) -> None:
 @pytest.mark.usefixtures("worker")
 def test_a_selection_of_a_graph(client: EnrichmentClient) -> None:
     graph_id = create_graph(client)
-    select = {"strategy": "degree", "order": "high", "budget": {"nodes": 3}}
+    select: Any = {"strategy": "degree", "order": "high", "budget": {"nodes": 3}}
     job = client.submit_job(
         graph_id=graph_id, select=select, returns=["text", "embedding"], **OPTIONS
     )
@@ -115,7 +115,7 @@ def test_the_transform_writes_what_the_job_found(client: EnrichmentClient) -> No
     x = torch.randn(5, _width(client))
     both = torch.tensor([*EDGES, *((b, a) for a, b in EDGES)]).t().contiguous()
     data = Data(x=x, edge_index=both, text=TEXTS)
-    select = {"strategy": "degree", "order": "high", "budget": {"nodes": 3}}
+    select: Any = {"strategy": "degree", "order": "high", "budget": {"nodes": 3}}
     transform = EnrichTransform(client, select=select, **OPTIONS)
     done = transform(data)
     assert done.enriched_mask.tolist() == [False, True, False, True, True]

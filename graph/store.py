@@ -179,6 +179,19 @@ class Graph:
     def texts(self, indices: Sequence[int] | npt.NDArray[Any]) -> list[str]:
         return self._take("text", indices)
 
+    def training_labels(self, indices: Sequence[int] | npt.NDArray[Any] | None = None) -> Any:
+        """Labels of those nodes (None: of all) whose split is `train`, as an Arrow array; null for the others.
+
+        Whoever lets labels reach a prompt or a selection reads them here.
+        """
+        import pyarrow.compute as pc
+
+        labels, splits = self.nodes.column("label"), self.nodes.column("split")
+        if indices is not None:
+            rows = np.asarray(indices, dtype=np.int64)
+            labels, splits = labels.take(rows), splits.take(rows)
+        return pc.if_else(pc.fill_null(pc.equal(splits, "train"), False), labels, None)
+
     def indices_of(self, node_ids: Sequence[NodeId]) -> list[int]:
         """Node index of each id.
 

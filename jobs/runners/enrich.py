@@ -196,6 +196,7 @@ class _Job:
         self._used = UsageStore(context.home / "usage.db")
         self._cache = EnrichmentCache(context.home / "cache.db")
         self._engines = _Engines(context, self._used.used)
+        self._cache = EnrichmentCache(context.home / "cache.db")
         self._enricher = Enricher(
             engine_for=self._engines.engine,
             text_for=self._engines.text,

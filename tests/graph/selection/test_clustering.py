@@ -14,7 +14,7 @@ from graph.selection.clustering import (
     mini_batch_centres,
     start_centres,
 )
-from graph.selection.request import SelectError
+from graph.selection.request import MAX_CLUSTERS, SelectError
 from graph.store import Graph, GraphStore
 from tests.graph.graphs import OWNER, columns, create
 from tests.graph.selection.test_select import pick
@@ -167,6 +167,15 @@ def test_as_many_clusters_as_classes_of_training_nodes(tmp_path: Path) -> None:
     splits = ["train", "train", "train", "val", "test", None]
     graph = with_features(tmp_path, vectors, labels=labels, splits=splits)
     assert pick(graph, "clustering_distance", {"nodes": 1}).num_clusters == 2
+
+
+def test_more_classes_than_clusters_may_be(tmp_path: Path) -> None:
+    size = MAX_CLUSTERS + 1
+    labels = [f"class {i}" for i in range(size)]
+    graph = with_features(tmp_path, np.ones((size, 1)), labels=labels, splits=["train"] * size)
+    with pytest.raises(SelectError, match="at most 512, got 513") as caught:
+        pick(graph, "clustering_distance", {"nodes": 1})
+    assert caught.value.param == "num_clusters"
 
 
 @pytest.mark.parametrize("num_clusters", [None, 7])

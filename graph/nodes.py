@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from graph.catalog import Prompt
 from graph.enrich import EnrichNode
 from graph.generation import training_classes, training_labels
-from graph.store import Graph, NodeId, UnknownNodeError
+from graph.store import Graph, Int32s, NodeId, UnknownNodeError
 
 
 class NodeInputError(ValueError):
@@ -41,9 +41,9 @@ def nodes_of_graph(
     for place, (index, node_id, text) in enumerate(
         zip(indices, graph.ids(indices), graph.texts(indices), strict=True)
     ):
-        near = [int(i) for i in graph.neighbors(index)]
+        near: Sequence[int] | Int32s = graph.neighbors(index)
         if neighbors is not None:
-            near = _named(graph, near, neighbors[place], place)
+            near = _named(graph, set(near.tolist()), neighbors[place], place)
         near = near[: prompt.max_neighbors]
         labels = training_labels(graph, near) if "neighbor_labels" in prompt.inputs else ()
         nodes.append(
@@ -63,14 +63,13 @@ def classes_of_graph(graph: Graph, prompt: Prompt) -> tuple[str, ...]:
     return training_classes(graph) if "classes" in prompt.inputs else ()
 
 
-def _named(graph: Graph, near: Sequence[int], named: Sequence[NodeId], place: int) -> list[int]:
+def _named(graph: Graph, allowed: set[int], named: Sequence[NodeId], place: int) -> list[int]:
     try:
         chosen = graph.indices_of(named)
     except UnknownNodeError as error:
         raise NodeInputError(
             f"neighbors[{place}][{error.position}]", f"the graph has no node {error.node_id!r:.80}"
         ) from None
-    allowed = set(near)
     for position, index in enumerate(chosen):
         if index not in allowed:
             raise NodeInputError(

@@ -41,9 +41,10 @@ def nodes_of_graph(
     for place, (index, node_id, text) in enumerate(
         zip(indices, graph.ids(indices), graph.texts(indices), strict=True)
     ):
-        near: Sequence[int] | Int32s = graph.neighbors(index)
+        adjacent = graph.neighbors(index)
+        near: Sequence[int] | Int32s = adjacent
         if neighbors is not None:
-            near = _named(graph, set(near.tolist()), neighbors[place], place)
+            near = _named(graph, set(adjacent.tolist()), neighbors[place], place)
         near = near[: prompt.max_neighbors]
         labels = training_labels(graph, near) if "neighbor_labels" in prompt.inputs else ()
         nodes.append(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from graph.catalog import Prompt
 from graph.enrich import EnrichNode
 from graph.generation import training_classes, training_labels
-from graph.store import Graph, Int32s, NodeId, UnknownNodeError
+from graph.store import Graph, NodeId, UnknownNodeError
 
 
 class NodeInputError(ValueError):
@@ -41,17 +41,17 @@ def nodes_of_graph(
     for place, (index, node_id, text) in enumerate(
         zip(indices, graph.ids(indices), graph.texts(indices), strict=True)
     ):
-        adjacent = graph.neighbors(index)
-        near: Sequence[int] | Int32s = adjacent
-        if neighbors is not None:
-            near = _named(graph, set(adjacent.tolist()), neighbors[place], place)
-        near = near[: prompt.max_neighbors]
+        if neighbors is None:
+            near: list[int] = graph.neighbors(index)[: prompt.max_neighbors].tolist()
+        else:
+            named = _named(graph, set(graph.neighbors(index).tolist()), neighbors[place], place)
+            near = named[: prompt.max_neighbors]
         labels = training_labels(graph, near) if "neighbor_labels" in prompt.inputs else ()
         nodes.append(
             EnrichNode(
                 id=node_id,
                 text=text,
-                neighbors=tuple(graph.texts(near)),
+                neighbors=tuple(graph.texts(near)) if near else (),
                 neighbor_labels=labels,
                 variables={} if variables is None else variables[place],
             )

@@ -78,9 +78,6 @@ class TextVectors:
             vectors[first : first + len(some)] = rows
         return vectors
 
-    def close(self) -> None:
-        self._cache.close()
-
     async def _encode_some(
         self,
         engine: AsyncEngine,

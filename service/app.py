@@ -22,8 +22,11 @@ from starlette.routing import Match, Route
 
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
+from engines.logs import set_up_logging
 from engines.metering import EngineUse
 from engines.protocol import EngineError
+from engines.tracing import set_up_tracing, shut_down_tracing
+from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
@@ -34,7 +37,6 @@ from service.engine_pool import EnginePool
 from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
 from service.limits import RateLimits, open_buckets
-from service.logs import set_up_logging
 from service.metrics import EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
@@ -103,6 +105,7 @@ def build_state(settings: Settings) -> AppState:
     engines = EnginePool(settings, registry, supervisor, meter)
     metrics = Metrics()
     tokenizers = TokenizerCache()
+    cache = EnrichmentCache(settings.cache_database)
     state = AppState(
         settings=settings,
         registry=registry,
@@ -113,8 +116,9 @@ def build_state(settings: Settings) -> AppState:
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
-        enricher=build_enricher(settings, engines, tokenizers, metrics, used),
-        text_vectors=build_text_vectors(settings, engines, tokenizers),
+        cache=cache,
+        enricher=build_enricher(engines, tokenizers, cache, metrics, used),
+        text_vectors=build_text_vectors(engines, tokenizers, cache),
         limits=limits,
         usage=used,
         started_at=time.time(),
@@ -145,6 +149,7 @@ def build_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         set_up_logging(settings.log_level)
+        set_up_tracing("api", settings.otlp_endpoint)
         notice = check_bind(settings.host, state.keys)
         if notice is not None:
             logger.warning(notice)
@@ -156,11 +161,11 @@ def build_app(settings: Settings) -> FastAPI:
         finally:
             flushing.cancel()
             await state.engines.aclose()
-            await asyncio.to_thread(state.enricher.close)
-            await asyncio.to_thread(state.text_vectors.close)
+            await asyncio.to_thread(state.cache.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
             await asyncio.to_thread(used.close)
+            await asyncio.to_thread(shut_down_tracing)
 
     app = FastAPI(
         title="Lathe",
@@ -168,13 +173,16 @@ def build_app(settings: Settings) -> FastAPI:
         description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        redirect_slashes=False,  # where to would be built from the Host header
+        # Traces are `engines/tracing.py`'s; FastAPI's own would send what a client wrote.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.lathe = state
     for router in ROUTERS:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
     _handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

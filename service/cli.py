@@ -178,6 +178,8 @@ def worker_arguments(settings: "Settings") -> list[str]:
         *("--cancel-grace-seconds", str(settings.job_cancel_grace_seconds)),
         *("--checkpoint-grace-seconds", str(settings.job_checkpoint_grace_seconds)),
         *("--gpu-policy", settings.job_gpu_policy),
+        *("--log-level", settings.log_level),
+        *(("--otlp-endpoint", settings.otlp_endpoint) if settings.otlp_endpoint else ()),
     ]
 
 

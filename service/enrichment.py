@@ -44,7 +44,7 @@ from service.engine_pool import EnginePool
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import cancel_on_disconnect
-from service.settings import DEFAULT_MODEL, Settings
+from service.settings import DEFAULT_MODEL
 from service.sse import ChunkedResponse
 from service.tokenizers import TokenizerCache
 
@@ -243,31 +243,29 @@ ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_enricher(
-    settings: Settings,
     engines: EnginePool,
     tokenizers: TokenizerCache,
+    cache: EnrichmentCache,
     metrics: Metrics,
     usage: UsageStore,
 ) -> Enricher:
-    """The enricher of one application; its cache file is opened when first needed."""
+    """The enricher of one application."""
     engine_for, text_for = _lookups(engines, tokenizers)
     return Enricher(
         engine_for=engine_for,
         text_for=text_for,
-        cache=EnrichmentCache(settings.cache_database),
+        cache=cache,
         observer=metrics,
         ended=usage.enriched,
     )
 
 
 def build_text_vectors(
-    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache
+    engines: EnginePool, tokenizers: TokenizerCache, cache: EnrichmentCache
 ) -> TextVectors:
-    """Vectors of nodes, kept in the file that enrichment uses too."""
+    """Vectors of nodes, kept in the cache that enrichment uses too."""
     engine_for, text_for = _lookups(engines, tokenizers)
-    return TextVectors(
-        engine_for=engine_for, text_for=text_for, cache=EnrichmentCache(settings.cache_database)
-    )
+    return TextVectors(engine_for=engine_for, text_for=text_for, cache=cache)
 
 
 def _lookups(

@@ -13,6 +13,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from engines.logs import LogLevel
 from engines.protocol import Skip
 from jobs.gpu import GpuPolicy
 
@@ -35,7 +36,9 @@ class Settings(BaseSettings):
     embedding_model: str = DEFAULT_EMBEDDING_MODEL
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Host header values accepted besides the loopback names and `host`."""
-    log_level: str = "info"
+    log_level: LogLevel = "info"
+    otlp_endpoint: str | None = Field(default=None, pattern="^https?://")
+    """Base address of an OpenTelemetry collector that gets the traces, such as http://localhost:4318."""
 
     max_body_bytes: int = 32 * 2**20
     max_upload_bytes: int = 512 * 2**20

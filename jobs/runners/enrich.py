@@ -195,16 +195,17 @@ class _Job:
         self._totals = _Totals(**self._ledger.fact("totals", {}))
         self._used = UsageStore(context.home / "usage.db")
         self._engines = _Engines(context, self._used.used)
+        self._cache = EnrichmentCache(context.home / "cache.db")
         self._enricher = Enricher(
             engine_for=self._engines.engine,
             text_for=self._engines.text,
-            cache=EnrichmentCache(context.home / "cache.db"),
+            cache=self._cache,
             ended=self._used.enriched,
         )
         self._vectors = TextVectors(
             engine_for=self._engines.engine,
             text_for=self._engines.text,
-            cache=EnrichmentCache(context.home / "cache.db"),
+            cache=self._cache,
         )
         self._away_since: float | None = None
 
@@ -222,8 +223,7 @@ class _Job:
                 context.progress(piece.stop, len(nodes))
             return self._finish(request, nodes)
         finally:
-            self._enricher.close()
-            self._vectors.close()
+            self._cache.close()
             await self._engines.aclose()
             self._used.close()
             self._ledger.close()

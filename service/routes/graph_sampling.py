@@ -237,7 +237,7 @@ async def _scorer(
     model = body.model or DEFAULT_MODEL
     engine, text = await enricher.model(model, "model")
     kind = RankScorer if body.scorer == "llm_rank" else PairScorer
-    judge = kind(graph, engine, text, enricher.cache, tenant=tenant)
+    judge = kind(graph, engine, text, state.cache, tenant=tenant)
     judge.check_model(model)
     return judge, {"model": model, "embedding_model": None, "centre_prompt": None}
 

@@ -279,6 +279,14 @@ def test_text_prompts_have_no_constraint() -> None:
     assert isinstance(constraint_of(default_catalog().get("summary@2"), ()), Constraint)
 
 
+def test_text_answers_are_stripped_where_classes_are_known() -> None:
+    explain = default_catalog().get("explain@1")
+    plain = replace(explain, output={"type": "text"})
+    assert parse_answer(plain, "It is Theory. It has proofs.", CLASSES).text == "It has proofs."
+    free = default_catalog().get("summary@1")
+    assert parse_answer(free, "It is Theory. It has proofs.", ()).text.startswith("It is Theory")
+
+
 # Label statements
 
 

@@ -27,7 +27,7 @@ from engines.transformers_engine import TransformersEngine
 from graph import sampling
 from graph.cache import EnrichmentCache
 from graph.catalog import build_prompt, default_catalog
-from graph.enrich import UnsuitableModelError
+from graph.enrich import TextModel, UnsuitableModelError
 from graph.sampling import (
     PAIR_PROMPT,
     EmbedScorer,
@@ -45,6 +45,7 @@ from graph.sampling import (
     sample_neighbors,
 )
 from graph.store import Graph, GraphStore
+from graph.text_vectors import TextVectors
 from tests.graph.fakes import CodePointText, ScriptedEngine
 from tests.graph.graphs import OWNER, columns, create
 from tests.graph.test_enrich import House
@@ -253,19 +254,29 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
 NEAR = Neighborhood(centre=0, neighbors=(1, 2, 3))
 
 
+def vectors(engine: ScriptedEngine, cache: EnrichmentCache) -> TextVectors:
+    async def engine_for(model: str, param: str) -> AsyncEngine:
+        return engine
+
+    async def text_for(model: str, param: str) -> TextModel:
+        return CodePointText(marks=True)
+
+    return TextVectors(engine_for=engine_for, text_for=text_for, cache=cache)
+
+
 async def test_embed_is_the_cosine(tmp_path: Path, cache: EnrichmentCache) -> None:
     graph = star(tmp_path, ["zz", "\uffff", " zz\n", ""])
     engine = ScriptedEngine(kind="encoder", max_model_len=1000)
-    scorer = EmbedScorer(graph, engine, CodePointText(marks=True), cache)
+    scorer = EmbedScorer(graph, vectors(engine, cache), "encoder")
     (judged,) = await scorer.score([NEAR])
     far = (1 + cosine(vector_of("zz"), vector_of("\uffff"))) / 2
     assert judged.scores == pytest.approx((far, 1.0, 0.0))
     assert len(engine.embedded) == 2  # equal texts once, an empty one not at all
-    again = EmbedScorer(graph, engine, CodePointText(marks=True), cache)
+    again = EmbedScorer(graph, vectors(engine, cache), "encoder")
     assert await again.score([NEAR]) == [judged]
     assert len(engine.embedded) == 2
     assert (again.usage.num_calls, again.usage.num_cached) == (0, 2)
-    other = EmbedScorer(graph, engine, CodePointText(marks=True), cache, tenant="b")
+    other = EmbedScorer(graph, vectors(engine, cache), "encoder", tenant="b")
     await other.score([NEAR])
     assert len(engine.embedded) == 4
 
@@ -274,17 +285,17 @@ async def test_embed_by_the_enriched_vector(tmp_path: Path) -> None:
     """The centre's vector is of its own text and of what the LLM wrote; the neighbours' stay raw."""
     house = House(tmp_path)
     graph = star(tmp_path, ["abc", "x" * 90, "q", "r"])
-    scorer = EmbedScorer(graph, house.encoder, CodePointText(marks=True), house.cache)
+    scorer = EmbedScorer(graph, vectors(house.encoder, house.cache), "encoder")
     prompt = default_catalog().get("summary@1")
-    await scorer.enrich_centres(house.enricher, [0], prompt, "writer", "encoder")
+    await scorer.enrich_centres(house.enricher, [0], prompt, "writer")
     (judged,) = await scorer.score([NEAR])
     enriched = vector_of("abc\nABC")
     expected = [(1 + cosine(enriched, vector_of(t))) / 2 for t in ("x" * 90, "q", "r")]
     assert judged.scores == pytest.approx(expected)
     assert (scorer.usage.num_calls, scorer.usage.completion_tokens) == (2, 3)
     empty = star(tmp_path / "empty", ["", "a", "b", "c"])
-    scorer = EmbedScorer(empty, house.encoder, CodePointText(marks=True), house.cache)
-    await scorer.enrich_centres(house.enricher, [0], prompt, "writer", "encoder")
+    scorer = EmbedScorer(empty, vectors(house.encoder, house.cache), "encoder")
+    await scorer.enrich_centres(house.enricher, [0], prompt, "writer")
     (judged,) = await scorer.score([NEAR])
     assert (judged.scores, judged.fault) == (None, "the node could not be enriched")
 

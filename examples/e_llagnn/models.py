@@ -21,7 +21,9 @@ GAT_HEADS = 8
 
 def mix(raw_ND: Tensor, enriched_ND: Tensor, mask_N: Tensor) -> Tensor:
     """Layer 0: the enriched vector where the mask is set, the raw one elsewhere."""
-    return torch.where(mask_N[:, None], enriched_ND, raw_ND)
+    h_ND = raw_ND.clone()
+    h_ND[mask_N] = enriched_ND[mask_N]  # torch.where takes many times as long on a CPU
+    return h_ND
 
 
 def drop_enrichment(mask_N: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -35,11 +35,11 @@ class TrainSettings:
 
     model: ModelName = "gcn"
     num_layers: int = 2
-    hidden: int = 64
+    hidden: int = 32
     dropout: float = 0.5
-    learning_rate: float = 0.02
+    learning_rate: float = 0.03
     weight_decay: float = 2e-3
-    epochs: int = 100
+    epochs: int = 60
     enrichment_dropout: float = 0.3
     seed: int = 0
 

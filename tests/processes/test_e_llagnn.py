@@ -4,13 +4,17 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lathe_client import EnrichmentStore
+from torch_geometric.data import Data
+from torch_geometric.nn import SAGEConv
 
 from examples.e_llagnn.__main__ import main
-from tests.processes.conftest import Service
+from tests.processes.conftest import REPOSITORY, Service
 
 pytestmark = pytest.mark.processes
 
@@ -79,3 +83,30 @@ def test_a_service_that_is_not_there_is_said(cora_like: Path, tmp_path: Path) ->
     with pytest.raises(SystemExit, match=r"no service at http://127\.0\.0\.1:9"):
         main(["--graph", "cora", "--path", str(cora_like), "--url", "http://127.0.0.1:9",
               "--work", str(tmp_path)])  # fmt: skip
+
+
+@pytest.mark.real_model
+def test_the_lines_of_the_documentation_run(real_service: Service) -> None:
+    page = (REPOSITORY / "docs" / "e_llagnn.md").read_text()
+    lines = page.split("```python\n")[1].split("```")[0]
+    assert "http://127.0.0.1:8000" in lines
+    x = torch.nn.functional.normalize(torch.randn(NUM_NODES, 384), dim=1)
+    ring = torch.arange(NUM_NODES)
+    data = Data(
+        x=x,
+        y=ring % 2,
+        edge_index=torch.stack([ring, (ring + 2) % NUM_NODES]),
+        text=[f"node {i} is about {('looms', 'lathes')[i % 2]}" for i in range(NUM_NODES)],
+        train_mask=ring < 20,
+    )
+    gnn = SAGEConv(384, 2)
+    names: dict[str, Any] = {
+        "data": data,
+        "gnn": gnn,
+        "optimizer": torch.optim.Adam(gnn.parameters(), 0.01),
+    }
+    exec(compile(lines.replace("http://127.0.0.1:8000", real_service.url), "page", "exec"), names)
+    assert int(names["mask"].sum()) == 3
+    changed = (names["enriched"] != x).any(1)
+    assert torch.equal(changed, names["mask"])
+    assert not torch.equal(names["with_llm"], names["llm_free"])

@@ -14,7 +14,8 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
 from examples.e_llagnn.__main__ import main
-from tests.processes.conftest import REPOSITORY, Service
+from tests.conftest import REPOSITORY
+from tests.processes.conftest import Service
 
 pytestmark = pytest.mark.processes
 

@@ -122,18 +122,16 @@ class EnrichHook(BaseTransform):  # type: ignore[misc]
 
 def _joined(data: Data, vectors: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) -> Data:
     """Raises: ValueError: `x` has another width."""
-    enriched = torch.from_numpy(vectors).float()
-    x, enriched_mask = data.get("x"), torch.from_numpy(mask)
+    enriched, enriched_mask = torch.from_numpy(vectors).float(), torch.from_numpy(mask)
+    x = data.get("x")
     if x is not None:
         if x.shape[1] != enriched.shape[1]:
             raise ValueError(
                 f"x is {x.shape[1]} wide and the enriched vectors {enriched.shape[1]}: features must come from"
                 " the encoder that the service embeds with"
             )
-        enriched, enriched_mask = enriched.to(x.device), enriched_mask.to(x.device)
-        enriched = enriched.to(x.dtype)
-        if not mask.all():  # in a training loop with a warm store it mostly is
-            enriched = torch.where(enriched_mask[:, None], enriched, x)
+        enriched, enriched_mask = enriched.to(x), enriched_mask.to(x.device)
+        enriched[~enriched_mask] = x[~enriched_mask]
     data.x_enriched, data.enriched_mask = enriched, enriched_mask
     return data
 

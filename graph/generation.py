@@ -158,7 +158,7 @@ def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) ->
 def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer:
     """Raises: InvalidAnswerError: no JSON, or not of the prompt's schema."""
     if prompt.output["type"] == "text":
-        return Answer(text=read_answer(written))
+        return Answer(text=_without_labels(prompt, read_answer(written), classes))
     try:
         fields = json.loads(written)
     except ValueError:
@@ -168,8 +168,7 @@ def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer
         raise InvalidAnswerError(fault)
     parts = [_as_text(fields[name]) for name in prompt.output["text"]]
     text = "\n".join(part for part in parts if part)
-    if "classes" in prompt.inputs:
-        text = strip_label_statements(text, classes)
+    text = _without_labels(prompt, text, classes)
     return Answer(text=text, label=_label(fields, prompt.output.get("label")), fields=fields)
 
 
@@ -179,6 +178,11 @@ def repair_messages(messages: Sequence[Message], written: str, fault: str) -> li
         {"role": "assistant", "content": written[:MAX_SHOWN_CHARS]},
         {"role": "user", "content": _REPAIR.format(fault=fault)},
     ]
+
+
+def _without_labels(prompt: Prompt, text: str, classes: Sequence[str]) -> str:
+    """What is encoded: an LLM that knows the classes may have stated one."""
+    return strip_label_statements(text, classes) if "classes" in prompt.inputs else text
 
 
 def _as_text(value: Any) -> str:
@@ -207,7 +211,7 @@ _HEAD = re.compile(
 )
 """Begins a sentence that states a label, whatever follows."""
 _FRAME = re.compile(
-    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict\w+|assigned)\b",
+    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict(?:ed|ion)|assigned)\b",
     re.IGNORECASE,
 )
 """Makes a sentence that names a class a statement of it."""

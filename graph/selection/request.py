@@ -157,6 +157,11 @@ class SelectRequest(_Json):
             return frozenset(part.strategy for part in self.mix or ())
         return frozenset({self.strategy})
 
+    @property
+    def is_seeded(self) -> bool:
+        by_community = self.quotas is not None and self.quotas.per == "community"
+        return bool(self.strategies & SEEDED) or by_community
+
 
 def check_request(request: SelectRequest) -> None:
     """Refuse what does not fit together.
@@ -176,8 +181,7 @@ def check_request(request: SelectRequest) -> None:
             raise SelectError(
                 f"mix[{index}].order", f"strategy {part.strategy!r} has no order", unsupported=True
             )
-    by_community = request.quotas is not None and request.quotas.per == "community"
-    if request.seed is not None and not used & SEEDED and not by_community:
+    if request.seed is not None and not request.is_seeded:
         raise _unread("seed", request)
     for name in ("num_clusters", "embedding_model"):
         if getattr(request, name) is not None and not used & CLUSTERED:

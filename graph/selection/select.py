@@ -18,7 +18,6 @@ from graph.selection.request import (
     CLUSTERED,
     DEFAULT_ORDERS,
     MAX_CLUSTERS,
-    SEEDED,
     BudgetName,
     Order,
     SelectError,
@@ -95,10 +94,9 @@ def select_nodes(
     tokens = estimate_tokens(graph, request.rates)[best_first]
     num_selected, stopped_by = affordable(tokens, request.budget, request.rates)
     indices = best_first[:num_selected]
-    by_community = request.quotas is not None and request.quotas.per == "community"
     return Selection(
         order=order,
-        seed=inputs.seed if request.strategies & SEEDED or by_community else None,
+        seed=inputs.seed if request.is_seeded else None,
         num_clusters=inputs.num_clusters,
         indices=indices,
         scores=scores[indices],

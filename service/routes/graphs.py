@@ -9,7 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import FailFast, Field, ValidationError
+from pydantic import AllowInfNan, FailFast, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -83,7 +83,10 @@ class GraphNodeBody(RequestModel):
     text: str
     label: LabelField | None = None
     split: Literal["train", "val", "test"] | None = None
-    features: list[float] | None = Field(default=None, min_length=1, max_length=MAX_FEATURE_DIM)
+    # NaN passes here, so that the store refuses it with the node's id, as it does in files.
+    features: list[Annotated[float, AllowInfNan(True)]] | None = Field(
+        default=None, min_length=1, max_length=MAX_FEATURE_DIM
+    )
 
 
 class GraphBody(RequestModel):

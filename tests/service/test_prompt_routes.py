@@ -64,7 +64,7 @@ def test_register_get_list_delete(service: Service) -> None:
     assert deleted.json() == {"id": "purpose", "object": "prompt", "deleted": True}
     for method in ("get", "delete"):
         gone = getattr(service.client, method)("/v1/prompts/purpose")
-        assert error_of(gone, 404) == ("prompt_not_found", "prompt")
+        assert error_of(gone, 404) == ("prompt_not_found", "prompt_id")
 
 
 def test_versions_never_change(service: Service) -> None:

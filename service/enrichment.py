@@ -4,7 +4,7 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -37,7 +37,7 @@ from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.text_vectors import TextVectors
 from graph.user_prompts import UserPrompts
-from jobs.usage import UsageStore
+from jobs.usage import UsageStore, seconds_per_token
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
@@ -224,7 +224,8 @@ class EnrichEstimateBody(ResponseModel):
     max_completion_tokens: int
     total_tokens: int
     seconds: float | None = Field(
-        description="At the speed last seen of this model; null where none was seen."
+        description="At the speed last seen of this model, or by the device time of all its tokens so far; null where "
+        "there were none."
     )
     cost: float | None = Field(
         description="By the server's cost_per_million_tokens; null where it names none."
@@ -381,6 +382,11 @@ async def estimate_enrich(
     except UnsuitableModelError as error:
         raise ApiError("invalid_value", error.message, error.param) from error
     total = estimate.prompt_tokens + estimate.completion_tokens
+    if (
+        estimate.seconds is None and state.usage is not None
+    ):  # other processes, or an earlier one, may have seen some
+        pace = seconds_per_token(await asyncio.to_thread(state.usage.read, None), body.model)
+        estimate = replace(estimate, seconds=None if pace is None else total * pace)
     price = state.settings.cost_per_million_tokens
     return EnrichEstimateBody(
         **asdict(estimate),

@@ -40,10 +40,10 @@ TEXTS = ["", "abc", "abc", *(f"{chr(97 + i % 26)}{chr(97 + i // 26)}z" for i in 
 
 
 class Host:
-    """An engine host process that serves `tiny` in a home."""
+    """An engine host process that serves a model of a home."""
 
-    def __init__(self, home: Path, *, step_seconds: float = 0.0) -> None:
-        self.socket = home / "run" / "tiny.sock"
+    def __init__(self, home: Path, model: str = "tiny", *, step_seconds: float = 0.0) -> None:
+        self.socket = home / "run" / f"{model}.sock"
         self._step_seconds = step_seconds
         self.start()
 

@@ -189,6 +189,15 @@ async def _sample(graph_id: str, body: SampleBody, state: AppState, identity: Id
         raise from_engine_error(error) from error
     share = await asyncio.to_thread(homophily, graph, samples)
     usage = scorer.usage
+    if used["model"] is not None:
+        state.metrics.request_finished(
+            used["model"],
+            "sample",
+            finish_reason="stop",
+            prompt_tokens=usage.prompt_tokens,
+            generation_tokens=usage.completion_tokens,
+            e2e_seconds=time.monotonic() - started_at,
+        )
     return json_response(
         SampleResponse(
             graph_id=graph_id,

@@ -12,6 +12,7 @@ from graph import user_prompts
 from graph.arrow_stream import MEDIA_TYPE
 from graph.catalog import PromptNotFoundError
 from graph.user_prompts import UserPrompts
+from tests.conftest import REPOSITORY
 from tests.service.test_graph_routes import ENRICH, Service, error_of
 
 PURPOSE: dict[str, Any] = {
@@ -45,6 +46,13 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 def post(service: Service, body: Any, **options: Any) -> Any:
     return service.client.post("/v1/prompts", json=body, **options)
+
+
+def test_the_documented_prompt_is_one(service: Service) -> None:
+    page = (REPOSITORY / "docs" / "prompts.md").read_text()
+    body = page.split("POST /v1/prompts\n", 1)[1].split("\n-> 201", 1)[0]
+    registered = post(service, json.loads(body))
+    assert (registered.status_code, registered.json()["version"]) == (201, 1)
 
 
 def test_register_get_list_delete(service: Service) -> None:

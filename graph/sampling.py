@@ -236,7 +236,7 @@ async def sample_neighbors(
     samples = []
     for neighborhood, rng in zip(neighborhoods, draws, strict=True):
         centre = neighborhood.centre
-        number = int(graph.degrees[centre])
+        number = len(graph.neighbors(centre))
         if centre not in judged:
             kept = tuple(Kept(index=i, score=None, chosen_by="all") for i in neighborhood.neighbors)
             samples.append(NodeSample(centre=centre, num_neighbors=number, kept=kept))

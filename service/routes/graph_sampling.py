@@ -240,7 +240,7 @@ async def _scorer(
             return scorer, {**used, "centre_prompt": None}
         prompt = find_prompt(body.centre_prompt, state, identity, "centre_prompt")
         model = body.model or DEFAULT_MODEL
-        crowded = [index for index in centres if graph.degrees[index] > body.fanout]
+        crowded = [index for index in centres if len(graph.neighbors(index)) > body.fanout]
         await scorer.enrich_centres(enricher, crowded, prompt, model)
         return scorer, {**used, "model": model, "centre_prompt": prompt.ref}
     model = body.model or DEFAULT_MODEL

@@ -525,9 +525,6 @@ class Enricher:
             seconds=self._pace.seconds(run, prompt_tokens + completion) if lengths else 0.0,
         )
 
-    def close(self) -> None:
-        self._cache.close()
-
     async def _prepare(self, request: EnrichRequest) -> _Run:
         engine = await self._engine_for(request.model, "model")
         text = await self._text_for(request.model, "model")

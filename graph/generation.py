@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from engines.protocol import Constraint, FinishReason
@@ -283,19 +282,11 @@ def training_labels(
     graph: Graph, indices: Sequence[int] | npt.NDArray[Any]
 ) -> tuple[str | None, ...]:
     """Labels of those nodes that are in the training split; None for all others."""
-    rows = np.asarray(indices, dtype=np.int64)
-    labels = graph.nodes.column("label").take(rows).to_pylist()
-    splits = graph.nodes.column("split").take(rows).to_pylist()
-    return tuple(
-        str(label) if split == "train" and label is not None else None
-        for label, split in zip(labels, splits, strict=True)
-    )
+    labels = graph.training_labels(indices).to_pylist()
+    return tuple(None if label is None else str(label) for label in labels)
 
 
 def training_classes(graph: Graph) -> tuple[str, ...]:
     """The distinct labels of the training split, sorted; a class that only others have is not among them."""
-    import pyarrow.compute as pc
-
-    trained = pc.fill_null(pc.equal(graph.nodes.column("split"), "train"), False)
-    labels = pc.unique(graph.nodes.column("label").filter(trained)).drop_null().to_pylist()
+    labels = graph.training_labels().drop_null().unique().to_pylist()
     return tuple(str(label) for label in sorted(labels))

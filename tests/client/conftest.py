@@ -3,8 +3,9 @@
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import uvicorn
@@ -20,11 +21,12 @@ def service(tmp_path: Path) -> Service:
     return Service(tmp_path / "home")
 
 
-@pytest.fixture
-def url(service: Service) -> Iterator[str]:
+@contextmanager
+def serving(app: Any, lifespan: Literal["on", "off"]) -> Iterator[str]:
+    """An application on a free port; its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(service.app, log_config=None, lifespan="off")
+        config = uvicorn.Config(app, log_config=None, lifespan=lifespan)
         server = uvicorn.Server(config)
         started = threading.Event()
         startup = server.startup
@@ -41,6 +43,12 @@ def url(service: Service) -> Iterator[str]:
         server.should_exit = True
         thread.join(DEADLINE_SECONDS)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def url(service: Service) -> Iterator[str]:
+    with serving(service.app, "off") as url:
+        yield url
 
 
 @pytest.fixture

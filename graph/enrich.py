@@ -453,12 +453,8 @@ class Enricher:
         self._embeddings: SingleFlight[Embedding] = SingleFlight()
         self._pace = _Pace()
 
-    @property
-    def cache(self) -> EnrichmentCache:
-        return self._cache
-
     async def model(self, model_id: str, param: str) -> tuple[AsyncEngine, TextModel]:
-        """What serves a model; for sampling, which shares engines and cache with enrichment."""
+        """What serves a model; for sampling, which shares the engines with enrichment."""
         return await self._engine_for(model_id, param), await self._text_for(model_id, param)
 
     async def enrich(self, request: EnrichRequest) -> EnrichResult:
@@ -521,9 +517,6 @@ class Enricher:
             max_completion_tokens=len(lengths) * run.max_tokens,
             seconds=self._pace.seconds(run, prompt_tokens + completion) if lengths else 0.0,
         )
-
-    def close(self) -> None:
-        self._cache.close()
 
     async def _prepare(self, request: EnrichRequest) -> _Run:
         engine = await self._engine_for(request.model, "model")

@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from engines.protocol import Constraint, FinishReason
@@ -159,7 +158,7 @@ def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) ->
 def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer:
     """Raises: InvalidAnswerError: no JSON, or not of the prompt's schema."""
     if prompt.output["type"] == "text":
-        return Answer(text=read_answer(written))
+        return Answer(text=_without_labels(prompt, read_answer(written), classes))
     try:
         fields = json.loads(written)
     except ValueError:
@@ -169,8 +168,7 @@ def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer
         raise InvalidAnswerError(fault)
     parts = [_as_text(fields[name]) for name in prompt.output["text"]]
     text = "\n".join(part for part in parts if part)
-    if "classes" in prompt.inputs:
-        text = strip_label_statements(text, classes)
+    text = _without_labels(prompt, text, classes)
     return Answer(text=text, label=_label(fields, prompt.output.get("label")), fields=fields)
 
 
@@ -180,6 +178,11 @@ def repair_messages(messages: Sequence[Message], written: str, fault: str) -> li
         {"role": "assistant", "content": written[:MAX_SHOWN_CHARS]},
         {"role": "user", "content": _REPAIR.format(fault=fault)},
     ]
+
+
+def _without_labels(prompt: Prompt, text: str, classes: Sequence[str]) -> str:
+    """What is encoded: an LLM that knows the classes may have stated one."""
+    return strip_label_statements(text, classes) if "classes" in prompt.inputs else text
 
 
 def _as_text(value: Any) -> str:
@@ -208,7 +211,7 @@ _HEAD = re.compile(
 )
 """Begins a sentence that states a label, whatever follows."""
 _FRAME = re.compile(
-    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict\w+|assigned)\b",
+    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict(?:ed|ion)|assigned)\b",
     re.IGNORECASE,
 )
 """Makes a sentence that names a class a statement of it."""
@@ -268,19 +271,11 @@ def training_labels(
     graph: Graph, indices: Sequence[int] | npt.NDArray[Any]
 ) -> tuple[str | None, ...]:
     """Labels of those nodes that are in the training split; None for all others."""
-    rows = np.asarray(indices, dtype=np.int64)
-    labels = graph.nodes.column("label").take(rows).to_pylist()
-    splits = graph.nodes.column("split").take(rows).to_pylist()
-    return tuple(
-        str(label) if split == "train" and label is not None else None
-        for label, split in zip(labels, splits, strict=True)
-    )
+    labels = graph.training_labels(indices).to_pylist()
+    return tuple(None if label is None else str(label) for label in labels)
 
 
 def training_classes(graph: Graph) -> tuple[str, ...]:
     """The distinct labels of the training split, sorted; a class that only others have is not among them."""
-    import pyarrow.compute as pc
-
-    trained = pc.fill_null(pc.equal(graph.nodes.column("split"), "train"), False)
-    labels = pc.unique(graph.nodes.column("label").filter(trained)).drop_null().to_pylist()
+    labels = graph.training_labels().drop_null().unique().to_pylist()
     return tuple(str(label) for label in sorted(labels))

@@ -79,8 +79,11 @@ def shorten(schema: Any, share: float) -> Any:
 def find_fault(value: Any, schema: Any, path: str = "answer") -> str | None:
     """What is wrong with an answer, by a schema without `$classes`; None if it is valid."""
     if "enum" in schema:
-        same = any(type(value) is type(item) and value == item for item in schema["enum"])
-        return None if same else f"{path} is none of the allowed values"
+        same = (
+            value == item and isinstance(value, bool) == isinstance(item, bool)
+            for item in schema["enum"]
+        )
+        return None if any(same) else f"{path} is none of the allowed values"
     kind = schema["type"]
     if not _is_of(value, kind):
         return f"{path} is not of type {kind}"

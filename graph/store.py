@@ -179,6 +179,19 @@ class Graph:
     def texts(self, indices: Sequence[int] | npt.NDArray[Any]) -> list[str]:
         return self._take("text", indices)
 
+    def training_labels(self, indices: Sequence[int] | npt.NDArray[Any] | None = None) -> Any:
+        """Labels of those nodes (None: of all) whose split is `train`, as an Arrow array; null for the others.
+
+        Whoever lets labels reach a prompt or a selection reads them here.
+        """
+        import pyarrow.compute as pc
+
+        labels, splits = self.nodes.column("label"), self.nodes.column("split")
+        if indices is not None:
+            rows = np.asarray(indices, dtype=np.int64)
+            labels, splits = labels.take(rows), splits.take(rows)
+        return pc.if_else(pc.fill_null(pc.equal(splits, "train"), False), labels, None)
+
     def indices_of(self, node_ids: Sequence[NodeId]) -> list[int]:
         """Node index of each id.
 
@@ -536,10 +549,8 @@ def _check_features(features: Any, ids: Any) -> Float32s | None:
     if len(ragged):
         row = int(ragged[0])
         raise refuse(row, f"are {lengths[row]} numbers, those of the first node are {dim}")
-    with np.errstate(
-        over="ignore"
-    ):  # a double that float32 cannot hold becomes inf, which is refused
-        numbers = features.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused
+        numbers = features.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     values: Float32s = numbers.reshape(len(ids), dim)
     finite = np.isfinite(values)  # a null within a list reads as NaN
     if not finite.all():

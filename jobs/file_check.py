@@ -171,7 +171,12 @@ def _check_calibration(path: Path) -> None:
         raise FileContentError("no line has any text")
 
 
-def _check_batch(path: Path) -> None:
+def read_batch(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and request of each line of a batch: `custom_id`, `method`, `url`, `body`.
+
+    Raises:
+        FileContentError
+    """
     seen: set[str] = set()
     for number, row in _json_lines(path):
         custom_id = row.get("custom_id")
@@ -182,8 +187,14 @@ def _check_batch(path: Path) -> None:
         if custom_id in seen:
             raise FileContentError("its custom_id was on a line before", number)
         seen.add(custom_id)
+        yield number, row
     if not seen:
         raise FileContentError("the file has no line")
+
+
+def _check_batch(path: Path) -> None:
+    for _ in read_batch(path):
+        pass
 
 
 def _check_fine_tune(path: Path) -> None:

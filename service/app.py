@@ -37,9 +37,10 @@ from service.engine_pool import EnginePool
 from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
 from service.limits import RateLimits, open_buckets
-from service.metrics import EngineCollector, JobCollector, Metrics
+from service.metrics import DiskCollector, EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -73,6 +74,7 @@ ROUTERS = (
     jobs.router,
     files.router,
     fine_tuning.router,
+    batches.router,
     graphs.router,
     graph_query.router,
     graph_sampling.router,
@@ -134,7 +136,10 @@ def build_state(settings: Settings) -> AppState:
             for entry in registry.list_models()
         }
 
-    metrics.registry.register(EngineCollector(engines.snapshot, sizes, engines.restarts))
+    metrics.registry.register(
+        EngineCollector(engines.snapshot, sizes, engines.restarts, engines.readiness)
+    )
+    metrics.registry.register(DiskCollector(settings.home))
     metrics.registry.register(JobCollector(state.jobs.counts, state.jobs.worker_ages))
     return state
 
@@ -181,7 +186,7 @@ def build_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
-    _handle_errors(app)
+    handle_errors(app)
     app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -223,7 +228,7 @@ def _respond(error: ApiError, extra: dict[str, str] | None = None) -> JSONRespon
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
-def _handle_errors(app: FastAPI) -> None:
+def handle_errors(app: FastAPI) -> None:
     """Turn every exception that can leave a route into the one error shape."""
 
     def api_error(_: Request, error: Any) -> JSONResponse:
@@ -257,7 +262,12 @@ def _handle_errors(app: FastAPI) -> None:
         logger.error("unsound checkpoint", exc_info=error)
         return _respond(ApiError("model_load_failed", "the model's checkpoint is unsound"))
 
+    def recursion_error(_: Request, error: Any) -> JSONResponse:
+        logger.warning("a body nested too deep", exc_info=error)
+        return _respond(ApiError("invalid_json", "the body is nested too deep"))
+
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RecursionError, recursion_error)
     app.add_exception_handler(EngineError, engine_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)

@@ -288,6 +288,9 @@ class EnginePool:
     async def wanted(self) -> set[str]:
         """Models that ought to be served now: the supervisor's, else those of the settings that are registered."""
         await self._refresh_processes()
+        return self._wanted()
+
+    def _wanted(self) -> set[str]:
         if self._supervised:
             return {m for m, p in self._processes.items() if p.state != "stopping"}
         return set(self._loaded) | set(self._settings.models)
@@ -299,6 +302,10 @@ class EnginePool:
             for model, loaded in self._loaded.items()
             if loaded.stats is not None
         }
+
+    def readiness(self) -> dict[str, bool]:
+        """Whether each wanted model is ready, as the last poll saw it; for the metrics."""
+        return {model: self._status_of(model).ready for model in sorted(self._wanted())}
 
     def restarts(self) -> dict[str, int]:
         return {model: process.restarts for model, process in self._processes.items()}

@@ -194,6 +194,7 @@ class _Job:
         self._ledger = Ledger(context.folder / "ledger.db")
         self._totals = _Totals(**self._ledger.fact("totals", {}))
         self._used = UsageStore(context.home / "usage.db")
+        self._cache = EnrichmentCache(context.home / "cache.db")
         self._engines = _Engines(context, self._used.used)
         self._cache = EnrichmentCache(context.home / "cache.db")
         self._enricher = Enricher(

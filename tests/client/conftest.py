@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from lathe_client import EnrichmentClient
 
 from tests.service.test_graph_routes import Service
@@ -21,13 +22,24 @@ def service(tmp_path: Path) -> Service:
     return Service(tmp_path / "home")
 
 
+@pytest.fixture
+def url(service: Service) -> Iterator[str]:
+    with serve(service.app, lifespan="off") as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[EnrichmentClient]:
+    with EnrichmentClient(url) as client:
+        yield client
+
+
 @contextmanager
-def serving(app: Any, lifespan: Literal["on", "off"]) -> Iterator[str]:
-    """An application on a free port; its address."""
+def serve(app: FastAPI, *, lifespan: Literal["on", "off"] = "on") -> Iterator[str]:
+    """An application on a free port; yields its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_config=None, lifespan=lifespan)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan=lifespan))
         started = threading.Event()
         startup = server.startup
 
@@ -43,15 +55,3 @@ def serving(app: Any, lifespan: Literal["on", "off"]) -> Iterator[str]:
         server.should_exit = True
         thread.join(DEADLINE_SECONDS)
         assert not thread.is_alive()
-
-
-@pytest.fixture
-def url(service: Service) -> Iterator[str]:
-    with serving(service.app, "off") as url:
-        yield url
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[EnrichmentClient]:
-    with EnrichmentClient(url) as client:
-        yield client

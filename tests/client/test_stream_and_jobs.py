@@ -14,7 +14,7 @@ from jobs.sqlite import SqliteJobStore
 from jobs.worker import Worker, WorkerConfig
 from service.app import build_app
 from service.settings import Settings
-from tests.client.conftest import serving
+from tests.client.conftest import serve
 from tests.jobs.conftest import REPOSITORY, wait_until
 from tests.jobs.test_enrich import Host
 from tests.service.test_graph_routes import Service
@@ -82,7 +82,7 @@ def served(
     worker = threading.Thread(target=Worker(store, WorkerConfig(home=tmp_path)).run, args=(stop,))
     worker.start()
     with (
-        serving(build_app(Settings(home=tmp_path)), "on") as url,
+        serve(build_app(Settings(home=tmp_path))) as url,
         EnrichmentClient(url) as client,
     ):
         yield client

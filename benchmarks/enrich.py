@@ -130,9 +130,10 @@ def throughput(options: argparse.Namespace) -> list[str]:
     prompt = default_catalog().get(PROMPT)
     alone: list[float] = []
     enriched: list[float] = []
+    passages = prompts(0)
     with serving(options.home) as (server, pid, _), httpx.Client(timeout=600) as http:
         for round_number in range(options.rounds + 1):
-            texts = list(itertools.islice(prompts(round_number), TEXTS_PER_ROUND))
+            texts = list(itertools.islice(passages, TEXTS_PER_ROUND))
             signal_all(pid, signal.SIGSTOP)
             ids = [text.encode_chat(prompt.fill(one)) for one in sorted(texts, key=len)[::-1]]
             first = engine_alone(engine, ids)

@@ -145,7 +145,7 @@ def enrich(client: httpx.Client, graph_id: str, node_ids: list[str]) -> list[dic
     for first in tqdm(range(0, len(node_ids), NODES_PER_CALL), unit="call"):
         body = {
             "node_ids": node_ids[first : first + NODES_PER_CALL],
-            "prompt": "summary",
+            "prompt": "summary@1",
             "return": ["text", "embedding"],
             "max_tokens": 24,
         }

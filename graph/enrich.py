@@ -43,7 +43,14 @@ from engines.protocol import (
 )
 from graph.cache import EnrichmentCache, Layer
 from graph.catalog import Message, Prompt
-from graph.generation import Answer, Written, answer_prompt, check_inputs, max_calls
+from graph.generation import (
+    Answer,
+    Written,
+    answer_prompt,
+    check_inputs,
+    most_repair_tokens,
+    most_tokens,
+)
 from graph.single_flight import SingleFlight
 from graph.store import NodeId
 
@@ -620,7 +627,7 @@ class Enricher:
     async def _generate_unit(self, run: _Run, unit: _Unit) -> None:
         try:
             prompt = await _off_loop(unit.node, lambda: _render(run, unit.node))
-            reserved = _most_tokens(run, prompt)
+            reserved = most_tokens(run.request.prompt, len(prompt.token_ids), run.max_tokens)
             if not await run.ledger.reserve(reserved):
                 return
             used = 0
@@ -683,9 +690,8 @@ class Enricher:
         token_ids = prompt.token_ids
         if messages is not prompt.messages:
             token_ids = await asyncio.to_thread(run.text.encode_chat, messages)
-            if len(token_ids) + run.max_tokens > min(
-                run.engine.info.max_model_len, _repair_tokens(run, prompt)
-            ):
+            room = most_repair_tokens(len(prompt.token_ids), run.max_tokens)
+            if len(token_ids) + run.max_tokens > min(run.engine.info.max_model_len, room):
                 return None
         written, finish_reason, num_hits = await generate_tokens(
             run.engine,
@@ -995,21 +1001,6 @@ def _prompt_lengths(run: _Run, units: Sequence[_Unit]) -> list[int]:
         except TextError:
             continue
     return lengths
-
-
-REPAIR_TOKENS = 256
-"""Most tokens of a request to repair an answer, besides the prompt and the answer."""
-
-
-def _repair_tokens(run: _Run, prompt: _Rendered) -> int:
-    """Most tokens of a repairing call: prompt, broken answer, request, answer."""
-    return len(prompt.token_ids) + 2 * run.max_tokens + REPAIR_TOKENS
-
-
-def _most_tokens(run: _Run, prompt: _Rendered) -> int:
-    """That the calls for one answer may take."""
-    most = len(prompt.token_ids) + run.max_tokens
-    return most if max_calls(run.request.prompt) == 1 else most + _repair_tokens(run, prompt)
 
 
 async def _off_loop(node: EnrichNode, work: Callable[[], T]) -> T:

@@ -26,6 +26,8 @@ from graph.store import Graph
 
 MAX_SHOWN_CHARS = 2000
 """Of an invalid answer, in the request to repair it."""
+MAX_REPAIR_TOKENS = 256
+"""Of that request, besides the answer."""
 _REPAIR = (
     "This is no valid answer: {fault}. "
     "Answer again, with the same fields and much shorter, so that the JSON is complete."
@@ -135,16 +137,25 @@ def check_inputs(
         raise PromptInputError("classes", "a class is named twice")
     known = set(prompt.variables)
     needed = known - set(prompt.defaults) - set(variables)
-    for given, where in [(variables, "variables"), *((mine, "node") for mine in own)]:
+    for given in (variables, *own):
         if unknown := sorted(set(given) - known):
             raise PromptInputError("variables", f"{prompt.ref} has no variable {unknown[0]!r:.40}")
-        if where == "node" and (missing := sorted(needed - set(given))):
+    for given in own:
+        if missing := sorted(needed - set(given)):
             raise PromptInputError("variables", f"{prompt.ref} needs the variable {missing[0]!r}")
 
 
-def max_calls(prompt: Prompt) -> int:
-    """How often the LLM may be called for one answer."""
-    return 1 if prompt.output["type"] == "text" else 2
+def most_repair_tokens(num_prompt_tokens: int, max_tokens: int) -> int:
+    """Of a repairing call: prompt, broken answer, request, answer. One that takes more is not made."""
+    return num_prompt_tokens + 2 * max_tokens + MAX_REPAIR_TOKENS
+
+
+def most_tokens(prompt: Prompt, num_prompt_tokens: int, max_tokens: int) -> int:
+    """That the calls for one answer may take."""
+    first = num_prompt_tokens + max_tokens
+    if prompt.output["type"] == "text":
+        return first
+    return first + most_repair_tokens(num_prompt_tokens, max_tokens)
 
 
 def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) -> Constraint | None:

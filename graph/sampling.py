@@ -236,7 +236,7 @@ async def sample_neighbors(
     samples = []
     for neighborhood, rng in zip(neighborhoods, draws, strict=True):
         centre = neighborhood.centre
-        number = int(graph.degrees[centre])
+        number = len(graph.neighbors(centre))
         if centre not in judged:
             kept = tuple(Kept(index=i, score=None, chosen_by="all") for i in neighborhood.neighbors)
             samples.append(NodeSample(centre=centre, num_neighbors=number, kept=kept))
@@ -422,8 +422,11 @@ class _LlmScorer:
         self._text = text
         self._cache = cache
         self._tenant = tenant
-        self._slots = asyncio.Semaphore(max(1, engine.info.max_num_seqs))
+        self._slots = asyncio.Semaphore(self._num_calls_at_once(engine))
         self.usage = ScorerUsage()
+
+    def _num_calls_at_once(self, engine: AsyncEngine) -> int:
+        return max(1, engine.info.max_num_seqs)
 
     def check_model(self, model: str) -> None:
         """Raises: UnsuitableModelError: it cannot chat, or not be kept to a schema where that is needed."""
@@ -578,6 +581,9 @@ class PairScorer(_LlmScorer):
     """
 
     name: ScorerName = "llm_pair"
+
+    def _num_calls_at_once(self, engine: AsyncEngine) -> int:
+        return 2  # an engine scores one after the other: one that runs and one that is ready
 
     async def _scores(self, centre: str, neighbors: Sequence[str]) -> list[float]:
         return [await self._pair(centre, neighbor) for neighbor in neighbors]

@@ -189,6 +189,15 @@ async def _sample(graph_id: str, body: SampleBody, state: AppState, identity: Id
         raise from_engine_error(error) from error
     share = await asyncio.to_thread(homophily, graph, samples)
     usage = scorer.usage
+    if used["model"] is not None:
+        state.metrics.request_finished(
+            used["model"],
+            "sample",
+            finish_reason="stop",
+            prompt_tokens=usage.prompt_tokens,
+            generation_tokens=usage.completion_tokens,
+            e2e_seconds=time.monotonic() - started_at,
+        )
     return json_response(
         SampleResponse(
             graph_id=graph_id,
@@ -231,7 +240,7 @@ async def _scorer(
             return scorer, {**used, "centre_prompt": None}
         prompt = find_prompt(body.centre_prompt, state, identity, "centre_prompt")
         model = body.model or DEFAULT_MODEL
-        crowded = [index for index in centres if graph.degrees[index] > body.fanout]
+        crowded = [index for index in centres if len(graph.neighbors(index)) > body.fanout]
         await scorer.enrich_centres(enricher, crowded, prompt, model)
         return scorer, {**used, "model": model, "centre_prompt": prompt.ref}
     model = body.model or DEFAULT_MODEL

@@ -114,9 +114,12 @@ class PromptDeleted(ResponseModel):
 @router.get("")
 async def list_prompts(state: StateDep, identity: IdentityDep) -> PromptList:
     """The newest version of every prompt: those of Lathe, then your own."""
-    own = await asyncio.to_thread(_own(state).prompts, identity.tenant)
-    prompts = [*default_catalog().prompts(), *own]
-    return PromptList(data=[_prompt_object(prompt, state, identity) for prompt in prompts])
+
+    def objects() -> list[PromptObject]:
+        prompts = [*default_catalog().prompts(), *_own(state).prompts(identity.tenant)]
+        return [_prompt_object(prompt, state, identity) for prompt in prompts]
+
+    return PromptList(data=await asyncio.to_thread(objects))
 
 
 @router.post("", status_code=201)
@@ -145,7 +148,8 @@ async def create_prompt(
 @router.get("/{prompt_id}")
 async def get_prompt(prompt_id: str, state: StateDep, identity: IdentityDep) -> PromptObject:
     """A prompt by id (the newest version) or `id@version`."""
-    return _prompt_object(find_prompt(prompt_id, state, identity), state, identity)
+    prompt = await asyncio.to_thread(find_prompt, prompt_id, state, identity, "prompt_id")
+    return _prompt_object(prompt, state, identity)
 
 
 @router.delete("/{prompt_id}")
@@ -154,7 +158,7 @@ async def delete_prompt(prompt_id: str, state: StateDep, identity: IdentityDep) 
     try:
         await asyncio.to_thread(_own(state).delete, identity.tenant, prompt_id)
     except PromptNotFoundError:
-        shipped = find_prompt(prompt_id, state, identity)
+        shipped = find_prompt(prompt_id, state, identity, "prompt_id")
         raise ApiError(
             "invalid_value", f"{shipped.ref} is part of Lathe and cannot be deleted", "prompt_id"
         ) from None

@@ -20,6 +20,7 @@ from engines.client import EngineClient
 from engines.protocol import EngineStats
 from graph.store import GraphStore
 from graph.upload import columns_from_lists
+from graph.user_prompts import UserPrompts
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext
 from jobs.file_check import FileContentError, check_file, read_nodes
 from jobs.files import FileStore
@@ -423,6 +424,37 @@ def test_other_weights_under_the_same_name_are_refused(home: Path, host: Host) -
     with pytest.raises(JobFailedError) as caught:
         enrich.run(context_of(home))
     assert caught.value.code == "model_changed"
+
+
+MINE: dict[str, Any] = {
+    "id": "mine",
+    "kind": "summary",
+    "description": "of my own",
+    "inputs": ["text", "tone"],
+    "max_tokens": 8,
+    "max_text_tokens": 100,
+    "max_neighbors": 0,
+    "max_neighbor_tokens": 0,
+    "output": {"type": "text"},
+    "messages": [
+        {"role": "user", "content": "<tone>\n{tone}\n</tone>\n<text>\n{text}\n</text>\nsay it"}
+    ],
+}
+
+
+def test_a_prompt_of_ones_own(home: Path, host: Host) -> None:
+    create_graph(home)
+    prompts = UserPrompts(home / "prompts")
+    prompts.create("me", MINE)
+    context = context_of(home, prompt="mine@1", node_ids=["n1"], variables={"tone": "mild"})
+    assert enrich.run(context)["prompt"]["id"] == "mine"
+    with pytest.raises(JobFailedError) as caught:  # the variable is missing
+        enrich.run(context_of(home, job_id="job-2", prompt="mine@1"))
+    assert caught.value.code == "invalid_value"
+    prompts.delete("me", "mine")
+    with pytest.raises(JobFailedError) as caught:
+        enrich.run(context_of(home, job_id="job-3", prompt="mine@1", variables={"tone": "mild"}))
+    assert caught.value.code == "prompt_not_found"
 
 
 def test_a_file_of_nodes(home: Path, host: Host) -> None:

@@ -102,6 +102,8 @@ def test_llm_rank(service: Service) -> None:
     assert (kept[0]["score"], kept[0]["chosen_by"]) == (1.0, "score")
     assert kept[1]["chosen_by"] == "random"
     assert body["usage"]["num_calls"] == 1
+    metrics = service.state.metrics.render().decode()
+    assert 'gen_ai_operation_name="sample"' in metrics
 
 
 def test_a_node_that_cannot_be_judged(service: Service) -> None:

@@ -12,6 +12,7 @@ from graph import user_prompts
 from graph.arrow_stream import MEDIA_TYPE
 from graph.catalog import PromptNotFoundError
 from graph.user_prompts import UserPrompts
+from tests.conftest import REPOSITORY
 from tests.service.test_graph_routes import ENRICH, Service, error_of
 
 PURPOSE: dict[str, Any] = {
@@ -47,6 +48,13 @@ def post(service: Service, body: Any, **options: Any) -> Any:
     return service.client.post("/v1/prompts", json=body, **options)
 
 
+def test_the_documented_prompt_is_one(service: Service) -> None:
+    page = (REPOSITORY / "docs" / "prompts.md").read_text()
+    body = page.split("POST /v1/prompts\n", 1)[1].split("\n-> 201", 1)[0]
+    registered = post(service, json.loads(body))
+    assert (registered.status_code, registered.json()["version"]) == (201, 1)
+
+
 def test_register_get_list_delete(service: Service) -> None:
     created = post(service, PURPOSE)
     assert created.status_code == 201, created.text
@@ -64,7 +72,7 @@ def test_register_get_list_delete(service: Service) -> None:
     assert deleted.json() == {"id": "purpose", "object": "prompt", "deleted": True}
     for method in ("get", "delete"):
         gone = getattr(service.client, method)("/v1/prompts/purpose")
-        assert error_of(gone, 404) == ("prompt_not_found", "prompt")
+        assert error_of(gone, 404) == ("prompt_not_found", "prompt_id")
 
 
 def test_versions_never_change(service: Service) -> None:

@@ -34,6 +34,7 @@ import numpy as np
 
 from engines.protocol import (
     AsyncEngine,
+    Constraint,
     EmbedRequest,
     EngineError,
     FinishReason,
@@ -41,7 +42,8 @@ from engines.protocol import (
     SamplingParams,
 )
 from graph.cache import EnrichmentCache, Layer
-from graph.catalog import Prompt, read_answer
+from graph.catalog import Message, Prompt
+from graph.generation import Answer, Written, answer_prompt, check_inputs, max_calls
 from graph.single_flight import SingleFlight
 from graph.store import NodeId
 
@@ -100,11 +102,19 @@ class TextModel(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnrichNode:
-    """Attributes: neighbors: their texts, best first."""
+    """What a prompt may read of a node.
+
+    Attributes:
+        neighbors: their texts, best first.
+        neighbor_labels: of training nodes only (`generation.training_labels`).
+        variables: by name, all that the prompt has no default for.
+    """
 
     id: NodeId
     text: str
     neighbors: tuple[str, ...] = ()
+    neighbor_labels: tuple[str | None, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +140,8 @@ class EnrichRequest:
     Attributes:
         outputs: what the rows are to hold; a text is written in any case.
         max_tokens: of an answer; None is the prompt's own number.
+        classes: to choose from, for a prompt that has them among its inputs.
+        variables: of the prompt, for every node that has none of its own.
         tenant: nothing is shared between tenants.
     """
 
@@ -143,11 +155,24 @@ class EnrichRequest:
     tenant: str = ""
     priority: Priority = "training"
     long_text: LongText = "head"
+    classes: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises: PromptInputError: it does not give what the prompt reads, or gives what it does not."""
+        own = [node.variables for node in self.nodes]
+        check_inputs(self.prompt, self.classes, self.variables, own)
+
+    def variables_of(self, node: EnrichNode) -> dict[str, str]:
+        """What the prompt's variables are for one node, by name."""
+        given = {**self.prompt.defaults, **self.variables, **node.variables}
+        return {name: given[name] for name in self.prompt.variables}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemError:
-    """Attributes: code: an engine's code, or "empty_text", "empty_output", "budget_exhausted"."""
+    """Attributes: code: an engine's code, or "empty_text", "empty_output", "invalid_output",
+    "budget_exhausted"."""
 
     code: str
     message: str
@@ -159,11 +184,14 @@ class EnrichRow:
 
     Attributes:
         status: "cached" means that no engine worked for this row: cache, an equal node of the request, or a request
-            that was working on it already. "invalid_output": the LLM wrote nothing usable.
-        text: None where not asked for or not there.
+            that was working on it already. "invalid_output": the LLM wrote nothing usable, nor when asked again.
+        text: what is encoded beside the node's own, free of statements of a label; None where not asked for or not
+            there.
+        fields: a JSON answer as it was written; label: the class in it. None for prompts that ask for text.
+        repaired: the LLM was asked twice.
         embedding: float32 little-endian.
         embedding_source: "enriched"; "raw" is the node's own text alone, for an invalid output.
-        tokens_in, tokens_out: of the LLM call that wrote the text, now or when it was cached.
+        tokens_in, tokens_out: of the LLM calls that wrote the text, now or when it was cached.
         finish_reason: "length": the answer was cut at max_tokens.
         tokens_spent: of LLM calls made now for this row; equal rows of a request have them once.
         truncated_tokens: tokens cut from the node's and its neighbours' texts to fit the prompt.
@@ -175,6 +203,9 @@ class EnrichRow:
     node_id: NodeId
     status: ItemStatus
     text: str | None = None
+    fields: dict[str, Any] | None = None
+    label: str | None = None
+    repaired: bool = False
     embedding: bytes | None = None
     embedding_source: Literal["enriched", "raw"] | None = None
     tokens_in: int = 0
@@ -271,7 +302,7 @@ class UnsuitableModelError(ValueError):
 
 
 class Generation(msgspec.Struct, frozen=True, array_like=True):
-    """What the text layer of the cache holds."""
+    """What the text layer of the cache holds. Attributes: fault: why there is no valid answer."""
 
     text: str
     tokens_in: int
@@ -279,6 +310,10 @@ class Generation(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason
     truncated_tokens: int
     neighbors_used: int
+    fields: dict[str, Any] | None = None
+    label: str | None = None
+    num_calls: int = 1
+    fault: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,6 +442,14 @@ class Enricher:
         self._embeddings: SingleFlight[Embedding] = SingleFlight()
         self._pace = _Pace()
 
+    @property
+    def cache(self) -> EnrichmentCache:
+        return self._cache
+
+    async def model(self, model_id: str, param: str) -> tuple[AsyncEngine, TextModel]:
+        """What serves a model; for sampling, which shares engines and cache with enrichment."""
+        return await self._engine_for(model_id, param), await self._text_for(model_id, param)
+
     async def enrich(self, request: EnrichRequest) -> EnrichResult:
         """Enrich every node that the budget allows. Cancelling it aborts what no other request waits for.
 
@@ -483,8 +526,15 @@ class Enricher:
                 f"max_tokens must leave room for a prompt: {request.model} holds "
                 f"{engine.info.max_model_len} tokens, got {max_tokens}",
             )
+        if request.prompt.output["type"] == "json" and "response_format" in engine.info.unsupported:
+            raise UnsuitableModelError(
+                "model",
+                f"{request.model} cannot keep an answer to the schema of {request.prompt.ref}",
+            )
         try:
-            text.encode_chat(request.prompt.fill("", ()))
+            text.encode_chat(
+                request.prompt.fill("", variables=dict.fromkeys(request.prompt.variables, ""))
+            )
         except TextError as error:
             raise UnsuitableModelError("model", f"{request.model}: {error}") from None
         encoder = encoder_text = batcher = None
@@ -566,7 +616,7 @@ class Enricher:
     async def _generate_unit(self, run: _Run, unit: _Unit) -> None:
         try:
             prompt = await _off_loop(unit.node, lambda: _render(run, unit.node))
-            reserved = len(prompt.token_ids) + run.max_tokens
+            reserved = _most_tokens(run, prompt)
             if not await run.ledger.reserve(reserved):
                 return
             used = 0
@@ -595,27 +645,61 @@ class Enricher:
         again = await self._cached_generations([key])
         if key in again:  # another request finished it after we had looked
             return again[key], False
-        token_ids, finish_reason, num_hits = await _generate_tokens(
-            run.engine,
-            GenerateRequest(
-                request_id=f"enrich-{secrets.token_hex(12)}",
-                token_ids=tuple(prompt.token_ids),
-                params=_params(run.max_tokens),
-                priority=PRIORITIES[run.request.priority],
-                tenant=run.request.tenant,
-            ),
+        answered = await answer_prompt(
+            run.request.prompt,
+            prompt.messages,
+            run.request.classes,
+            lambda messages, constraint: self._ask(run, prompt, messages, constraint),
         )
-        run.prefix_hit_tokens += num_hits
+        answer = answered.answer or Answer(text="")
         generation = Generation(
-            text=read_answer(run.text.decode(token_ids)),
-            tokens_in=len(prompt.token_ids),
-            tokens_out=len(token_ids),
-            finish_reason=finish_reason,
+            text=answer.text,
+            tokens_in=sum(call.tokens_in for call in answered.calls),
+            tokens_out=sum(call.tokens_out for call in answered.calls),
+            finish_reason=answered.calls[-1].finish_reason,
             truncated_tokens=prompt.truncated_tokens,
             neighbors_used=prompt.neighbors_used,
+            fields=answer.fields,
+            label=answer.label,
+            num_calls=len(answered.calls),
+            fault=answered.fault,
         )
         await self._store("text", key, msgspec.msgpack.encode(generation))
         return generation, True
+
+    async def _ask(
+        self,
+        run: _Run,
+        prompt: "_Rendered",
+        messages: Sequence[Message],
+        constraint: Constraint | None,
+    ) -> Written | None:
+        """One call of the LLM; None if the request to repair an answer does not fit."""
+        token_ids = prompt.token_ids
+        if messages is not prompt.messages:
+            token_ids = await asyncio.to_thread(run.text.encode_chat, messages)
+            if len(token_ids) + run.max_tokens > min(
+                run.engine.info.max_model_len, _repair_tokens(run, prompt)
+            ):
+                return None
+        written, finish_reason, num_hits = await generate_tokens(
+            run.engine,
+            GenerateRequest(
+                request_id=f"enrich-{secrets.token_hex(12)}",
+                token_ids=tuple(token_ids),
+                params=_params(run.max_tokens),
+                priority=PRIORITIES[run.request.priority],
+                tenant=run.request.tenant,
+                constraint=constraint,
+            ),
+        )
+        run.prefix_hit_tokens += num_hits
+        return Written(
+            text=run.text.decode(written),
+            tokens_in=len(token_ids),
+            tokens_out=len(written),
+            finish_reason=finish_reason,
+        )
 
     async def _embed_units(self, run: _Run, units: Sequence[_Unit]) -> None:
         if run.encoder is None:
@@ -741,10 +825,20 @@ def _keys(run: _Run) -> tuple[list[bytes], list[str]]:
     for node in request.nodes:
         neighbors = node.neighbors[: request.prompt.max_neighbors]
         content = (_text_hash(node.text), [_text_hash(text) for text in neighbors])
-        content_hash = hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
+        content_hash = _digest((*content, *_other_inputs(request, node))).hex()
         hashes.append(content_hash)
         keys.append(_digest(("text", content_hash, shared)))
     return keys, hashes
+
+
+def _other_inputs(request: EnrichRequest, node: EnrichNode) -> list[Any]:
+    """What the prompt reads besides texts; nothing where it reads nothing else."""
+    read: dict[str, Any] = dict(request.variables_of(node))
+    if "neighbor_labels" in request.prompt.inputs:
+        read["neighbor_labels"] = node.neighbor_labels[: request.prompt.max_neighbors]
+    if "classes" in request.prompt.inputs:
+        read["classes"] = request.classes
+    return [read] if read else []
 
 
 def _embedding_key(run: _Run, unit: _Unit) -> bytes:
@@ -780,6 +874,7 @@ def _params(max_tokens: int) -> SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rendered:
+    messages: list[Message]
     token_ids: list[int]
     truncated_tokens: int
     neighbors_used: int
@@ -788,7 +883,8 @@ class _Rendered:
 def _render(run: _Run, node: EnrichNode) -> _Rendered:
     """The prompt about one node; long texts are cut, first to the prompt's limits, then to the context.
 
-    Of neighbours' texts the head is kept.
+    Of neighbours' texts and of variables the head is kept. Where a context is too small for all neighbours, the last
+    ones go.
 
     Raises:
         TextError: it does not fit whatever is cut from the node's text.
@@ -799,20 +895,37 @@ def _render(run: _Run, node: EnrichNode) -> _Rendered:
         head, cut = _head(text, text.encode_text(normalise(neighbor)), prompt.max_neighbor_tokens)
         neighbors.append(head if cut else normalise(neighbor))
         truncated += cut
+    variables = {}
+    for name, value in run.request.variables_of(node).items():
+        head, cut = _head(text, text.encode_text(normalise(value)), prompt.max_text_tokens)
+        variables[name] = head if cut else normalise(value)
+        truncated += cut
     whole = normalise(node.text)
     ids = text.encode_text(whole)
     keep = min(len(ids), prompt.max_text_tokens)
     room = run.engine.info.max_model_len - run.max_tokens
     while True:
         shown = whole if keep == len(ids) else _shown(text, ids, keep, run.request.long_text)
-        token_ids = text.encode_chat(prompt.fill(shown, neighbors))
+        messages = prompt.fill(
+            shown,
+            neighbors,
+            neighbor_labels=node.neighbor_labels,
+            classes=run.request.classes,
+            variables=variables,
+        )
+        token_ids = text.encode_chat(messages)
         excess = len(token_ids) - room
         if excess <= 0:
             return _Rendered(
+                messages=messages,
                 token_ids=token_ids,
                 truncated_tokens=truncated + len(ids) - keep,
                 neighbors_used=len(neighbors),
             )
+        if keep <= excess and neighbors:
+            neighbors.pop()
+            keep = min(len(ids), prompt.max_text_tokens)
+            continue
         if keep <= excess:
             raise TextError(
                 f"prompt and answer need {len(token_ids) - keep + run.max_tokens} tokens without the "
@@ -879,6 +992,21 @@ def _prompt_lengths(run: _Run, units: Sequence[_Unit]) -> list[int]:
     return lengths
 
 
+REPAIR_TOKENS = 256
+"""Most tokens of a request to repair an answer, besides the prompt and the answer."""
+
+
+def _repair_tokens(run: _Run, prompt: _Rendered) -> int:
+    """Most tokens of a repairing call: prompt, broken answer, request, answer."""
+    return len(prompt.token_ids) + 2 * run.max_tokens + REPAIR_TOKENS
+
+
+def _most_tokens(run: _Run, prompt: _Rendered) -> int:
+    """That the calls for one answer may take."""
+    most = len(prompt.token_ids) + run.max_tokens
+    return most if max_calls(run.request.prompt) == 1 else most + _repair_tokens(run, prompt)
+
+
 async def _off_loop(node: EnrichNode, work: Callable[[], T]) -> T:
     """Do the work of tokenizing a node: here if it is short, else on a thread."""
     if len(node.text) + sum(map(len, node.neighbors)) <= INLINE_CHARS:
@@ -886,7 +1014,7 @@ async def _off_loop(node: EnrichNode, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work)
 
 
-async def _generate_tokens(
+async def generate_tokens(
     engine: AsyncEngine, request: GenerateRequest
 ) -> tuple[list[int], FinishReason, int]:
     """Generated tokens without the one that ended them, and how many prompt tokens were found computed.
@@ -1081,6 +1209,9 @@ def _row(run: _Run, index: int, unit: _Unit, *, first: bool) -> EnrichRow:
         node_id=node.id,
         status=status,
         text=(generation.text or None) if "text" in run.request.outputs else None,
+        fields=generation.fields,
+        label=generation.label,
+        repaired=generation.num_calls > 1 and generation.fault is None,
         embedding=None if embedding is None else embedding.vector,
         embedding_source=(None if embedding is None else "enriched" if generation.text else "raw"),
         tokens_in=generation.tokens_in,
@@ -1101,7 +1232,9 @@ def _outcome(unit: _Unit, *, first: bool) -> tuple[ItemStatus, ItemError | None]
     if unit.error is not None:
         return "failed", unit.error
     assert unit.generation is not None
-    if not unit.generation.text:
+    if unit.generation.fault is not None:
+        return "invalid_output", ItemError(code="invalid_output", message=unit.generation.fault)
+    if not unit.generation.text and unit.generation.fields is None:
         return "invalid_output", ItemError(code="empty_output", message="the answer is empty")
     ran = first and (unit.llm_ran or unit.encoder_ran)
     return ("ok" if ran else "cached"), None

@@ -7,6 +7,7 @@ change that another client overtook is worked out again. The clock is Redis' own
     job:ID               the document: job, number, seq of its newest event
     events:ID            sorted set of events by seq
     all, owner:OWNER     sorted sets of ids by number
+    active:OWNER         set of ids that have not ended
     queued:TYPE          sorted set of ids by priority, then number
     waiting              sorted set of queued ids by creation time
     leased               sorted set of ids by the end of their lease
@@ -25,7 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from jobs import logic
-from jobs.states import LEASED_STATUSES, JobStatus
+from jobs.states import LEASED_STATUSES, TERMINAL_STATUSES, JobStatus
 from jobs.store import (
     Event,
     Job,
@@ -36,6 +37,7 @@ from jobs.store import (
     NewEvent,
     NewJob,
     RequestConflictError,
+    TooManyJobsError,
 )
 
 _PRIORITY_STEP = 2**40
@@ -77,8 +79,9 @@ class RedisJobStore(JobStore):
         )
         self._prefix = prefix
 
-    def create(self, job: NewJob) -> tuple[Job, bool]:
+    def create(self, job: NewJob, *, max_active: int = 0) -> tuple[Job, bool]:
         key = self._key("job", job.id)
+        active = self._key("active", job.owner)
 
         def change(pipe: Any) -> tuple[Job, bool]:
             raw = pipe.get(key)
@@ -87,6 +90,8 @@ class RedisJobStore(JobStore):
                 if existing.request_hash != job.request_hash:
                     raise RequestConflictError(job.id)
                 return existing, False
+            if max_active and pipe.scard(active) >= max_active:
+                raise TooManyJobsError(job.owner)
             number = int(self._redis.incr(self._key("number")))
             now = self._now()
             made, events = logic.created(job, now)
@@ -96,7 +101,7 @@ class RedisJobStore(JobStore):
             self._write(pipe, None, _Record(made, number, 0), events, now)
             return made, True
 
-        return self._atomically(key, change)
+        return self._atomically((key, active), change)
 
     def get(self, job_id: str) -> Job:
         key = self._key("job", job_id)
@@ -276,14 +281,14 @@ class RedisJobStore(JobStore):
             self._write(pipe, record.job, dataclasses.replace(record, job=job), events, now)
             return job
 
-        return self._atomically(key, change)
+        return self._atomically((key,), change)
 
-    def _atomically(self, key: str, change: Callable[[Any], _Value]) -> _Value:
-        """Run `change` until nobody else wrote the key meanwhile; each round lost is another client's progress."""
+    def _atomically(self, keys: tuple[str, ...], change: Callable[[Any], _Value]) -> _Value:
+        """Run `change` until nobody else wrote the keys meanwhile; each round lost is another client's progress."""
         with self._redis.pipeline() as pipe:
             while True:
                 try:
-                    pipe.watch(key)
+                    pipe.watch(*keys)
                     value = change(pipe)
                     pipe.execute()
                     return value
@@ -310,6 +315,11 @@ class RedisJobStore(JobStore):
         else:
             pipe.zrem(self._key("leased"), job.id)
         if before is None or before.status != job.status:
+            active = self._key("active", job.owner)
+            if job.status in TERMINAL_STATUSES:
+                pipe.srem(active, job.id)
+            else:
+                pipe.sadd(active, job.id)
             if before is not None:
                 pipe.hincrby(self._key("counts"), f"{before.type}|{before.status}", -1)
             pipe.hincrby(self._key("counts"), f"{job.type}|{job.status}", 1)

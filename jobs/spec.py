@@ -24,6 +24,8 @@ from compression.recipe import (
 )
 from compression.registry import MODEL_ID_PATTERN
 from evaluation.corpora import CorpusName
+from graph.arrow_stream import EmbeddingDtype
+from graph.enrich import LongText, Output, Priority
 from graph.llaga.filling import Template
 from graph.llaga.hops import HopOperator
 from graph.llaga.projector import PROJECTOR_ID_PATTERN
@@ -34,10 +36,12 @@ from jobs.store import JsonObject
 from training.spec import METHODS, FinetuneSettings, SettingsError, parse_settings
 from training.spec import check_source as check_finetune_source
 
-PLANNED_TYPES = ("evaluate", "enrich")
+PLANNED_TYPES = ("evaluate",)
 MAX_STAGES = 16
 MAX_TARGETS = 8
 MAX_METADATA = 16
+MAX_ENRICH_NODE_IDS = 100_000
+MAX_ENRICH_ANSWER_TOKENS = 1024
 DEFAULT_TARGETS = (0.1, 0.2, 0.25, 0.3)
 
 
@@ -237,6 +241,56 @@ class FinetuneSpec(_Spec):
     ) = Field(default=None, max_length=MAX_METADATA)
 
 
+class EnrichBudgetSpec(_Spec):
+    """The first limit that is reached stops the run; what was not done is `skipped_budget`."""
+
+    max_nodes: int | None = Field(default=None, ge=1, description="The first so many nodes.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Prompt and generated tokens of LLM calls."
+    )
+    max_seconds: float | None = Field(default=None, gt=0, description="Of work, over all attempts.")
+
+
+class EnrichSpec(_Spec):
+    """Enrich any number of nodes: of `graph`, which are named by `node_ids`, or all of them; or of an uploaded `file`
+    of purpose `enrich`.
+
+    Artefacts: `enriched.arrow`, an Arrow stream as POST /v1/enrich answers with, and `enriched.jsonl`, whose vectors
+    are base64; both in the order of the nodes.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "enrich",
+                    "graph": "graph-0123456789abcdef01234567",
+                    "prompt": "summary",
+                    "return": ["text", "embedding"],
+                }
+            ]
+        }
+    )
+
+    type: Literal["enrich"]
+    graph: str | None = Field(default=None, max_length=100)
+    node_ids: list[str | int] | None = Field(
+        default=None, min_length=1, max_length=MAX_ENRICH_NODE_IDS
+    )
+    file: str | None = Field(default=None, pattern=FILE_ID_PATTERN)
+    prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")
+    model: str | None = Field(
+        default=None, max_length=96, description="By default as in POST /v1/enrich."
+    )
+    embedding_model: str | None = Field(default=None, max_length=96)
+    return_: list[Output] = Field(default=["text"], alias="return", min_length=1, max_length=2)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_ENRICH_ANSWER_TOKENS)
+    long_text: LongText = "head"
+    priority: Priority = "bulk"
+    budget: EnrichBudgetSpec = EnrichBudgetSpec()
+    embedding_dtype: EmbeddingDtype = "float16"
+
+
 class ProjectorTemplate(_Spec):
     """How a node's surroundings become vectors: `ho` (Hop-Field Overview) is one per hop, averaged by `operator`; `nd`
     (Neighborhood Detail) is a tree in which every node has `fanout` children."""
@@ -262,7 +316,7 @@ class ProjectorTraining(_Spec):
     """Attributes: num_layers: 1 is linear; more have a GELU between layers; dtype: of the frozen LLM."""
 
     num_layers: int = Field(default=1, ge=1, le=8)
-    learning_rate: float = Field(default=2e-3, gt=0, lt=1)
+    learning_rate: float = Field(default=5e-4, gt=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     epochs: int = Field(default=3, ge=1, le=1000)
     batch_size: int = Field(default=16, ge=1, le=1024)
@@ -313,10 +367,13 @@ class TrainProjectorSpec(_Spec):
         return tasks
 
 
-Spec = CompressSpec | CalibrateSkipSpec | ExportSpec | FinetuneSpec | TrainProjectorSpec
+Spec = (
+    CompressSpec | CalibrateSkipSpec | EnrichSpec | ExportSpec | FinetuneSpec | TrainProjectorSpec
+)
 SPECS: dict[str, type[Spec]] = {
     "compress": CompressSpec,
     "calibrate_skip": CalibrateSkipSpec,
+    "enrich": EnrichSpec,
     "export": ExportSpec,
     "finetune": FinetuneSpec,
     "train_projector": TrainProjectorSpec,
@@ -344,6 +401,8 @@ def parse_spec(body: Mapping[str, Any]) -> Spec:
         recipe = parse_recipe(spec.recipe) if isinstance(spec, CompressSpec) else None
         if isinstance(spec, FinetuneSpec):
             parse_settings(spec.settings)
+        elif isinstance(spec, EnrichSpec):
+            _check_enrich(spec)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         unknown = first["type"] == "extra_forbidden"
@@ -364,9 +423,19 @@ def parse_spec(body: Mapping[str, Any]) -> Spec:
     return spec
 
 
+def _check_enrich(spec: EnrichSpec) -> None:
+    """Raises: SpecError."""
+    if (spec.graph is None) == (spec.file is None):
+        raise SpecError("graph", "needs either a graph or a file")
+    if spec.file is not None and spec.node_ids is not None:
+        raise SpecError("node_ids", "they are of a graph")
+    if len(set(spec.return_)) < len(spec.return_):
+        raise SpecError("return", "return names a part twice")
+
+
 def spec_json(spec: Spec) -> JsonObject:
     """What is stored of a checked specification, and what its runner reads."""
-    stored = spec.model_dump(mode="json", exclude_none=True)
+    stored = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
     if isinstance(spec, FinetuneSpec):
         stored["settings"] = parse_settings(spec.settings).to_json()  # null is a value there
     return stored

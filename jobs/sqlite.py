@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobs import logic
-from jobs.states import JobStatus
+from jobs.states import TERMINAL_STATUSES, JobStatus
 from jobs.store import (
     Event,
     Job,
@@ -23,6 +23,7 @@ from jobs.store import (
     NewEvent,
     NewJob,
     RequestConflictError,
+    TooManyJobsError,
 )
 
 SCHEMA_VERSION = 1
@@ -98,13 +99,15 @@ class SqliteJobStore(JobStore):
             yield db
             db.execute("COMMIT")
 
-    def create(self, job: NewJob) -> tuple[Job, bool]:
+    def create(self, job: NewJob, *, max_active: int = 0) -> tuple[Job, bool]:
         with self._transaction() as db:
             existing = _find(db, job.id)
             if existing is not None:
                 if existing.request_hash != job.request_hash:
                     raise RequestConflictError(job.id)
                 return existing, False
+            if max_active and _num_active(db, job.owner) >= max_active:
+                raise TooManyJobsError(job.owner)
             made, events = logic.created(job, self._clock())
             db.execute(
                 "INSERT INTO jobs (id, owner, type, status, priority, created_at, document)"
@@ -324,6 +327,15 @@ class SqliteJobStore(JobStore):
 def _find(db: sqlite3.Connection, job_id: str) -> Job | None:
     row = db.execute("SELECT document FROM jobs WHERE id = ?", (job_id,)).fetchone()
     return None if row is None else _load(row[0])
+
+
+def _num_active(db: sqlite3.Connection, owner: str) -> int:
+    ended = ", ".join(f"'{status}'" for status in sorted(TERMINAL_STATUSES))
+    row = db.execute(
+        f"SELECT count(*) FROM jobs WHERE owner = ? AND status NOT IN ({ended})", (owner,)
+    ).fetchone()
+    number: int = row[0]
+    return number
 
 
 def _number(db: sqlite3.Connection, job_id: str, owner: str | None) -> int:

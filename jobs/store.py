@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from engines.origin import Origin, current_origin
 from jobs.states import JobStatus
 
 JsonObject = dict[str, Any]
@@ -29,6 +30,10 @@ class RequestConflictError(Exception):
     """A job with this id was created from another request body."""
 
 
+class TooManyJobsError(Exception):
+    """The owner has as many jobs that have not ended as it may have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """A job to create.
@@ -41,6 +46,7 @@ class NewJob:
         max_attempts: how many attempts may be lost before the job fails.
         deadline_seconds: most seconds of running per attempt; None is no limit.
         memory: peak bytes by part, as predicted; None where nothing was.
+        origin: the request that asks for it; its ids go along with the job.
     """
 
     id: str
@@ -52,6 +58,7 @@ class NewJob:
     max_attempts: int = 3
     deadline_seconds: float | None = None
     memory: JsonObject | None = None
+    origin: Origin = field(default_factory=current_origin)
 
     def __post_init__(self) -> None:
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
@@ -72,6 +79,7 @@ class Job:
         attempts_lost: attempts whose worker vanished or whose process was killed; one that was given back or
             paused does not count.
         error: {"code", "message"} of a failed job.
+        request_id, traceparent: of the request that created it.
     """
 
     id: str
@@ -98,6 +106,8 @@ class Job:
     updated_at: float
     attempts_lost: int = 0
     memory: JsonObject | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +145,15 @@ class JobStore(Protocol):
     Every status change appends a "status" event in the same transaction.
     """
 
-    def create(self, job: NewJob) -> tuple[Job, bool]:
+    def create(self, job: NewJob, *, max_active: int = 0) -> tuple[Job, bool]:
         """Insert; an id that exists with the same `request_hash` returns (existing, False).
+
+        Args:
+            max_active: most jobs of one owner that have not ended, this one included; 0 is no limit.
 
         Raises:
             RequestConflictError: the id exists with another `request_hash`.
+            TooManyJobsError
         """
 
     def get(self, job_id: str) -> Job:

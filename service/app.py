@@ -22,7 +22,9 @@ from starlette.routing import Match, Route
 
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
+from engines.logs import set_up_logging
 from engines.protocol import EngineError
+from engines.tracing import set_up_tracing, shut_down_tracing
 from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
@@ -30,9 +32,9 @@ from jobs.open import open_job_store
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
-from service.enrichment import build_enricher
+from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
-from service.logs import set_up_logging
+from service.limits import RateLimits, open_buckets
 from service.metrics import EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
@@ -43,6 +45,7 @@ from service.routes import (
     files,
     fine_tuning,
     graph_query,
+    graph_sampling,
     graphs,
     health,
     jobs,
@@ -69,6 +72,7 @@ ROUTERS = (
     fine_tuning.router,
     graphs.router,
     graph_query.router,
+    graph_sampling.router,
     enrich.router,
     prompts.router,
 )
@@ -79,8 +83,16 @@ OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
 def build_state(settings: Settings) -> AppState:
     """Open everything that the application works with."""
     registry = ModelRegistry(settings.models_dir)
-    engines = EnginePool(settings, registry, SupervisorClient(settings.supervisor_socket))
     redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    keys = KeyStore(settings.keys_file)
+    limits = RateLimits(
+        keys,
+        open_buckets(settings.limits_database, redis_url),
+        requests_per_minute=settings.requests_per_minute,
+        tokens_per_minute=settings.tokens_per_minute,
+    )
+    supervisor = SupervisorClient(settings.supervisor_socket)
+    engines = EnginePool(settings, registry, supervisor, limits.charge)
     metrics = Metrics()
     tokenizers = TokenizerCache()
     cache = EnrichmentCache(settings.cache_database)
@@ -90,12 +102,14 @@ def build_state(settings: Settings) -> AppState:
         engines=engines,
         jobs=open_job_store(settings.database, redis_url),
         files=FileStore(settings.files_dir),
-        keys=KeyStore(settings.keys_file),
+        keys=keys,
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
         cache=cache,
         enricher=build_enricher(engines, tokenizers, cache, metrics),
+        text_vectors=build_text_vectors(engines, tokenizers, cache),
+        limits=limits,
         started_at=time.time(),
     )
 
@@ -117,10 +131,13 @@ def build_state(settings: Settings) -> AppState:
 def build_app(settings: Settings) -> FastAPI:
     """The application. Its state is at `app.state.lathe`; nothing runs before the lifespan starts."""
     state = build_state(settings)
+    limits = state.limits
+    assert limits is not None, "build_state made them"
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         set_up_logging(settings.log_level)
+        set_up_tracing("api", settings.otlp_endpoint)
         notice = check_bind(settings.host, state.keys)
         if notice is not None:
             logger.warning(notice)
@@ -130,8 +147,10 @@ def build_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await state.engines.aclose()
-            await asyncio.to_thread(state.enricher.close)
+            await asyncio.to_thread(state.cache.close)
             state.jobs.close()
+            await asyncio.to_thread(limits.close)
+            await asyncio.to_thread(shut_down_tracing)
 
     app = FastAPI(
         title="Lathe",
@@ -139,13 +158,16 @@ def build_app(settings: Settings) -> FastAPI:
         description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        redirect_slashes=False,  # where to would be built from the Host header
+        # Traces are `engines/tracing.py`'s; FastAPI's own would send what a client wrote.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.lathe = state
     for router in ROUTERS:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
     _handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

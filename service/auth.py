@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from service.errors import ApiError
+
 Role = Literal["inference", "jobs", "admin"]
 ROLES: tuple[Role, ...] = ("inference", "jobs", "admin")
 
@@ -28,6 +30,7 @@ class ApiKey:
     Attributes:
         sha256: of the key; 256 random bits need no slow hash.
         prefix: first characters, to recognise it by.
+        requests_per_minute, tokens_per_minute: 0 is no limit, None the server's.
     """
 
     id: str
@@ -37,6 +40,8 @@ class ApiKey:
     roles: tuple[Role, ...]
     created_at: float
     revoked_at: float | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,20 +81,23 @@ class PublicBindError(Exception):
 
 
 class KeyStore:
-    """Keys of one file. Not the hot path's bottleneck: the file is read when its mtime changes."""
+    """Keys of one file. Not the hot path's bottleneck: the file is read when it is another one or was written to."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp: int | None = None
+        self._stamp: tuple[int, ...] | None = None
         self._keys: tuple[ApiKey, ...] = ()
+        self._had_keys = False
 
     def list_keys(self) -> tuple[ApiKey, ...]:
         """All keys, revoked ones included."""
         try:
-            stamp = self._path.stat().st_mtime_ns
+            status = self._path.stat()
         except FileNotFoundError:
             self._stamp, self._keys = None, ()
             return ()
+        # `_write` makes a new file: its number changes even where the clock has not ticked
+        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
         if stamp != self._stamp:
             rows = json.loads(self._path.read_text())["keys"]
             self._keys = tuple(ApiKey(**{**row, "roles": tuple(row["roles"])}) for row in rows)
@@ -98,10 +106,25 @@ class KeyStore:
 
     @property
     def has_keys(self) -> bool:
-        """Whether keys are required. Revoking the last key does not open the door."""
-        return bool(self.list_keys())
+        """Whether keys are required. Neither revoking the last key nor losing the file opens the door."""
+        self._had_keys = bool(self.list_keys()) or self._had_keys
+        return self._had_keys
 
-    def create(self, name: str, roles: tuple[Role, ...]) -> tuple[ApiKey, str]:
+    def limits(self, key_id: str) -> tuple[int | None, int | None] | None:
+        """(requests, tokens) per minute of a key; None where there is no such key."""
+        for key in self.list_keys():
+            if key.id == key_id:
+                return key.requests_per_minute, key.tokens_per_minute
+        return None
+
+    def create(
+        self,
+        name: str,
+        roles: tuple[Role, ...],
+        *,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+    ) -> tuple[ApiKey, str]:
         """A new key: how it is stored, and the secret itself."""
         secret = f"lathe-{secrets.token_urlsafe(32)}"
         key = ApiKey(
@@ -111,6 +134,8 @@ class KeyStore:
             sha256=hashlib.sha256(secret.encode()).hexdigest(),
             roles=roles,
             created_at=time.time(),
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
         )
         self._write((*self.list_keys(), key))
         return key, secret
@@ -139,6 +164,23 @@ class KeyStore:
             json.dump({"keys": [asdict(key) for key in keys]}, file, indent=1)
         temporary.replace(self._path)
         self._stamp = None
+
+
+def authenticate(keys: KeyStore, headers: list[tuple[bytes, bytes]]) -> Identity:
+    """Whose request this is; anybody's is `LOCAL_IDENTITY`'s where there are no keys.
+
+    Raises:
+        ApiError: invalid_api_key.
+    """
+    if not keys.has_keys:
+        return LOCAL_IDENTITY
+    token = bearer_token(headers)
+    if token is None:
+        raise ApiError("invalid_api_key", "an API key is needed: Authorization: Bearer …")
+    identity = keys.identify(token) if token else None
+    if identity is None:
+        raise ApiError("invalid_api_key", "this API key is unknown or revoked")
+    return identity
 
 
 def bearer_token(headers: list[tuple[bytes, bytes]]) -> bytes | None:

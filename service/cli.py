@@ -178,6 +178,8 @@ def worker_arguments(settings: "Settings") -> list[str]:
         *("--cancel-grace-seconds", str(settings.job_cancel_grace_seconds)),
         *("--checkpoint-grace-seconds", str(settings.job_checkpoint_grace_seconds)),
         *("--gpu-policy", settings.job_gpu_policy),
+        *("--log-level", settings.log_level),
+        *(("--otlp-endpoint", settings.otlp_endpoint) if settings.otlp_endpoint else ()),
     ]
 
 
@@ -444,15 +446,37 @@ def keys() -> None:
     show_default=True,
     help="Repeat for several; admin may do everything.",
 )
+@click.option(
+    "--requests-per-minute",
+    type=click.IntRange(min=0),
+    help="Of this key; 0 is no limit. [default: LATHE_REQUESTS_PER_MINUTE]",
+)
+@click.option(
+    "--tokens-per-minute",
+    type=click.IntRange(min=0),
+    help="Read and written for this key; 0 is no limit. [default: LATHE_TOKENS_PER_MINUTE]",
+)
 @home_option
-def create_key(name: str, roles: "tuple[Role, ...]", home: Path | None) -> None:
+def create_key(
+    name: str,
+    roles: "tuple[Role, ...]",
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    home: Path | None,
+) -> None:
     """Make a key and print it, once: only its hash is kept.
 
     \b
     Example:
       lathe keys create training-cluster --role inference --role jobs
+      lathe keys create visitor --requests-per-minute 60 --tokens-per-minute 20000
     """
-    key, secret = _key_store(home).create(name, roles)
+    key, secret = _key_store(home).create(
+        name,
+        roles,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+    )
     click.echo(f"{key.id} ({', '.join(key.roles)}); it is not shown again:", err=True)
     click.echo(secret)
 
@@ -474,11 +498,17 @@ def list_keys(home: Path | None) -> None:
     if not stored:
         click.echo("no keys: every local process may do everything")
         return
-    rows = [["id", "name", "starts with", "roles", "created", "state"]]
+    rows = [
+        ["id", "name", "starts with", "roles", "requests/min", "tokens/min", "created", "state"]
+    ]
     for key in stored:
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_at))
         state = "active" if key.revoked_at is None else "revoked"
-        rows.append([key.id, key.name, key.prefix, ",".join(key.roles), created, state])
+        limits = [
+            "default" if limit is None else str(limit or "unlimited")
+            for limit in (key.requests_per_minute, key.tokens_per_minute)
+        ]
+        rows.append([key.id, key.name, key.prefix, ",".join(key.roles), *limits, created, state])
     for line in table(rows):
         click.echo(line)
 

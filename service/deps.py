@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from compression.registry import ModelRegistry
 from jobs.files import FileStore
 from jobs.store import JobStore
-from service.auth import LOCAL_IDENTITY, Identity, KeyStore, Role, bearer_token
+from service.auth import Identity, KeyStore, Role, authenticate
 from service.engine_pool import EnginePool
 from service.errors import ApiError
+from service.limits import RateLimits
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tokenizers import TokenizerCache
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from graph.cache import EnrichmentCache
     from graph.enrich import Enricher
     from graph.store import GraphStore
+    from graph.text_vectors import TextVectors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class AppState:
     graphs: "GraphStore"
     cache: "EnrichmentCache"
     enricher: "Enricher"
+    text_vectors: "TextVectors"
+    limits: RateLimits | None = None
     started_at: float = field(default=0.0)
 
 
@@ -63,15 +67,7 @@ StateDep = Annotated[AppState, Depends(get_state)]
 
 def identify(request: Request, state: StateDep) -> Identity:
     """Raises: ApiError: invalid_api_key."""
-    if not state.keys.has_keys:
-        identity: Identity | None = LOCAL_IDENTITY
-    else:
-        token = bearer_token(request.scope["headers"])
-        if token is None:
-            raise ApiError("invalid_api_key", "an API key is needed: Authorization: Bearer …")
-        identity = state.keys.identify(token) if token else None
-    if identity is None:
-        raise ApiError("invalid_api_key", "this API key is unknown or revoked")
+    identity = authenticate(state.keys, request.scope["headers"])
     request.state.identity = identity
     return identity
 
@@ -79,12 +75,16 @@ def identify(request: Request, state: StateDep) -> Identity:
 IdentityDep = Annotated[Identity, Depends(identify)]
 
 
-def require(role: Role) -> Callable[[Identity], Identity]:
-    """A dependency that lets only keys with `role` pass."""
+def require(role: Role) -> Callable[[Request, AppState, Identity], Identity]:
+    """A dependency that lets only keys with `role` pass, and counts what they ask for; looking costs nothing."""
 
-    def check(identity: IdentityDep) -> Identity:
+    def check(request: Request, state: StateDep, identity: IdentityDep) -> Identity:
         if not identity.may(role):
             raise ApiError("insufficient_scope", f"this needs a key with role {role!r}")
+        if state.limits is not None and request.method not in ("GET", "HEAD"):
+            headers: dict[str, str] = {}
+            request.state.headers = headers
+            state.limits.admit(identity, headers, costs_tokens=role == "inference")
         return identity
 
     return check

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ from engines.protocol import (
     SamplingParams,
 )
 from service.errors import ApiError
+from service.limits import MeteredEngine
 from service.settings import Settings
 from service.supervisor_client import (
     EngineProcess,
@@ -75,12 +77,21 @@ class _Loaded:
 
 
 class EnginePool:
-    """The engines that this process can reach. Belongs to one event loop."""
+    """The engines that this process can reach. Belongs to one event loop.
+
+    Args:
+        charge: told, with a tenant, how many tokens an engine read or wrote for it.
+    """
 
     def __init__(
-        self, settings: Settings, registry: ModelRegistry, supervisor: SupervisorClient
+        self,
+        settings: Settings,
+        registry: ModelRegistry,
+        supervisor: SupervisorClient,
+        charge: Callable[[str, int], None] | None = None,
     ) -> None:
         self._settings = settings
+        self._charge = charge
         self._registry = registry
         self._supervisor = supervisor
         self._loaded: dict[str, _Loaded] = {}
@@ -132,7 +143,7 @@ class EnginePool:
             loaded = await self._connect(model_id)
         if loaded is None:
             raise self._why_not(model_id)
-        return loaded.client
+        return loaded.client if self._charge is None else MeteredEngine(loaded.client, self._charge)
 
     async def _load_on_request(self, model_id: str) -> None:
         """Have a model loaded that nobody loaded yet, and wait for it together with all who ask for it meanwhile.

@@ -3,6 +3,7 @@
 The shape is OpenAI's, `{"error": {"message", "type", "param", "code"}}`, on every route and status.
 """
 
+import math
 import re
 from typing import Any
 
@@ -32,6 +33,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "invalid_api_key": (401, "authentication_error", None),
     "insufficient_scope": (403, "permission_error", None),
     "host_not_allowed": (403, "permission_error", None),
+    "origin_not_allowed": (403, "permission_error", None),
     "not_found": (404, "invalid_request_error", None),
     "model_not_found": (404, "invalid_request_error", None),
     "job_not_found": (404, "invalid_request_error", None),
@@ -56,6 +58,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "quota_exceeded": (413, "invalid_request_error", None),
     "unsupported_media_type": (415, "invalid_request_error", None),
     "rate_limit_exceeded": (429, "rate_limit_error", 1),
+    "job_quota_exceeded": (429, "rate_limit_error", 30),
     "internal_error": (500, "server_error", None),
     "model_load_failed": (500, "server_error", None),
     "out_of_memory": (503, "server_error", 5),
@@ -76,12 +79,22 @@ class ApiError(Exception):
         code: a key of `ERRORS`.
         message: what, got, allowed; no path, address or traceback (they are scrubbed).
         param: dotted name of the request field at fault.
+        retry_after: seconds, where they are known better than the table does.
     """
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        param: str | None = None,
+        *,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.status, self.type, self.retry_after = ERRORS[code]
+        if retry_after is not None:
+            self.retry_after = max(1, math.ceil(retry_after))
         self.message = scrub(message)
         self.param = None if param is None else scrub(param)[:MAX_PARAM_CHARS]
 
@@ -132,7 +145,7 @@ class ErrorResponse(BaseModel):
 _DESCRIPTIONS = {
     400: "The request is malformed, out of range, or asks for what cannot be honoured",
     401: "No valid API key",
-    403: "The key's roles do not allow this, or the Host is not served",
+    403: "The key's roles do not allow this, or the Host or Origin is not served",
     404: "No such resource",
     405: "Method not allowed",
     406: "No acceptable media type",
@@ -145,7 +158,7 @@ _DESCRIPTIONS = {
     503: "Cannot serve now; retry after the given time",
     507: "The disk is full; nothing was kept",
 }
-COMMON_STATUSES = (400, 401, 403, 404, 405, 413, 415, 500, 503)
+COMMON_STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

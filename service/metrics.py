@@ -110,6 +110,10 @@ class Metrics:
             _INTER_TOKEN,
         )
         self._e2e = make("vllm:e2e_request_latency_seconds", "Whole request.", _E2E)
+        self._queue = make("vllm:request_queue_time_seconds", "Waiting for the first step.", _E2E)
+        self._prefill = make(
+            "vllm:request_prefill_time_seconds", "First step to first token.", _E2E
+        )
         self._decode = make("vllm:request_decode_time_seconds", "First to last token.", _E2E)
         self._prompt_len = make("vllm:request_prompt_tokens", "Prompt tokens.", _TOKENS)
         self._generation_len = make("vllm:request_generation_tokens", "Generated tokens.", _TOKENS)
@@ -158,6 +162,8 @@ class Metrics:
         decode_seconds: float | None = None,
         ffn_rows_skipped: int = 0,
         ffn_rows_total: int = 0,
+        queue_seconds: float | None = None,
+        prefill_seconds: float | None = None,
     ) -> None:
         """Count one choice of a generation, or one embedding or scoring request (no decode time)."""
         self._e2e.labels(model, "0").observe(e2e_seconds)
@@ -175,6 +181,9 @@ class Metrics:
                 per_token = decode_seconds / (generation_tokens - 1)
                 self._tpot.labels(model, "0").observe(per_token)
                 self._gen_ai_tpot.labels(operation, PROVIDER, model).observe(per_token)
+        if queue_seconds is not None and prefill_seconds is not None:
+            self._queue.labels(model, "0").observe(queue_seconds)
+            self._prefill.labels(model, "0").observe(prefill_seconds)
         if ffn_rows_total:
             self._ffn_rows.labels(model).inc(ffn_rows_total)
             self._ffn_rows_skipped.labels(model).inc(ffn_rows_skipped)

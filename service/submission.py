@@ -17,6 +17,7 @@ from jobs.memory import has_nvidia_gpu, too_large
 from jobs.spec import (
     CalibrateSkipSpec,
     CompressSpec,
+    EnrichSpec,
     ExportSpec,
     FinetuneSpec,
     Spec,
@@ -27,9 +28,17 @@ from jobs.spec import (
     parse_spec,
     spec_json,
 )
-from jobs.store import Job, JobNotFoundError, JsonObject, NewJob, RequestConflictError
+from jobs.store import (
+    Job,
+    JobNotFoundError,
+    JsonObject,
+    NewJob,
+    RequestConflictError,
+    TooManyJobsError,
+)
 from service.auth import Identity
 from service.deps import AppState
+from service.enrich_jobs import complete_enrich
 from service.errors import ApiError
 from service.idempotency import request_hash
 from service.training_files import check_examples
@@ -55,6 +64,9 @@ async def submit(
         return existing, False
     try:
         spec = parse_spec(body)
+        if isinstance(spec, EnrichSpec):
+            spec = await complete_enrich(spec, state, identity)
+        assert spec.model is not None
         entry = state.engines.entry(spec.model)
         config = read_config(entry)
         check_source(spec, entry.manifest, config)
@@ -72,6 +84,7 @@ async def submit(
         spec=spec_json(spec),
         request_hash=digest,
         memory=memory,
+        deadline_seconds=state.settings.max_job_seconds,
     )
     return await anyio.to_thread.run_sync(_create, new, files, state, identity)
 
@@ -100,7 +113,7 @@ def _conflict() -> ApiError:
 
 
 def _check_output(spec: Spec, state: AppState) -> None:
-    if isinstance(spec, ExportSpec):
+    if isinstance(spec, EnrichSpec | ExportSpec):
         return
     if isinstance(spec, TrainProjectorSpec):
         if ProjectorRegistry(state.settings.projectors_dir).is_taken(spec.output):
@@ -145,6 +158,9 @@ async def _check_files(
             if spec.validation_file == spec.training_file:
                 raise ApiError("invalid_value", "it is the training file", "validation_file")
             named[spec.validation_file] = ("validation_file", "fine-tune")
+    elif isinstance(spec, EnrichSpec):
+        if spec.file is not None:
+            named[spec.file] = ("file", "enrich")
     elif (
         isinstance(spec, CompressSpec | CalibrateSkipSpec)
         and spec.calibration
@@ -217,8 +233,13 @@ def _create(
 ) -> tuple[Job, bool]:
     try:
         with state.files.held(files, identity.sees):
-            return state.jobs.create(new)
+            return state.jobs.create(new, max_active=state.settings.max_active_jobs)
     except UploadNotFoundError as error:  # deleted in this moment
         raise ApiError("file_not_found", str(error), files[error.file_id]) from None
     except RequestConflictError:
         raise _conflict() from None
+    except TooManyJobsError:
+        raise ApiError(
+            "job_quota_exceeded",
+            f"a key may have {state.settings.max_active_jobs} jobs that have not ended; let one end or cancel one",
+        ) from None

@@ -18,33 +18,41 @@ def find_communities(graph: Graph, seed: int) -> Int64s:
     rng = np.random.default_rng(seed)
     n = graph.info.num_nodes
     own_N = np.arange(n, dtype=np.int64)
+    best_N = own_N.copy()
     preference_N = rng.permutation(n)  # of communities, the higher wins a tie
     sources_E = np.repeat(np.arange(n, dtype=np.int64), graph.degrees)
+    targets_E = np.asarray(graph.indices, dtype=np.int64)
+    stale_N = np.ones(n, dtype=bool)  # whose best community may have changed
     for _ in range(MAX_STEPS):
-        best_N = _best(sources_E, own_N[graph.indices], own_N, preference_N)
-        wants_N = best_N != own_N
-        if not wants_N.any():
+        edges = np.flatnonzero(stale_N[sources_E])
+        _find_best(best_N, sources_E[edges], targets_E[edges], own_N, preference_N)
+        wants = np.flatnonzero(best_N != own_N)
+        if len(wants) == 0:
             break
-        moves_N = wants_N & (rng.random(n) < 0.5)
-        own_N = np.where(moves_N, best_N, own_N)
+        moves = wants[rng.random(len(wants)) < 0.5]
+        own_N[moves] = best_N[moves]
+        moved_N = np.zeros(n, dtype=bool)
+        moved_N[moves] = True
+        stale_N = moved_N.copy()
+        stale_N[targets_E[moved_N[sources_E]]] = True
     _, first, inverse = np.unique(own_N, return_index=True, return_inverse=True)
     return np.asarray(first[inverse], dtype=np.int64)
 
 
-def _best(sources_E: Int64s, communities_E: Int64s, own_N: Int64s, preference_N: Int64s) -> Int64s:
-    """The community that most neighbours of every node are in; its own for an isolated one."""
+def _find_best(
+    best_N: Int64s, sources_E: Int64s, targets_E: Int64s, own_N: Int64s, preference_N: Int64s
+) -> None:
+    """Of every source the community that most of its targets are in; into `best_N`, others are left as they are."""
     n = len(own_N)
     if len(sources_E) == 0:
-        return own_N
+        return
     # Not `np.unique`, which hashes integers and takes far longer.
-    pairs = np.sort(sources_E * n + communities_E)
+    pairs = np.sort(sources_E * n + own_N[targets_E])
     firsts = np.flatnonzero(np.r_[True, pairs[1:] != pairs[:-1]])
     counts = np.diff(np.r_[firsts, len(pairs)])
-    node, community = pairs[firsts] // n, pairs[firsts] % n
+    node, community = np.divmod(pairs[firsts], n)
     rank = counts * (2 * n) + (community == own_N[node]) * n + preference_N[community]
     starts = np.flatnonzero(np.r_[True, node[1:] != node[:-1]])
     highest = np.repeat(np.maximum.reduceat(rank, starts), np.diff(np.r_[starts, len(node)]))
     winners = rank == highest  # preferences are distinct, so one a node
-    best_N = own_N.copy()
     best_N[node[winners]] = community[winners]
-    return best_N

@@ -56,6 +56,16 @@ class Selection:
     quotas: list[GroupShare] | None
 
 
+def check_selection(graph: Graph, request: SelectRequest) -> None:
+    """What `select_nodes` would refuse, short of what it has to compute; so that no text is encoded for nothing.
+
+    Raises:
+        SelectError
+    """
+    check_request(request)
+    _read_inputs(graph, request, None)
+
+
 def needs_text_vectors(graph: Graph, request: SelectRequest) -> bool:
     """Whether `select_nodes` must be given vectors of the nodes' texts."""
     wanted = request.embedding_model is not None or graph.features is None

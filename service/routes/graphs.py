@@ -5,6 +5,7 @@ import hashlib
 import json
 from typing import IO, Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -12,11 +13,18 @@ from pydantic import FailFast, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from graph.catalog import Prompt
+from engines.protocol import EngineError
+from graph.catalog import MAX_NEIGHBORS_READ, Prompt
 from graph.enrich import EnrichNode
+from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
 from graph.selection.quotas import GroupShare
 from graph.selection.request import BudgetName, Order, SelectError, SelectRequest, Strategy
-from graph.selection.select import Selection, needs_text_vectors, select_nodes
+from graph.selection.select import (
+    Selection,
+    check_selection,
+    needs_text_vectors,
+    select_nodes,
+)
 from graph.store import (
     MAX_FEATURE_DIM,
     MAX_NAME_CHARS,
@@ -26,8 +34,6 @@ from graph.store import (
     GraphInfo,
     GraphInputError,
     GraphNotFoundError,
-    NodeId,
-    UnknownNodeError,
 )
 from graph.upload import columns_from_lists, read_columns
 from service.auth import Identity
@@ -48,11 +54,18 @@ from service.enrichment import (
     EnrichResponse,
     LabelField,
     NodeIdField,
+    VariableName,
+    VariableText,
     answer_enrich,
+    find_nodes,
     find_prompt,
+    graph_not_found,
+    open_graph,
 )
-from service.errors import ApiError, error_responses
+from service.errors import ApiError, error_responses, from_engine_error
+from service.generation import json_response
 from service.idempotency import request_hash, resource_id
+from service.middleware import cancel_on_disconnect
 
 router = APIRouter(
     prefix="/v1/graphs",
@@ -162,8 +175,21 @@ class SelectionObject(ResponseModel):
     quotas: list[SelectionQuota] | None = Field(description="Groups that got any.")
 
 
+NeighborIds = Annotated[list[NodeIdField], Field(max_length=MAX_NEIGHBORS_READ)]
+
+
 class GraphEnrichBody(EnrichOptions):
+    """`neighbors` and `node_variables` have an item per node."""
+
     node_ids: list[NodeIdField] = Field(min_length=1, max_length=MAX_NODES_PER_REQUEST)
+    neighbors: list[NeighborIds] | None = Field(
+        default=None,
+        max_length=MAX_NODES_PER_REQUEST,
+        description="Which neighbours the prompt reads, best first; by default the first in the order of the upload.",
+    )
+    node_variables: list[dict[VariableName, VariableText]] | None = Field(
+        default=None, max_length=MAX_NODES_PER_REQUEST
+    )
 
 
 _CREATE_BODY = {
@@ -358,7 +384,7 @@ async def get_graph(graph_id: str, state: StateDep, identity: IdentityDep) -> Gr
     try:
         info = await asyncio.to_thread(state.graphs.info, graph_id, identity.tenant)
     except GraphNotFoundError:
-        raise _not_found(graph_id) from None
+        raise graph_not_found(graph_id) from None
     return _graph_object(info)
 
 
@@ -368,33 +394,53 @@ async def delete_graph(graph_id: str, state: StateDep, identity: IdentityDep) ->
     try:
         await asyncio.to_thread(state.graphs.delete, graph_id, identity.tenant)
     except GraphNotFoundError:
-        raise _not_found(graph_id) from None
+        raise graph_not_found(graph_id) from None
     return GraphDeleted(id=graph_id)
 
 
-@router.post("/{graph_id}/select")
+@router.post("/{graph_id}/select", response_model=SelectionObject, responses=error_responses(408))
 async def select(
-    graph_id: str, body: SelectRequest, state: StateDep, identity: IdentityDep
-) -> SelectionObject:
-    """Choose the nodes that are worth an LLM call."""
-    return await asyncio.to_thread(_select, graph_id, body, state, identity)
+    graph_id: str, body: SelectRequest, request: Request, state: StateDep, identity: IdentityDep
+) -> Response:
+    """Choose the nodes that are worth an LLM call.
 
-
-def _select(
-    graph_id: str, body: SelectRequest, state: AppState, identity: Identity
-) -> SelectionObject:
-    graph = _open(state, identity, graph_id)
-    if needs_text_vectors(graph, body):
-        raise ApiError("unsupported_parameter", "the graph has no features", "strategy")
+    Texts that are encoded for it stay in the cache: a request that took too long goes on where it was when repeated.
+    """
     try:
-        selection = select_nodes(graph, body)
+        async with asyncio.timeout(state.settings.request_timeout_seconds):
+            response: Response = await cancel_on_disconnect(
+                request, _select(graph_id, body, state, identity)
+            )
+    except TimeoutError:
+        raise ApiError("request_timeout", "the selection took too long") from None
+    return response
+
+
+async def _select(
+    graph_id: str, body: SelectRequest, state: AppState, identity: Identity
+) -> Response:
+    graph = await asyncio.to_thread(open_graph, state, identity, graph_id)
+    model, vectors = None, None
+    try:
+        await asyncio.to_thread(check_selection, graph, body)
+        if needs_text_vectors(graph, body):
+            model = body.embedding_model or state.settings.embedding_model
+            vectors = await state.text_vectors.encode(
+                graph, np.arange(graph.info.num_nodes), model=model, tenant=identity.tenant
+            )
+        selection = await asyncio.to_thread(select_nodes, graph, body, text_vectors=vectors)
     except SelectError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise ApiError(code, error.message, error.param) from error
-    return _selection_object(graph, body, selection)
+    except EngineError as error:
+        raise from_engine_error(error) from error
+    return json_response(_selection_object(graph, body, selection, model))
 
 
-def _selection_object(graph: Graph, body: SelectRequest, selection: Selection) -> SelectionObject:
+def _selection_object(
+    graph: Graph, body: SelectRequest, selection: Selection, model: str | None
+) -> SelectionObject:
+    clustered = selection.num_clusters is not None
     estimate = selection.estimate
     return SelectionObject(
         graph_id=graph.info.id,
@@ -403,8 +449,8 @@ def _selection_object(graph: Graph, body: SelectRequest, selection: Selection) -
         order=selection.order,
         seed=selection.seed,
         num_clusters=selection.num_clusters,
-        vectors_from=None if selection.num_clusters is None else "features",
-        embedding_model=None,
+        vectors_from=("features" if model is None else "texts") if clustered else None,
+        embedding_model=model,
         node_ids=graph.ids(selection.indices),
         scores=selection.scores.tolist(),
         stopped_by=selection.stopped_by,
@@ -435,50 +481,27 @@ async def enrich_graph(
 ) -> Response:
     """Enrich nodes of a stored graph; as `POST /v1/enrich`, in JSON or as an Arrow stream.
 
-    A prompt that reads neighbours gets the first ones in the order of the upload, direction aside; each row says how
-    many it read.
+    A prompt that reads neighbours gets those named, as `/sample` chooses them, or the first ones in the order of the
+    upload, direction aside; each row says how many it read. Of labels it gets those of training nodes at most.
     """
-    prompt = find_prompt(body.prompt)
-    nodes = await asyncio.to_thread(_graph_nodes, graph_id, body.node_ids, prompt, state, identity)
-    return await answer_enrich(request, state, identity, body, prompt, nodes)
+    prompt = find_prompt(body.prompt, state, identity)
+    nodes, classes = await asyncio.to_thread(_graph_nodes, graph_id, body, prompt, state, identity)
+    return await answer_enrich(request, state, identity, body, prompt, nodes, classes)
 
 
 def _graph_nodes(
-    graph_id: str, node_ids: list[NodeId], prompt: Prompt, state: AppState, identity: Identity
-) -> tuple[EnrichNode, ...]:
-    graph = _open(state, identity, graph_id)
+    graph_id: str, body: GraphEnrichBody, prompt: Prompt, state: AppState, identity: Identity
+) -> tuple[tuple[EnrichNode, ...], tuple[str, ...]]:
+    """Nodes, and the classes of the graph."""
+    graph = open_graph(state, identity, graph_id)
+    indices = find_nodes(graph, body.node_ids)
     try:
-        indices = graph.indices_of(node_ids)
-    except UnknownNodeError as error:
-        raise ApiError(
-            "invalid_value",
-            f"the graph has no node {error.node_id!r:.80}",
-            f"node_ids[{error.position}]",
-        ) from None
-    if len(set(indices)) < len(indices):
-        second = next(i for i, index in enumerate(indices) if index in indices[:i])
-        raise ApiError(
-            "invalid_value", f"node {node_ids[second]!r:.80} is named twice", f"node_ids[{second}]"
+        nodes = nodes_of_graph(
+            graph, indices, prompt, neighbors=body.neighbors, variables=body.node_variables
         )
-    return tuple(
-        EnrichNode(
-            id=node_id,
-            text=text,
-            neighbors=tuple(graph.texts(graph.neighbors(index)[: prompt.max_neighbors])),
-        )
-        for node_id, index, text in zip(node_ids, indices, graph.texts(indices), strict=True)
-    )
-
-
-def _open(state: AppState, identity: Identity, graph_id: str) -> Graph:
-    try:
-        return state.graphs.get(graph_id, identity.tenant)
-    except GraphNotFoundError:
-        raise _not_found(graph_id) from None
-
-
-def _not_found(graph_id: str) -> ApiError:
-    return ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist")
+    except NodeInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    return nodes, classes_of_graph(graph, prompt)
 
 
 def _graph_object(info: GraphInfo) -> GraphObject:

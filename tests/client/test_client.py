@@ -20,7 +20,7 @@ LETTERS = [
 
 
 def test_enrich_gives_rows_texts_and_vectors(client: EnrichmentClient, service: Service) -> None:
-    enriched = client.enrich(NODES, prompt="summary", returns=["text", "embedding"], **MODELS)
+    enriched = client.enrich(NODES, prompt="summary@1", returns=["text", "embedding"], **MODELS)
     assert enriched.node_ids == ["n1", "n2", "n3"]
     assert enriched.statuses == ["ok", "failed", "ok"]
     assert enriched.texts == ["ONE", None, "THREE"]
@@ -40,14 +40,14 @@ def test_enrich_gives_rows_texts_and_vectors(client: EnrichmentClient, service: 
     assert second.embedding is None
     assert third.embedding is not None
     exact = client.enrich(
-        NODES, prompt="summary", returns=["embedding"], embedding_dtype="float32", **MODELS
+        NODES, prompt="summary@1", returns=["embedding"], embedding_dtype="float32", **MODELS
     )
     assert exact.embeddings.dtype == np.float32
     assert exact.texts == [None, None, None]
 
 
 def test_text_alone_has_no_vectors(client: EnrichmentClient) -> None:
-    enriched = client.enrich(NODES, prompt="summary", **MODELS)
+    enriched = client.enrich(NODES, prompt="summary@1", **MODELS)
     assert enriched.embedding_model is None
     assert not enriched.has_embedding.any()
     with pytest.raises(ValueError, match="no embeddings"):
@@ -56,16 +56,16 @@ def test_text_alone_has_no_vectors(client: EnrichmentClient) -> None:
 
 def test_many_nodes_go_out_in_pieces(client: EnrichmentClient, service: Service) -> None:
     nodes = [{"id": i, "text": f"text {i % 40}"} for i in range(1100)]
-    enriched = client.enrich(nodes, prompt="summary", **MODELS)
+    enriched = client.enrich(nodes, prompt="summary@1", **MODELS)
     assert enriched.node_ids == list(range(1100))
     assert enriched.usage is not None
     assert enriched.usage.num_nodes == 1100
     assert enriched.usage.num_by_status["ok"] == 40
     assert len(service.writer.prompts) == 40
     with pytest.raises(ValueError, match="a budget is for one request"):
-        client.enrich(nodes, prompt="summary", budget={"max_nodes": 3}, **MODELS)
+        client.enrich(nodes, prompt="summary@1", budget={"max_nodes": 3}, **MODELS)
     with pytest.raises(ValueError, match="no node"):
-        client.enrich([], prompt="summary", **MODELS)
+        client.enrich([], prompt="summary@1", **MODELS)
 
 
 def test_graphs_from_create_to_delete(client: EnrichmentClient) -> None:
@@ -77,7 +77,7 @@ def test_graphs_from_create_to_delete(client: EnrichmentClient) -> None:
     selection = client.select(graph.id, "degree", budget={"nodes": 1}, order="high")
     assert selection.node_ids == ["b"]
     assert selection.raw["order"] == "high"
-    enriched = client.enrich_graph(graph.id, ["c", "a"], prompt="summary", **MODELS)
+    enriched = client.enrich_graph(graph.id, ["c", "a"], prompt="summary@1", **MODELS)
     assert enriched.texts == ["THIRD", "FIRST"]
     client.delete_graph(graph.id)
     with pytest.raises(ApiStatusError) as caught:
@@ -106,7 +106,7 @@ def test_refusals_name_the_field(client: EnrichmentClient) -> None:
         client.enrich(NODES, prompt="no-such-prompt", **MODELS)
     assert (caught.value.status, caught.value.param) == (404, "prompt")
     with pytest.raises(ApiStatusError) as caught:
-        client.enrich([{"id": "a", "text": "t", "colour": "red"}], prompt="summary", **MODELS)
+        client.enrich([{"id": "a", "text": "t", "colour": "red"}], prompt="summary@1", **MODELS)
     assert caught.value.code == "unsupported_parameter"
 
 
@@ -125,7 +125,7 @@ def test_float16_on_the_wire_costs_few_bytes(client: EnrichmentClient, service: 
     ]
     nodes = [{"id": i, "text": text} for i, text in enumerate(texts)]
     enriched = client.enrich(
-        nodes, prompt="summary", returns=["text", "embedding"], max_tokens=700, **MODELS
+        nodes, prompt="summary@1", returns=["text", "embedding"], max_tokens=700, **MODELS
     )
     assert min(len(text or "") for text in enriched.texts) >= 690
     assert sizes[0] / 64 <= 1600
@@ -139,7 +139,7 @@ async def test_the_async_client_does_the_same(url: str) -> None:
         enriched = await client.enrich_graph(
             graph.id,
             selection.node_ids,
-            prompt="summary",
+            prompt="summary@1",
             returns=["text", "embedding"],
             **MODELS,
         )

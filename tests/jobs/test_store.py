@@ -1,6 +1,7 @@
 """One behavioural suite over every JobStore: SQLite, and a real redis-server."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from jobs.store import (
     NewEvent,
     RequestConflictError,
     StaleLeaseError,
+    TooManyJobsError,
 )
 from tests.jobs.conftest import new_job
 
@@ -47,6 +49,34 @@ def bring_to(store: JobStore, status: JobStatus) -> Job:
 
 def status_events(store: JobStore, job_id: str = "job-0") -> list[str]:
     return [e.data["status"] for e in store.events(job_id) if e.kind == "status"]
+
+
+def test_an_owner_has_so_many_jobs_that_have_not_ended(store: JobStore) -> None:
+    for number in range(3):
+        store.create(new_job(number), max_active=3)
+    with pytest.raises(TooManyJobsError):
+        store.create(new_job(3), max_active=3)
+    assert store.create(new_job(2), max_active=3)[1] is False  # it is there already
+    store.create(new_job(4, owner="you"), max_active=3)
+    store.create(new_job(5))  # no limit
+    store.request_pause("job-1")
+    job = claim(store)
+    store.request_cancel("job-5")  # three are left: running, paused, queued
+    with pytest.raises(TooManyJobsError):
+        store.create(new_job(3), max_active=3)
+    store.finish(job.id, job.fencing, JobStatus.SUCCEEDED)
+    store.create(new_job(3), max_active=3)
+
+
+def test_a_quota_holds_against_many_at_once(store: JobStore) -> None:
+    def create(number: int) -> bool:
+        try:
+            return store.create(new_job(number), max_active=4)[1]
+        except TooManyJobsError:
+            return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(create, range(32))) == 4
 
 
 def test_newest_events_go_backwards(store: JobStore) -> None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -106,11 +106,12 @@ class Service:
             graphs=cast(Any, None),
             cache=cast(Any, None),
             enricher=cast(Any, None),
+            text_vectors=cast(Any, None),
         )
         self.app = build_test_app(self.state)
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
-    def __enter__(self) -> "Service":
+    def __enter__(self) -> Self:
         self._entered: AbstractContextManager[Any] = self.client
         self._entered.__enter__()
         return self

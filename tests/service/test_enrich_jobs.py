@@ -129,5 +129,7 @@ def test_a_file_that_a_job_needs_stays(http: TestClient) -> None:
 def test_the_server_names_the_models(http: TestClient) -> None:
     """Both defaults are not loaded here, which is told before a job exists."""
     graph_id = http.post("/v1/graphs", json=GRAPH).json()["id"]
-    refused = http.post("/v1/jobs", json={"type": "enrich", "prompt": "summary@1", "graph": graph_id})
+    refused = http.post(
+        "/v1/jobs", json={"type": "enrich", "prompt": "summary@1", "graph": graph_id}
+    )
     assert error_of(refused, 404)[:2] == ("model_not_found", "model")

@@ -326,7 +326,7 @@ class ProjectorTraining(_Spec):
     """Attributes: num_layers: 1 is linear; more have a GELU between layers; dtype: of the frozen LLM."""
 
     num_layers: int = Field(default=1, ge=1, le=8)
-    learning_rate: float = Field(default=2e-3, gt=0, lt=1)
+    learning_rate: float = Field(default=5e-4, gt=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     epochs: int = Field(default=3, ge=1, le=1000)
     batch_size: int = Field(default=16, ge=1, le=1024)

@@ -238,6 +238,88 @@ def import_command(source: str, model_id: str | None, kind: str, home: Path | No
     click.echo(f"imported {target}; serve it with: lathe models load {target}")
 
 
+@main.command("import-projector")
+@click.argument("layers", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--id", "projector_id", required=True, help="Projector id.")
+@click.option("--model", required=True, help="The LLM that it was trained before.")
+@click.option("--encoder", help="Of the nodes' texts; without, it reads the graph's own features.")
+@click.option("--template", type=click.Choice(["ho", "nd"]), required=True)
+@click.option("--hops", type=int, required=True)
+@click.option("--operator", help="Of ho: mean, sym or sym_selfloop.")
+@click.option("--fanout", type=int, help="Of nd.")
+@click.option(
+    "--laplacian",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Of nd: the safetensors file of the structural embedding that it was trained with.",
+)
+@click.option("--task", "tasks", multiple=True, required=True, help="Repeat for several.")
+@click.option("--class", "classes", multiple=True, help="Of node_classification, in order.")
+@click.option("--owner", default="local", show_default=True, help="Id of the key that may use it.")
+@home_option
+def import_projector_command(
+    layers: Path,
+    projector_id: str,
+    model: str,
+    encoder: str | None,
+    template: str,
+    hops: int,
+    operator: str | None,
+    fanout: int | None,
+    laplacian: Path | None,
+    tasks: tuple[str, ...],
+    classes: tuple[str, ...],
+    owner: str,
+    home: Path | None,
+) -> None:
+    """Bring in a LLaGA projector that was trained elsewhere, from safetensors.
+
+    \b
+    Example:
+      lathe import-projector mm_projector.safetensors --id cora-nd --model vicuna-7b --template nd \\
+        --hops 2 --fanout 10 --laplacian laplacian_2_10.safetensors --task link_prediction
+    """
+    import json
+
+    from compression.checkpoint import checkpoint_hash
+    from compression.registry import ModelNotFoundError, ModelRegistry
+    from graph.llaga.filling import Template
+    from graph.llaga.foreign import import_projector
+    from graph.llaga.projector import ProjectorError, ProjectorExistsError, ProjectorRegistry
+
+    settings = load_settings(home=home)
+    registry = ModelRegistry(settings.models_dir)
+
+    def read_hidden_size(folder: Path) -> int:
+        return int(json.loads((folder / "config.json").read_text())["hidden_size"])
+
+    def named(model_id: str) -> tuple[str, str]:
+        return model_id, checkpoint_hash(registry.get(model_id).manifest)
+
+    try:
+        manifest = import_projector(
+            ProjectorRegistry(settings.projectors_dir),
+            projector_id,
+            layers,
+            laplacian,
+            owner=owner,
+            model=named(model),
+            hidden_size=read_hidden_size(registry.get(model).path),
+            encoder=None if encoder is None else named(encoder),
+            template=Template(kind=template, hops=hops, operator=operator, fanout=fanout),  # type: ignore[arg-type]
+            tasks=tasks,  # type: ignore[arg-type]
+            classes=classes,
+        )
+    except ModelNotFoundError as error:
+        raise click.ClickException(f"there is no model {error}; see `lathe models list`") from None
+    except ProjectorExistsError:
+        raise click.ClickException(f"a projector {projector_id!r} exists already") from None
+    except (ProjectorError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(
+        f"imported {projector_id}: {manifest.num_layers} layers from {manifest.encoder_dim} to {manifest.hidden_size}"
+    )
+
+
 @main.command()
 @click.argument("model")
 @click.option("--logits/--no-logits", default=True, help="Also load it and compare its logits.")

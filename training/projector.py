@@ -43,7 +43,7 @@ class ProjectorSettings:
     """
 
     num_layers: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.0
     epochs: int = 10
     batch_size: int = 16

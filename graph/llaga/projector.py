@@ -191,7 +191,7 @@ def read_projector_manifest(folder: Path) -> ProjectorManifest:
 def load_projector(folder: Path) -> LoadedProjector:
     """Raises: ProjectorError; FileNotFoundError."""
     manifest = read_projector_manifest(folder)
-    tensors = _load_tensors(folder / TENSORS_NAME)
+    tensors = load_tensors(folder / TENSORS_NAME)
     _check_tensors(manifest, tensors)
     return LoadedProjector(
         manifest=manifest,
@@ -201,27 +201,6 @@ def load_projector(folder: Path) -> LoadedProjector:
         ),
         laplacian=tensors.get("laplacian"),
     )
-
-
-def load_laplacian(path: Path, template: Template) -> Float32s:
-    """The structural embedding of a projector trained elsewhere: the one tensor of a safetensors file (N, N).
-
-    Raises:
-        ProjectorError: unreadable, more than one tensor, another shape, not finite.
-    """
-    tensors = _load_tensors(path)
-    size = template.num_rows
-    if len(tensors) != 1:
-        raise ProjectorError(f"{path.name} must have one tensor, got {len(tensors)}")
-    (laplacian,) = tensors.values()
-    if laplacian.shape != (size, size):
-        raise ProjectorError(
-            f"the Laplacian embedding must be ({size}, {size}), got {laplacian.shape}"
-        )
-    found: Float32s = laplacian.astype(np.float32)
-    if not np.isfinite(found).all():
-        raise ProjectorError("the Laplacian embedding is not finite")
-    return found
 
 
 class ProjectorRegistry:
@@ -267,6 +246,10 @@ class ProjectorRegistry:
         path.mkdir(parents=True)
         return path
 
+    def discard(self, folder: Path) -> None:
+        """Remove a folder that `new_folder` made, unless it was registered."""
+        shutil.rmtree(folder, ignore_errors=True)
+
     def register(self, folder: Path, projector_id: str) -> None:
         """Move a finished projector in under its id, in one rename.
 
@@ -292,7 +275,8 @@ class ProjectorRegistry:
         shutil.rmtree(hidden)
 
 
-def _load_tensors(path: Path) -> dict[str, Float32s]:
+def load_tensors(path: Path) -> dict[str, Float32s]:
+    """Raises: ProjectorError: it is no safetensors file."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

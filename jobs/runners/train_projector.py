@@ -323,12 +323,14 @@ def _register(
     if laplacian is not None:
         tensors["laplacian"] = laplacian
     folder = projectors.new_folder()
-    write_projector(folder, manifest, tensors)
     output = context.spec["output"]
-    context.check_cancelled()
     try:
+        write_projector(folder, manifest, tensors)
+        context.check_cancelled()
         projectors.register(folder, output)
     except ProjectorExistsError:
         message = f"projector {output!r} exists already"
         raise JobFailedError("projector_exists", message) from None
+    finally:
+        projectors.discard(folder)  # gone already where it was registered
     context.event(f"registered {output}")

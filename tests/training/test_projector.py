@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaForCausalLM
 
+from training import projector as trainer
 from training.checkpointing import CheckpointFolder
 from training.projector import (
     Examples,
@@ -19,6 +20,7 @@ from training.projector import (
     ProjectorSettings,
     ProjectorStoppedError,
     TaskPrompt,
+    mean_loss,
     schedule,
     score_examples,
     train_projector,
@@ -80,26 +82,42 @@ def test_scores(model: Any) -> None:
         assert torch.allclose(alone[0], scores[index], atol=1e-5)
 
 
-def test_a_greedy_answer_is_what_transformers_generates(model: Any) -> None:
-    """`generate(inputs_embeds)` picks, token by token, an answer that scores at least as high at its first token."""
-    rows = random_rows(1)
-    reader = FrozenReader(model)
+def test_what_is_written_is_what_transformers_generates(model: Any) -> None:
+    """In a batch, where one answer ends before the others."""
+    rows = random_rows(4)
     embed = model.get_input_embeddings()
-    sequence = torch.cat(
-        [
-            embed(torch.tensor(PROMPT.before)),
-            rows[0, 0],
-            embed(torch.tensor(PROMPT.after[0])),
-            rows[0, 1],
-            embed(torch.tensor(PROMPT.after[1])),
-        ]
-    )[None]
-    mask = torch.ones(sequence.shape[:2], dtype=torch.long)
-    generated = model.generate(
-        inputs_embeds=sequence, attention_mask=mask, do_sample=False, max_new_tokens=1
-    )
-    first = reader.score(PROMPT, rows, [(token,) for token in range(64)])
-    assert int(first.argmax()) == int(generated[0, 0])
+    expected = []
+    for rows_CNH in rows:
+        parts = [embed(torch.tensor(PROMPT.before))]
+        for rows_NH, ids in zip(rows_CNH, PROMPT.after, strict=True):
+            parts += [rows_NH, embed(torch.tensor(ids))]
+        sequence = torch.cat(parts)[None]
+        mask = torch.ones(sequence.shape[:2], dtype=torch.long)
+        generated = model.generate(
+            inputs_embeds=sequence,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=9,
+            eos_token_id=None,
+        )
+        expected.append(generated[0].tolist())
+    end = expected[1][3]  # of the second, at the latest here
+    written = FrozenReader(model).write(PROMPT, rows, max_tokens=9, end_token_id=end)
+    cut = [ids[: ids.index(end)] if end in ids else ids for ids in expected]
+    assert written == cut
+    assert len({len(ids) for ids in cut}) > 1, "the oracle must be worth something"
+
+
+def test_the_mean_loss_is_over_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of different lengths, in batches of different sizes."""
+    monkeypatch.setattr(trainer, "EVALUATION_BATCH", 2)
+    torch.manual_seed(0)
+    reader, projector = FrozenReader(model), Projector(WIDTH, 64, 1)
+    questions = replace(examples(), answers=[*ANSWERS, *ANSWERS[:2]])
+    rows = projector(*map(torch.from_numpy, questions.vectors(np.arange(5)))).detach()
+    logprobs = [whole_logprobs(model, r, a) for r, a in zip(rows, questions.answers, strict=True)]
+    found = mean_loss(reader, projector, questions)
+    assert found == pytest.approx(-float(torch.cat(logprobs).mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
@@ -138,13 +156,16 @@ def examples() -> Examples:
 SETTINGS = ProjectorSettings(epochs=12, batch_size=4, learning_rate=0.02, checkpoint_steps=5)
 
 
-def test_it_learns(model: Any) -> None:
+def test_it_learns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, questions = FrozenReader(model), examples()
     settings = replace(SETTINGS, epochs=30, learning_rate=0.1)
     projector, losses = train_projector(reader, [questions], settings, width=WIDTH)
     assert len(losses) == 60
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    scores = score_examples(reader, projector, questions, CHOICES)
+    monkeypatch.setattr(trainer, "EVALUATION_BATCH", 4)
+    done: list[int] = []
+    scores = score_examples(reader, projector, questions, CHOICES, on_batch=done.append)
+    assert done == [4, 6]
     assert scores.argmax(1).tolist() == [0, 1, 0, 1, 0, 1]
 
 

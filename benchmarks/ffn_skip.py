@@ -97,6 +97,7 @@ def calibrated(
         folder.mkdir(parents=True, exist_ok=True)
         context = RunnerContext(
             job_id="benchmark",
+            owner="benchmark",
             attempt=1,
             spec=parse_spec(spec).model_dump(mode="json", exclude_none=True),
             folder=folder,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from engines.origin import current_origin
 from engines.protocol import (
     AsyncEngine,
     EmbedRequest,
@@ -172,7 +173,7 @@ class EngineClient(AsyncEngine):
         stream = ClientTokenStream(self, request_id)
         self._streams[request_id] = stream
         try:
-            await self._call(lambda call_id: Generate(call_id, request))
+            await self._call(lambda call_id: Generate(call_id, request, current_origin()))
         except EngineError:
             self.forget(request_id)
             raise
@@ -182,12 +183,16 @@ class EngineClient(AsyncEngine):
         return stream
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
-        answer = await self._bulk_call(request.request_id, lambda id_: Embed(id_, request))
+        answer = await self._bulk_call(
+            request.request_id, lambda id_: Embed(id_, request, current_origin())
+        )
         assert isinstance(answer, Embedded)
         return answer.result
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
-        answer = await self._bulk_call(request.request_id, lambda id_: Score(id_, request))
+        answer = await self._bulk_call(
+            request.request_id, lambda id_: Score(id_, request, current_origin())
+        )
         assert isinstance(answer, Scored)
         return answer.result
 
@@ -313,4 +318,6 @@ def _merge(outputs: list[TokenOutput]) -> TokenOutput:
         token_ids=tuple(token_id for o in outputs for token_id in o.token_ids),
         logprobs=tuple(entry for part in logprobs for entry in part) if logprobs else None,
         prompt_logprobs=outputs[0].prompt_logprobs,
+        queue_seconds=outputs[0].queue_seconds,
+        prefill_seconds=outputs[0].prefill_seconds,
     )

@@ -318,6 +318,8 @@ class NativeEngine:
         if not chunks and self._compiling and not outputs:
             self._wait_for_compiler()
         if chunks:
+            for chunk in chunks:
+                self._generations[chunk.request.request_id].begin()
             try:
                 hidden_TH = self._forward(self._model, chunks)
                 logits_SV = self._logits(self._model, chunks, hidden_TH)

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from engines.logs import LEVELS, set_up_logging
+from engines.origin import Origin, caused_by
 from engines.process import die_with_parent, set_openmp_environment
 from engines.protocol import (
     ContinuationScore,
@@ -34,7 +36,6 @@ from engines.protocol import (
     Engine,
     EngineError,
     ErrorCode,
-    GenerateRequest,
     ScoreRequest,
     ScoreResult,
     TokenOutput,
@@ -173,6 +174,21 @@ class _BulkCall:
     call_id: int
     request_id: str
     task: _EmbedTask | _ScoreTask
+    origin: Origin
+    accepted_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that the engine has, whose it is, and what to say of it when it ends."""
+
+    connection: int
+    origin: Origin
+    num_prompt_tokens: int
+    accepted_at: float = field(default_factory=time.monotonic)
+    num_tokens: int = 0
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
 
 @dataclass(slots=True)
@@ -217,7 +233,7 @@ class _EngineThread(threading.Thread):
         self._on_outputs = on_outputs
         self._on_end = on_end
         self._inbox: queue.SimpleQueue[_Command | _Gone | _Stop] = queue.SimpleQueue()
-        self._connection_of: dict[str, int] = {}
+        self._running: dict[str, _Running] = {}
         self._bulk: deque[_BulkCall] = deque()
         self._stop_at: float | None = None
         self._num_failed_steps = 0
@@ -244,7 +260,7 @@ class _EngineThread(threading.Thread):
     def _is_over(self) -> bool:
         if self._stop_at is None:
             return False
-        idle = not self._connection_of and not self._bulk
+        idle = not self._running and not self._bulk
         return idle or time.monotonic() >= self._stop_at
 
     def _drain_inbox(self) -> None:
@@ -264,18 +280,21 @@ class _EngineThread(threading.Thread):
         if isinstance(posted, _Stop):
             self._stop_at = posted.deadline
         elif isinstance(posted, _Gone):
-            owned = [r for r, c in self._connection_of.items() if c == posted.connection]
+            owned = [key for key, r in self._running.items() if r.connection == posted.connection]
             for request_id in owned:
                 self._abort(request_id)
             self._bulk = deque(b for b in self._bulk if b.connection != posted.connection)
         elif isinstance(posted.message, Abort):
             request_id = posted.message.request_id
-            if self._connection_of.get(request_id) == posted.connection:
+            running = self._running.get(request_id)
+            if running is not None and running.connection == posted.connection:
                 self._abort(request_id)
             aborted = (posted.connection, request_id)
             self._bulk = deque(b for b in self._bulk if (b.connection, b.request_id) != aborted)
         else:
-            self._perform(posted.connection, posted.message)
+            origin = Origin() if isinstance(posted.message, Control) else posted.message.origin
+            with caused_by(origin):
+                self._perform(posted.connection, posted.message)
 
     def _perform(self, connection: int, message: "Generate | Embed | Score | Control") -> None:
         call_id = message.call_id
@@ -296,7 +315,7 @@ class _EngineThread(threading.Thread):
     ) -> HostMessage | None:
         """The answer; None where it comes when the last chunk is done."""
         if isinstance(message, Generate):
-            self._submit(connection, message.request)
+            self._submit(connection, message)
             return Done(message.call_id)
         if isinstance(message, Control):
             if message.operation == "stats":
@@ -309,18 +328,36 @@ class _EngineThread(threading.Thread):
         if len(self._bulk) >= MAX_BULK_CALLS:
             raise EngineError("queue_full", f"{MAX_BULK_CALLS} embed and score calls wait already")
         request_id = message.request.request_id
-        self._bulk.append(_BulkCall(connection, message.call_id, request_id, _task(message)))
+        self._bulk.append(
+            _BulkCall(connection, message.call_id, request_id, _task(message), message.origin)
+        )
         return None
 
-    def _submit(self, connection: int, request: GenerateRequest) -> None:
-        if request.request_id in self._connection_of:
+    def _submit(self, connection: int, message: Generate) -> None:
+        request = message.request
+        if request.request_id in self._running:
             raise EngineError("invalid_value", "the request id is in use", "request_id")
         self._engine.submit(request)
-        self._connection_of[request.request_id] = connection
+        num_tokens = len(request.token_ids)
+        self._running[request.request_id] = _Running(connection, message.origin, num_tokens)
 
     def _abort(self, request_id: str) -> None:
-        del self._connection_of[request_id]
+        self._log_end(request_id, self._running.pop(request_id), "abort")
         self._engine.abort(request_id)
+
+    def _log_end(self, request_id: str, running: _Running, finish_reason: str) -> None:
+        fields: dict[str, object] = {
+            "engine_request_id": request_id,
+            "finish_reason": finish_reason,
+            "prompt_tokens": running.num_prompt_tokens,
+            "tokens": running.num_tokens,
+            "seconds": round(time.monotonic() - running.accepted_at, 4),
+        }
+        if running.queue_seconds is not None and running.prefill_seconds is not None:
+            fields["queue_seconds"] = round(running.queue_seconds, 4)
+            fields["prefill_seconds"] = round(running.prefill_seconds, 4)
+        with caused_by(running.origin):
+            logger.info("generated", extra=fields)
 
     def _step(self) -> None:
         try:
@@ -337,7 +374,7 @@ class _EngineThread(threading.Thread):
 
     def _fail_running(self, code: ErrorCode, message: str) -> None:
         """End every request with an error output, and every embed and score call with a refusal."""
-        request_ids = list(self._connection_of)
+        request_ids = list(self._running)
         for request_id in request_ids:
             self._engine.abort(request_id)
         self._send(
@@ -353,31 +390,42 @@ class _EngineThread(threading.Thread):
     def _send(self, outputs: Iterable[TokenOutput]) -> None:
         by_connection: dict[int, list[TokenOutput]] = {}
         for output in outputs:
-            connection = self._connection_of.get(output.request_id)
-            if connection is None:
+            running = self._running.get(output.request_id)
+            if running is None:
                 logger.error("an output for a request that does not run: %s", output.request_id)
                 continue
-            by_connection.setdefault(connection, []).append(output)
+            by_connection.setdefault(running.connection, []).append(output)
+            running.num_tokens += len(output.token_ids)
+            if output.queue_seconds is not None:
+                running.queue_seconds = output.queue_seconds
+                running.prefill_seconds = output.prefill_seconds
             if output.finish_reason is not None:
-                del self._connection_of[output.request_id]
+                del self._running[output.request_id]
+                self._log_end(output.request_id, running, output.finish_reason)
         if by_connection:
             self._on_outputs(by_connection)
 
     def _advance_bulk(self) -> None:
         """One chunk of one call, in turn."""
         call = self._bulk.popleft()
-        answer: HostMessage | None
+        with caused_by(call.origin):
+            answer = self._advance(call)
+            if answer is None:
+                self._bulk.append(call)
+                return
+            seconds = round(time.monotonic() - call.accepted_at, 4)
+            fields = {"engine_request_id": call.request_id, "seconds": seconds}
+            logger.info("answered", extra=fields | {"answer": type(answer).__name__.lower()})
+        self._on_answer(call.connection, answer)
+
+    def _advance(self, call: _BulkCall) -> HostMessage | None:
         try:
-            answer = call.task.advance(self._engine)
+            return call.task.advance(self._engine)
         except EngineError as error:
-            answer = Refused(call.call_id, error.code, error.message, error.param)
+            return Refused(call.call_id, error.code, error.message, error.param)
         except Exception as error:
             logger.exception("an embed or score call failed")
-            answer = Refused(call.call_id, error_code(error), "the engine failed this call", None)
-        if answer is None:
-            self._bulk.append(call)
-        else:
-            self._on_answer(call.connection, answer)
+            return Refused(call.call_id, error_code(error), "the engine failed this call", None)
 
 
 @dataclass(slots=True)
@@ -615,12 +663,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-threads", type=int, help="default: all cores")
     parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
     arguments = parser.parse_args(argv)
     die_with_parent()
     set_openmp_environment()
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s"
-    )
+    set_up_logging(arguments.log_level)
     return run_host(
         lambda report: _load_engine(arguments, report),
         model_id=arguments.model_id,

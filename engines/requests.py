@@ -5,6 +5,7 @@ Shapes: S positions, V vocabulary, H hidden.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -63,6 +64,7 @@ class Generation(SamplingState):
         tau: similarity from which its rows skip feed-forwards; None where none does.
         ffn_rows_skipped, ffn_rows_total: (row, layer) pairs of generated tokens; those that are computed anew after a
             preemption count once, which is what `num_counted_tokens`, positions so far, is for.
+        submitted_at, started_at: when it was accepted, and when its first step began; on the monotonic clock.
     """
 
     request: GenerateRequest
@@ -72,6 +74,8 @@ class Generation(SamplingState):
     ffn_rows_skipped: int = 0
     ffn_rows_total: int = 0
     num_counted_tokens: int = 0
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
 
     @classmethod
     def start(cls, info: EngineInfo, request: GenerateRequest) -> Self:
@@ -92,6 +96,11 @@ class Generation(SamplingState):
     @property
     def max_length(self) -> int:
         return len(self.request.token_ids) + self.request.params.max_tokens
+
+    def begin(self) -> None:
+        """A step computes some of it: the first such ends its wait."""
+        if self.started_at is None:
+            self.started_at = time.monotonic()
 
     def take(self, token_id: int, logits_V: Tensor) -> TokenOutput:
         """Add the chosen token; the output says so, and whether it was the last.
@@ -114,6 +123,11 @@ class Generation(SamplingState):
         if finish_reason is None and len(self.output_ids) >= params.max_tokens:
             finish_reason = "length"
         has_prompt_logprobs = is_first and params.prompt_logprobs is not None
+        queue_seconds: float | None = None
+        prefill_seconds: float | None = None
+        if is_first and self.started_at is not None:
+            queue_seconds = self.started_at - self.submitted_at
+            prefill_seconds = time.monotonic() - self.started_at
         return TokenOutput(
             request_id=self.key,
             token_ids=(token_id,),
@@ -124,6 +138,8 @@ class Generation(SamplingState):
             num_cached_tokens=self.num_cached_tokens,
             ffn_rows_skipped=self.ffn_rows_skipped,
             ffn_rows_total=self.ffn_rows_total,
+            queue_seconds=queue_seconds,
+            prefill_seconds=prefill_seconds,
         )
 
     def prompt_only_output(self) -> TokenOutput:

@@ -221,6 +221,7 @@ class TransformersEngine:
             if num_running and needed > self._kv_cache_bytes:
                 return
             heapq.heappop(self._waiting)
+            running.begin()
             self._decoder.open(running.key, running.max_length)
             self._prefilling.append(running)
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from engines.origin import Origin
 from engines.protocol import (
     EmbedRequest,
     EmbedResult,
@@ -36,16 +37,19 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
 
     call_id: int
     request: GenerateRequest
+    origin: Origin = Origin()
 
 
 class Embed(msgspec.Struct, frozen=True, array_like=True, tag="embed"):
     call_id: int
     request: EmbedRequest
+    origin: Origin = Origin()
 
 
 class Score(msgspec.Struct, frozen=True, array_like=True, tag="score"):
     call_id: int
     request: ScoreRequest
+    origin: Origin = Origin()
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, tag="control"):

@@ -5,7 +5,13 @@ For each node: render the prompt, look the text up in the cache, have the LLM wr
 
 What costs nothing is settled first: equal nodes of a request are one unit of work, cached units need no engine, and a
 unit that another request is working on right now is waited for, not repeated. The work that is left runs with as many
-requests at once as the engine has slots. A failing unit fails its own rows.
+requests at once as the engine has slots, longest texts first, so that no long one is left over at the end; where a
+budget may stop it, in the order of the request. A request has one prompt, so the prompts share their beginning, which
+the engine's prefix cache then holds. A failing unit fails its own rows. Rows are told as they finish.
+
+Of a node's text that is too long, `head` keeps the beginning, `head_tail` the two ends around a mark. `chunk_mean`
+shows the LLM the head, and encodes all of the text: in windows, whose vectors are averaged by their tokens and
+normalised.
 
 Keys hold everything that shapes a value: tenant, texts, prompt body, checkpoint, decoding; nothing cached goes stale.
 Knows engines only by their protocol, and text by `TextModel`; no torch, no HTTP.
@@ -17,15 +23,18 @@ import logging
 import secrets
 import struct
 import unicodedata
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 
 from engines.protocol import (
     AsyncEngine,
+    Constraint,
     EmbedRequest,
     EngineError,
     FinishReason,
@@ -33,7 +42,8 @@ from engines.protocol import (
     SamplingParams,
 )
 from graph.cache import EnrichmentCache, Layer
-from graph.catalog import Prompt, read_answer
+from graph.catalog import Message, Prompt
+from graph.generation import Answer, Written, answer_prompt, check_inputs, max_calls
 from graph.single_flight import SingleFlight
 from graph.store import NodeId
 
@@ -47,12 +57,16 @@ ITEM_STATUSES: tuple[ItemStatus, ...] = (
 )
 Output = Literal["text", "embedding"]
 BudgetName = Literal["max_nodes", "max_tokens", "max_seconds"]
+Priority = Literal["interactive", "training", "bulk"]
+PRIORITIES: dict[Priority, int] = {"interactive": 0, "training": 1, "bulk": 2}
+"""The engine's numbers; 0 is what chat has. Its scheduler lets age make up for them, so that nothing starves."""
+LongText = Literal["head", "head_tail", "chunk_mean"]
+GAP = "\n[…]\n"
+"""Stands in a prompt for the middle that `head_tail` left out."""
 
 SEPARATOR = "\n"
-KEY_VERSION = 2
+KEY_VERSION = 3
 """Raise it when the way from a key's parts to its value changes."""
-PRIORITY = 1
-"""Behind interactive requests, which have 0."""
 EMBED_BATCH = 64
 INLINE_CHARS = 20_000
 """Longer texts are tokenized on a thread, so that the event loop goes on."""
@@ -88,11 +102,19 @@ class TextModel(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnrichNode:
-    """Attributes: neighbors: their texts, best first."""
+    """What a prompt may read of a node.
+
+    Attributes:
+        neighbors: their texts, best first.
+        neighbor_labels: of training nodes only (`generation.training_labels`).
+        variables: by name, all that the prompt has no default for.
+    """
 
     id: NodeId
     text: str
     neighbors: tuple[str, ...] = ()
+    neighbor_labels: tuple[str | None, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +140,8 @@ class EnrichRequest:
     Attributes:
         outputs: what the rows are to hold; a text is written in any case.
         max_tokens: of an answer; None is the prompt's own number.
+        classes: to choose from, for a prompt that has them among its inputs.
+        variables: of the prompt, for every node that has none of its own.
         tenant: nothing is shared between tenants.
     """
 
@@ -129,11 +153,26 @@ class EnrichRequest:
     max_tokens: int | None = None
     budget: EnrichBudget = EnrichBudget()
     tenant: str = ""
+    priority: Priority = "training"
+    long_text: LongText = "head"
+    classes: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises: PromptInputError: it does not give what the prompt reads, or gives what it does not."""
+        own = [node.variables for node in self.nodes]
+        check_inputs(self.prompt, self.classes, self.variables, own)
+
+    def variables_of(self, node: EnrichNode) -> dict[str, str]:
+        """What the prompt's variables are for one node, by name."""
+        given = {**self.prompt.defaults, **self.variables, **node.variables}
+        return {name: given[name] for name in self.prompt.variables}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemError:
-    """Attributes: code: an engine's code, or "empty_text", "empty_output", "budget_exhausted"."""
+    """Attributes: code: an engine's code, or "empty_text", "empty_output", "invalid_output",
+    "budget_exhausted"."""
 
     code: str
     message: str
@@ -145,13 +184,17 @@ class EnrichRow:
 
     Attributes:
         status: "cached" means that no engine worked for this row: cache, an equal node of the request, or a request
-            that was working on it already. "invalid_output": the LLM wrote nothing usable.
-        text: None where not asked for or not there.
+            that was working on it already. "invalid_output": the LLM wrote nothing usable, nor when asked again.
+        text: what is encoded beside the node's own, free of statements of a label; None where not asked for or not
+            there.
+        fields: a JSON answer as it was written; label: the class in it. None for prompts that ask for text.
+        repaired: the LLM was asked twice.
         embedding: float32 little-endian.
         embedding_source: "enriched"; "raw" is the node's own text alone, for an invalid output.
-        tokens_in, tokens_out: of the LLM call that wrote the text, now or when it was cached.
+        tokens_in, tokens_out: of the LLM calls that wrote the text, now or when it was cached.
         finish_reason: "length": the answer was cut at max_tokens.
-        truncated_tokens: tokens cut from the end of the node's and its neighbours' texts to fit the prompt.
+        tokens_spent: of LLM calls made now for this row; equal rows of a request have them once.
+        truncated_tokens: tokens cut from the node's and its neighbours' texts to fit the prompt.
         embedding_truncated_tokens: the same, to fit the encoder.
         neighbors_used: how many neighbours the prompt read.
         content_hash: sha256 of what the row was made from: text, and neighbours if read.
@@ -160,10 +203,14 @@ class EnrichRow:
     node_id: NodeId
     status: ItemStatus
     text: str | None = None
+    fields: dict[str, Any] | None = None
+    label: str | None = None
+    repaired: bool = False
     embedding: bytes | None = None
     embedding_source: Literal["enriched", "raw"] | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+    tokens_spent: int = 0
     finish_reason: FinishReason | None = None
     truncated_tokens: int = 0
     embedding_truncated_tokens: int = 0
@@ -178,6 +225,7 @@ class EnrichUsage:
 
     Attributes:
         prompt_tokens, completion_tokens: of LLM calls made now.
+        prefix_hit_tokens: of the prompt tokens, those that the engine found computed.
         embedding_tokens: encoded now.
         cached_tokens: prompt and completion tokens that rows would have cost without cache and deduplication.
         stopped_by: the budget that ran out first.
@@ -185,6 +233,7 @@ class EnrichUsage:
 
     prompt_tokens: int
     completion_tokens: int
+    prefix_hit_tokens: int
     embedding_tokens: int
     cached_tokens: int
     num_nodes: int
@@ -206,6 +255,35 @@ class EnrichResult:
     dim: int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrichEstimate:
+    """What a request would cost now, without asking a model.
+
+    Attributes:
+        num_distinct: nodes that differ in what the prompt reads of them; the others come for nothing.
+        num_empty: distinct nodes without text.
+        num_cached: distinct nodes whose text is in the cache; num_embeddings_cached: their vector too.
+        num_calls: of the LLM.
+        num_failing: distinct nodes whose prompt does not fit.
+        prompt_tokens: exact, of all calls.
+        completion_tokens: expected: as long as the cached answers are, or as those that this process saw by this
+            prompt; where there are none, as long as an answer may be.
+        seconds: at the speed that this process saw of the model; None where it saw none.
+    """
+
+    num_nodes: int
+    num_distinct: int
+    num_empty: int
+    num_cached: int
+    num_embeddings_cached: int
+    num_calls: int
+    num_failing: int
+    prompt_tokens: int
+    completion_tokens: int
+    max_completion_tokens: int
+    seconds: float | None
+
+
 class EnrichObserver(Protocol):
     """Counts what happens; the service's metrics."""
 
@@ -224,7 +302,7 @@ class UnsuitableModelError(ValueError):
 
 
 class Generation(msgspec.Struct, frozen=True, array_like=True):
-    """What the text layer of the cache holds."""
+    """What the text layer of the cache holds. Attributes: fault: why there is no valid answer."""
 
     text: str
     tokens_in: int
@@ -232,6 +310,10 @@ class Generation(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason
     truncated_tokens: int
     neighbors_used: int
+    fields: dict[str, Any] | None = None
+    label: str | None = None
+    num_calls: int = 1
+    fault: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +360,68 @@ class _Run:
     batcher: "_EmbedBatcher | None"
     max_tokens: int
     ledger: "_Ledger"
+    started: float
+    hashes: list[str] = field(default_factory=list)
     units: dict[bytes, _Unit] = field(default_factory=dict)
+    places: dict[bytes, list[int]] = field(default_factory=dict)
+    finished: "asyncio.Queue[FinishedRows | None]" = field(default_factory=asyncio.Queue)
+    num_by_status: Counter[ItemStatus] = field(default_factory=Counter)
+    row_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+
+FinishedRows = list[tuple[int, EnrichRow]]
+"""Rows, each with its node's place in the request."""
+
+
+class EnrichStream:
+    """A request that has begun. Iterate `batches` once; closing them early aborts what no other request waits for.
+
+    Attributes:
+        request: what was asked.
+        dim: of the embeddings; None without.
+    """
+
+    def __init__(
+        self,
+        run: _Run,
+        work: Callable[[], Awaitable[None]],
+        ended: "Callable[[EnrichRequest, EnrichUsage], None] | None",
+    ) -> None:
+        self._ended = ended
+        self.request = run.request
+        self.dim = None if run.encoder is None else run.encoder.info.hidden_size
+        self._run = run
+        self._work = work
+        self._usage: EnrichUsage | None = None
+
+    @property
+    def usage(self) -> EnrichUsage:
+        """What it cost; there once all batches have been read."""
+        assert self._usage is not None, "the stream has not ended"
+        return self._usage
+
+    async def batches(self) -> AsyncGenerator[FinishedRows, None]:
+        """Every row once, as they finish: those that finish together come together."""
+        finished = self._run.finished
+        task = asyncio.ensure_future(self._work())
+        task.add_done_callback(lambda _: finished.put_nowait(None))
+        try:
+            while (batch := await finished.get()) is not None:
+                while not finished.empty():
+                    more = finished.get_nowait()
+                    if more is None:
+                        finished.put_nowait(None)
+                        break
+                    batch += more
+                yield batch
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._usage = _usage(self._run)
+            if self._ended is not None:
+                self._ended(self.request, self._usage)
 
 
 class Enricher:
@@ -289,6 +432,7 @@ class Enricher:
             of `enrich` is to see where there is none.
         text_for: the same for its tokenizer.
         observer: told of every row and every cache hit.
+        ended: told what a request cost, or what one that was left had cost by then.
     """
 
     def __init__(
@@ -298,13 +442,20 @@ class Enricher:
         text_for: Callable[[str, str], Awaitable[TextModel]],
         cache: EnrichmentCache,
         observer: EnrichObserver | None = None,
+        ended: Callable[[EnrichRequest, EnrichUsage], None] | None = None,
     ) -> None:
+        self._ended = ended
         self._engine_for = engine_for
         self._text_for = text_for
         self._cache = cache
         self._observer = observer
-        self._generations: SingleFlight[Generation] = SingleFlight()
+        self._generations: SingleFlight[tuple[Generation, bool]] = SingleFlight()
         self._embeddings: SingleFlight[Embedding] = SingleFlight()
+        self._pace = _Pace()
+
+    async def model(self, model_id: str, param: str) -> tuple[AsyncEngine, TextModel]:
+        """What serves a model; for sampling, which shares the engines with enrichment."""
+        return await self._engine_for(model_id, param), await self._text_for(model_id, param)
 
     async def enrich(self, request: EnrichRequest) -> EnrichResult:
         """Enrich every node that the budget allows. Cancelling it aborts what no other request waits for.
@@ -312,24 +463,60 @@ class Enricher:
         Raises:
             UnsuitableModelError: a model cannot generate, chat or hold the answer.
         """
-        start = asyncio.get_running_loop().time()
-        run = await self._prepare(request)
-        allowed = request.nodes[: request.budget.nodes]
-        if len(allowed) < len(request.nodes):
-            run.ledger.stopped_by = "max_nodes"
-        keys, hashes = await asyncio.to_thread(_keys, run)
-        for node, key, content_hash in zip(allowed, keys, hashes, strict=False):
-            run.units.setdefault(key, _Unit(key=key, node=node, content_hash=content_hash))
-        await self._work(run)
-        rows = self._rows(run, keys, hashes)
+        stream = await self.stream(request)
+        rows: dict[int, EnrichRow] = {}
+        async with aclosing(stream.batches()) as batches:
+            async for batch in batches:
+                rows.update(batch)
         return EnrichResult(
-            rows=rows,
-            usage=_usage(run, rows, asyncio.get_running_loop().time() - start),
-            dim=None if run.encoder is None else run.encoder.info.hidden_size,
+            rows=tuple(rows[index] for index in range(len(request.nodes))),
+            usage=stream.usage,
+            dim=stream.dim,
         )
 
-    def close(self) -> None:
-        self._cache.close()
+    async def stream(self, request: EnrichRequest) -> EnrichStream:
+        """The same, row by row. What cannot begin raises here; the work begins with the first read.
+
+        Raises:
+            UnsuitableModelError
+        """
+        run = await self._prepare(request)
+        return EnrichStream(run, lambda: self._complete(run), self._ended)
+
+    async def estimate(self, request: EnrichRequest) -> EnrichEstimate:
+        """What it would cost. Tokenizes, and asks no engine for anything but what it is.
+
+        Raises:
+            UnsuitableModelError
+        """
+        run = await self._prepare(request)
+        await self._find_units(run)
+        units = [unit for unit in run.units.values() if _has_text(unit)]
+        cached = await self._cached_generations([unit.key for unit in units])
+        for unit in units:
+            unit.generation = cached.get(unit.key)
+        known = [unit for unit in units if unit.generation is not None]
+        vectors = {}
+        if run.encoder is not None:
+            vectors = await self._cached_embeddings(run, [_embedding_key(run, u) for u in known])
+        missing = [unit for unit in units if unit.generation is None]
+        lengths = await asyncio.to_thread(_prompt_lengths, run, missing)
+        outs = [unit.generation.tokens_out for unit in known if unit.generation is not None]
+        length = sum(outs) / len(outs) if outs else self._pace.answer_tokens(run)
+        prompt_tokens, completion = sum(lengths), round(len(lengths) * length)
+        return EnrichEstimate(
+            num_nodes=sum(map(len, run.places.values())),
+            num_distinct=len(run.units),
+            num_empty=len(run.units) - len(units),
+            num_cached=len(known),
+            num_embeddings_cached=len(vectors),
+            num_calls=len(lengths),
+            num_failing=len(missing) - len(lengths),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion,
+            max_completion_tokens=len(lengths) * run.max_tokens,
+            seconds=self._pace.seconds(run, prompt_tokens + completion) if lengths else 0.0,
+        )
 
     async def _prepare(self, request: EnrichRequest) -> _Run:
         engine = await self._engine_for(request.model, "model")
@@ -343,8 +530,15 @@ class Enricher:
                 f"max_tokens must leave room for a prompt: {request.model} holds "
                 f"{engine.info.max_model_len} tokens, got {max_tokens}",
             )
+        if request.prompt.output["type"] == "json" and "response_format" in engine.info.unsupported:
+            raise UnsuitableModelError(
+                "model",
+                f"{request.model} cannot keep an answer to the schema of {request.prompt.ref}",
+            )
         try:
-            text.encode_chat(request.prompt.fill("", ()))
+            text.encode_chat(
+                request.prompt.fill("", variables=dict.fromkeys(request.prompt.variables, ""))
+            )
         except TextError as error:
             raise UnsuitableModelError("model", f"{request.model}: {error}") from None
         encoder = encoder_text = batcher = None
@@ -361,15 +555,43 @@ class Enricher:
             batcher=batcher,
             max_tokens=max_tokens,
             ledger=_Ledger(request.budget),
+            started=asyncio.get_running_loop().time(),
         )
 
+    async def _find_units(self, run: _Run) -> None:
+        """Equal nodes as one unit each, of the nodes that the budget looks at."""
+        nodes = run.request.nodes[: run.request.budget.nodes]
+        if len(nodes) < len(run.request.nodes):
+            run.ledger.stopped_by = "max_nodes"
+        keys, run.hashes = await asyncio.to_thread(_keys, run)
+        for index, (node, key) in enumerate(zip(nodes, keys, strict=False)):
+            run.units.setdefault(key, _Unit(key=key, node=node, content_hash=run.hashes[index]))
+            run.places.setdefault(key, []).append(index)
+
+    async def _complete(self, run: _Run) -> None:
+        await self._find_units(run)
+        await self._work(run)
+        left = [u for u in run.units.values() if u.skipped]
+        places = [index for unit in left for index in run.places[unit.key]]
+        places += range(sum(map(len, run.places.values())), len(run.request.nodes))
+        self._tell(run, [(index, _skipped_row(run, index)) for index in sorted(places)])
+        self._pace.saw(run)
+
     async def _work(self, run: _Run) -> None:
-        units = [unit for unit in run.units.values() if _has_text(unit)]
+        units = []
+        for unit in run.units.values():
+            if _has_text(unit):
+                units.append(unit)
+            else:
+                self._finish(run, [unit])
         cached = await self._cached_generations([unit.key for unit in units])
         for unit in units:
             unit.generation = cached.get(unit.key)
         known = [unit for unit in units if unit.generation is not None]
-        missing = iter([unit for unit in units if unit.generation is None])
+        left = [unit for unit in units if unit.generation is None]
+        if run.request.budget.tokens is None and run.request.budget.seconds is None:
+            left.sort(key=lambda unit: len(unit.node.text), reverse=True)
+        missing = iter(left)
         for unit in known:
             unit.skipped = False
             self._hit("text")
@@ -390,67 +612,115 @@ class Enricher:
                 run.ledger.stop("max_seconds")
             if unit.generation is not None:
                 group.create_task(self._embed_units(run, [unit]))
+            elif not unit.skipped:
+                self._finish(run, [unit])
             if run.ledger.exhausted:
                 return
 
     async def _generate_unit(self, run: _Run, unit: _Unit) -> None:
         try:
             prompt = await _off_loop(unit.node, lambda: _render(run, unit.node))
-            reserved = len(prompt.token_ids) + run.max_tokens
+            reserved = _most_tokens(run, prompt)
             if not await run.ledger.reserve(reserved):
                 return
             used = 0
             try:
-                generation, led = await self._generations.run(
+                (generation, ran), led = await self._generations.run(
                     unit.key, lambda: self._generate(run, unit.key, prompt)
                 )
-                used = generation.tokens_in + generation.tokens_out if led else 0
+                ran = ran and led
+                used = generation.tokens_in + generation.tokens_out if ran else 0
             finally:
                 run.ledger.settle(reserved, used)
             unit.skipped = False
-            unit.generation, unit.llm_ran = generation, led
+            unit.generation, unit.llm_ran = generation, ran
         except (EngineError, TextError) as error:
             unit.skipped = False
             unit.error = _item_error(error)
 
-    async def _generate(self, run: _Run, key: bytes, prompt: "_Rendered") -> Generation:
-        """Have the LLM write one text; keeps it in the cache. Runs for all requests that wait for it."""
+    async def _generate(
+        self, run: _Run, key: bytes, prompt: "_Rendered"
+    ) -> tuple[Generation, bool]:
+        """Have the LLM write one text, for all requests that wait for it; keeps it in the cache.
+
+        Returns:
+            The text, and whether the LLM ran.
+        """
         again = await self._cached_generations([key])
         if key in again:  # another request finished it after we had looked
-            return again[key]
-        token_ids, finish_reason = await _generate_tokens(
+            return again[key], False
+        answered = await answer_prompt(
+            run.request.prompt,
+            prompt.messages,
+            run.request.classes,
+            run.max_tokens,
+            lambda messages, constraint: self._ask(run, prompt, messages, constraint),
+        )
+        answer = answered.answer or Answer(text="")
+        generation = Generation(
+            text=answer.text,
+            tokens_in=sum(call.tokens_in for call in answered.calls),
+            tokens_out=sum(call.tokens_out for call in answered.calls),
+            finish_reason=answered.calls[-1].finish_reason,
+            truncated_tokens=prompt.truncated_tokens,
+            neighbors_used=prompt.neighbors_used,
+            fields=answer.fields,
+            label=answer.label,
+            num_calls=len(answered.calls),
+            fault=answered.fault,
+        )
+        await self._store("text", key, msgspec.msgpack.encode(generation))
+        return generation, True
+
+    async def _ask(
+        self,
+        run: _Run,
+        prompt: "_Rendered",
+        messages: Sequence[Message],
+        constraint: Constraint | None,
+    ) -> Written | None:
+        """One call of the LLM; None if the request to repair an answer does not fit."""
+        token_ids = prompt.token_ids
+        if messages is not prompt.messages:
+            token_ids = await asyncio.to_thread(run.text.encode_chat, messages)
+            if len(token_ids) + run.max_tokens > min(
+                run.engine.info.max_model_len, _repair_tokens(run, prompt)
+            ):
+                return None
+        written, finish_reason, num_hits = await generate_tokens(
             run.engine,
             GenerateRequest(
                 request_id=f"enrich-{secrets.token_hex(12)}",
-                token_ids=tuple(prompt.token_ids),
+                token_ids=tuple(token_ids),
                 params=_params(run.max_tokens),
-                priority=PRIORITY,
+                priority=PRIORITIES[run.request.priority],
                 tenant=run.request.tenant,
+                constraint=constraint,
             ),
         )
-        generation = Generation(
-            text=read_answer(run.text.decode(token_ids)),
-            tokens_in=len(prompt.token_ids),
-            tokens_out=len(token_ids),
+        run.prefix_hit_tokens += num_hits
+        return Written(
+            text=run.text.decode(written),
+            tokens_in=len(token_ids),
+            tokens_out=len(written),
             finish_reason=finish_reason,
-            truncated_tokens=prompt.truncated_tokens,
-            neighbors_used=prompt.neighbors_used,
         )
-        await self._store("text", key, msgspec.msgpack.encode(generation))
-        return generation
 
     async def _embed_units(self, run: _Run, units: Sequence[_Unit]) -> None:
-        if run.encoder is None or not units:
+        if run.encoder is None:
+            self._finish(run, units)
             return
         keys = [_embedding_key(run, unit) for unit in units]
         cached = await self._cached_embeddings(run, keys)
-        missing = []
+        missing, done = [], []
         for unit, key in zip(units, keys, strict=True):
             unit.embedding = cached.get(key)
             if unit.embedding is None:
                 missing.append(self._embed_unit(run, unit, key))
             else:
                 self._hit("embedding")
+                done.append(unit)
+        self._finish(run, done)
         await asyncio.gather(*missing)
 
     async def _embed_unit(self, run: _Run, unit: _Unit, key: bytes) -> None:
@@ -460,6 +730,7 @@ class Enricher:
             )
         except EngineError as error:
             unit.error = _item_error(error)
+        self._finish(run, [unit])
 
     async def _embed(self, run: _Run, unit: _Unit, key: bytes) -> Embedding:
         assert run.encoder is not None
@@ -468,11 +739,16 @@ class Enricher:
         assert unit.generation is not None
         text, written = normalise(unit.node.text), unit.generation.text
         encoder_text, limit = run.encoder_text, run.encoder.info.max_model_len
-        token_ids, truncated = await _off_loop(
-            unit.node, lambda: _join(encoder_text, text, written, limit)
+        windows, truncated = await _off_loop(
+            unit.node,
+            lambda: _windows(encoder_text, text, written, limit, run.request.long_text),
         )
-        vector = await run.batcher.embed(tuple(token_ids))
-        embedding = Embedding(num_tokens=len(token_ids), truncated_tokens=truncated, vector=vector)
+        batcher = run.batcher
+        vectors = await asyncio.gather(*(batcher.embed(tuple(window)) for window in windows))
+        lengths = [len(window) for window in windows]
+        embedding = Embedding(
+            num_tokens=sum(lengths), truncated_tokens=truncated, vector=_mean(vectors, lengths)
+        )
         await self._store("embedding", key, embedding.pack())
         return embedding
 
@@ -505,22 +781,22 @@ class Enricher:
         if self._observer is not None:
             self._observer.enrich_cache_hit(layer)
 
-    def _rows(
-        self, run: _Run, keys: Sequence[bytes], hashes: Sequence[str]
-    ) -> tuple[EnrichRow, ...]:
-        rows: list[EnrichRow] = []
-        seen: set[bytes] = set()
-        num_allowed = run.request.budget.nodes or len(keys)
-        for index, (node, key, content_hash) in enumerate(
-            zip(run.request.nodes, keys, hashes, strict=True)
-        ):
-            unit = run.units.get(key) if index < num_allowed else None
-            row = _row(run, node, unit, content_hash, first=key not in seen)
-            seen.add(key)
-            rows.append(row)
+    def _finish(self, run: _Run, units: Sequence[_Unit]) -> None:
+        """Tell the rows of units that are done."""
+        rows = []
+        for unit in units:
+            for number, index in enumerate(run.places[unit.key]):
+                rows.append((index, _row(run, index, unit, first=number == 0)))
+        self._tell(run, rows)
+
+    def _tell(self, run: _Run, rows: FinishedRows) -> None:
+        for _, row in rows:
+            run.num_by_status[row.status] += 1
+            run.row_tokens += row.tokens_in + row.tokens_out
             if self._observer is not None:
                 self._observer.enrich_item(row.status)
-        return tuple(rows)
+        if rows:
+            run.finished.put_nowait(rows)
 
 
 def normalise(text: str) -> str:
@@ -547,16 +823,27 @@ def _keys(run: _Run) -> tuple[list[bytes], list[str]]:
         info.checkpoint_hash,
         info.dtype,
         info.max_model_len,  # decides what is cut from a long text
+        request.long_text == "head_tail",  # the other two show the LLM the same
         msgspec.to_builtins(_params(run.max_tokens)),  # greedy: no seed
     )
     keys, hashes = [], []
     for node in request.nodes:
         neighbors = node.neighbors[: request.prompt.max_neighbors]
         content = (_text_hash(node.text), [_text_hash(text) for text in neighbors])
-        content_hash = hashlib.sha256(msgspec.msgpack.encode(content)).hexdigest()
+        content_hash = _digest((*content, *_other_inputs(request, node))).hex()
         hashes.append(content_hash)
         keys.append(_digest(("text", content_hash, shared)))
     return keys, hashes
+
+
+def _other_inputs(request: EnrichRequest, node: EnrichNode) -> list[Any]:
+    """What the prompt reads besides texts; nothing where it reads nothing else."""
+    read: dict[str, Any] = dict(request.variables_of(node))
+    if "neighbor_labels" in request.prompt.inputs:
+        read["neighbor_labels"] = node.neighbor_labels[: request.prompt.max_neighbors]
+    if "classes" in request.prompt.inputs:
+        read["classes"] = request.classes
+    return [read] if read else []
 
 
 def _embedding_key(run: _Run, unit: _Unit) -> bytes:
@@ -570,6 +857,7 @@ def _embedding_key(run: _Run, unit: _Unit) -> bytes:
             KEY_VERSION,
             run.request.tenant,
             joined,
+            run.request.long_text,
             info.checkpoint_hash,
             info.dtype,
             info.max_model_len,
@@ -591,13 +879,17 @@ def _params(max_tokens: int) -> SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rendered:
+    messages: list[Message]
     token_ids: list[int]
     truncated_tokens: int
     neighbors_used: int
 
 
 def _render(run: _Run, node: EnrichNode) -> _Rendered:
-    """The prompt about one node; of long texts the head is kept, first to the prompt's limits, then to the context.
+    """The prompt about one node; long texts are cut, first to the prompt's limits, then to the context.
+
+    Of neighbours' texts and of variables the head is kept. Where a context is too small for all neighbours, the last
+    ones go.
 
     Raises:
         TextError: it does not fit whatever is cut from the node's text.
@@ -608,20 +900,37 @@ def _render(run: _Run, node: EnrichNode) -> _Rendered:
         head, cut = _head(text, text.encode_text(normalise(neighbor)), prompt.max_neighbor_tokens)
         neighbors.append(head if cut else normalise(neighbor))
         truncated += cut
+    variables = {}
+    for name, value in run.request.variables_of(node).items():
+        head, cut = _head(text, text.encode_text(normalise(value)), prompt.max_text_tokens)
+        variables[name] = head if cut else normalise(value)
+        truncated += cut
     whole = normalise(node.text)
     ids = text.encode_text(whole)
     keep = min(len(ids), prompt.max_text_tokens)
     room = run.engine.info.max_model_len - run.max_tokens
     while True:
-        shown = whole if keep == len(ids) else _head(text, ids, keep)[0]
-        token_ids = text.encode_chat(prompt.fill(shown, neighbors))
+        shown = whole if keep == len(ids) else _shown(text, ids, keep, run.request.long_text)
+        messages = prompt.fill(
+            shown,
+            neighbors,
+            neighbor_labels=node.neighbor_labels,
+            classes=run.request.classes,
+            variables=variables,
+        )
+        token_ids = text.encode_chat(messages)
         excess = len(token_ids) - room
         if excess <= 0:
             return _Rendered(
+                messages=messages,
                 token_ids=token_ids,
                 truncated_tokens=truncated + len(ids) - keep,
                 neighbors_used=len(neighbors),
             )
+        if keep <= excess and neighbors:
+            neighbors.pop()
+            keep = min(len(ids), prompt.max_text_tokens)
+            continue
         if keep <= excess:
             raise TextError(
                 f"prompt and answer need {len(token_ids) - keep + run.max_tokens} tokens without the "
@@ -636,20 +945,71 @@ def _head(text: TextModel, token_ids: Sequence[int], max_tokens: int) -> tuple[s
     return text.decode(token_ids[:max_tokens]).rstrip("\ufffd"), cut
 
 
-def _join(
-    encoder_text: TextModel, text: str, written: str, max_tokens: int
-) -> tuple[list[int], int]:
+def _shown(text: TextModel, token_ids: Sequence[int], keep: int, policy: LongText) -> str:
+    """What a prompt shows of a text that it must cut to `keep` tokens."""
+    if policy != "head_tail" or keep < 2:
+        return _head(text, token_ids, keep)[0]
+    tail = text.decode(token_ids[len(token_ids) - keep // 2 :]).lstrip("\ufffd")
+    return _head(text, token_ids, keep - keep // 2)[0] + GAP + tail
+
+
+def _windows(
+    encoder_text: TextModel, text: str, written: str, max_tokens: int, policy: LongText
+) -> tuple[list[list[int]], int]:
     """Tokens of `text + separator + written` for the encoder, and how many were cut.
 
-    The LLM's text is kept whole up to half of the encoder's window, of the node's own the head that fits beside it:
-    cutting the end of the joined text would cut what the LLM added.
+    One window; with `chunk_mean` as many as it takes. The LLM's text is kept whole up to half of the window, of the
+    node's own what fits beside it: cutting the end of the joined text would cut what the LLM added.
     """
     room = max_tokens - len(encoder_text.add_special_tokens([]))
     own = encoder_text.encode_text(text + SEPARATOR if written else text)
     added = encoder_text.encode_text(written) if written else []
-    num_added = max(min(len(added), room // 2), room - len(own))
-    kept = own[: room - min(num_added, len(added))] + added[:num_added]
-    return encoder_text.add_special_tokens(kept), len(own) + len(added) - len(kept)
+    if policy == "chunk_mean":
+        joined = own + added
+        parts = [joined[start : start + room] for start in range(0, len(joined), room)]
+        # Of what has no tokens, such as a zero-width space, the marks alone.
+        return [encoder_text.add_special_tokens(part) for part in parts or [[]]], 0
+    num_added = min(max(min(len(added), room // 2), room - len(own)), len(added))
+    num_own = min(room - num_added, len(own))
+    num_tail = num_own // 2 if policy == "head_tail" and num_own < len(own) else 0
+    kept = own[: num_own - num_tail] + own[len(own) - num_tail :] + added[:num_added]
+    return [encoder_text.add_special_tokens(kept)], len(own) + len(added) - len(kept)
+
+
+def _mean(vectors: Sequence[bytes], lengths: Sequence[int]) -> bytes:
+    """Of several vectors the mean by length, of unit norm; one stays as it is."""
+    if len(vectors) == 1:
+        return vectors[0]
+    rows = np.stack([np.frombuffer(vector, "<f4") for vector in vectors]).astype(np.float64)
+    mean = np.average(rows, axis=0, weights=lengths)
+    norm = float(np.linalg.norm(mean))
+    return (mean / norm if norm > 0 else mean).astype("<f4").tobytes()
+
+
+def _prompt_lengths(run: _Run, units: Sequence[_Unit]) -> list[int]:
+    """Tokens of each prompt; those that do not fit are left out."""
+    lengths = []
+    for unit in units:
+        try:
+            lengths.append(len(_render(run, unit.node).token_ids))
+        except TextError:
+            continue
+    return lengths
+
+
+REPAIR_TOKENS = 256
+"""Most tokens of a request to repair an answer, besides the prompt and the answer."""
+
+
+def _repair_tokens(run: _Run, prompt: _Rendered) -> int:
+    """Most tokens of a repairing call: prompt, broken answer, request, answer."""
+    return len(prompt.token_ids) + 2 * run.max_tokens + REPAIR_TOKENS
+
+
+def _most_tokens(run: _Run, prompt: _Rendered) -> int:
+    """That the calls for one answer may take."""
+    most = len(prompt.token_ids) + run.max_tokens
+    return most if max_calls(run.request.prompt) == 1 else most + _repair_tokens(run, prompt)
 
 
 async def _off_loop(node: EnrichNode, work: Callable[[], T]) -> T:
@@ -659,10 +1019,12 @@ async def _off_loop(node: EnrichNode, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work)
 
 
-async def _generate_tokens(
+async def generate_tokens(
     engine: AsyncEngine, request: GenerateRequest
-) -> tuple[list[int], FinishReason]:
-    """Generated tokens without the one that ended them. A full queue is waited for.
+) -> tuple[list[int], FinishReason, int]:
+    """Generated tokens without the one that ended them, and how many prompt tokens were found computed.
+
+    A full queue is waited for.
 
     Raises:
         EngineError
@@ -677,6 +1039,7 @@ async def _generate_tokens(
             await asyncio.sleep(seconds)
     token_ids: list[int] = []
     finish_reason: FinishReason = "abort"  # of a stream that just ends
+    num_hits = 0
     async with aclosing(stream):  # leaving early aborts the request
         async for output in stream:
             token_ids += output.token_ids
@@ -685,9 +1048,10 @@ async def _generate_tokens(
             if output.finish_reason == "error":
                 raise EngineError(output.error_code or "internal_error", output.error or "")
             finish_reason = output.finish_reason or finish_reason
+            num_hits = max(num_hits, output.num_cached_tokens)
     if finish_reason == "abort":
         raise EngineError("internal_error", "the engine aborted the request")
-    return token_ids, finish_reason
+    return token_ids, finish_reason, num_hits
 
 
 class _EmbedBatcher:
@@ -785,24 +1149,61 @@ class _Ledger:
         self._changed = asyncio.Event()
 
 
+class _Pace:
+    """What this process has seen of how fast models are and how long answers get; the newest runs count most."""
+
+    KEEPS = 0.8
+    """Share that what was seen before keeps when a run ends."""
+
+    def __init__(self) -> None:
+        self._speeds: dict[str, tuple[float, float]] = {}
+        self._answers: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def saw(self, run: _Run) -> None:
+        """A run has ended; one that called no LLM says nothing."""
+        ran = [u.generation for u in run.units.values() if u.generation is not None and u.llm_ran]
+        if not ran:
+            return
+        num_out = sum(generation.tokens_out for generation in ran)
+        num_all = num_out + sum(generation.tokens_in for generation in ran)
+        seconds = asyncio.get_running_loop().time() - run.started
+        checkpoint = run.engine.info.checkpoint_hash
+        prompt = (checkpoint, run.request.prompt.hash)
+        self._add(self._speeds, checkpoint, num_all, seconds)
+        self._add(self._answers, prompt, num_out, len(ran))
+
+    def answer_tokens(self, run: _Run) -> float:
+        seen = self._answers.get((run.engine.info.checkpoint_hash, run.request.prompt.hash))
+        return run.max_tokens if seen is None else min(seen[0] / seen[1], run.max_tokens)
+
+    def seconds(self, run: _Run, num_tokens: int) -> float | None:
+        seen = self._speeds.get(run.engine.info.checkpoint_hash)
+        return None if seen is None else num_tokens * seen[1] / seen[0]
+
+    def _add(self, seen: dict[Any, tuple[float, float]], key: Any, a: float, b: float) -> None:
+        old_a, old_b = seen.get(key, (0.0, 0.0))
+        seen[key] = (self.KEEPS * old_a + a, self.KEEPS * old_b + b)
+
+
 def _item_error(error: EngineError | TextError) -> ItemError:
     if isinstance(error, EngineError):
         return ItemError(code=error.code, message=error.message)
     return ItemError(code="context_length_exceeded", message=str(error))
 
 
-def _row(
-    run: _Run, node: EnrichNode, unit: _Unit | None, content_hash: str, *, first: bool
-) -> EnrichRow:
+def _skipped_row(run: _Run, index: int) -> EnrichRow:
+    message = f"the budget ran out: {run.ledger.stopped_by}"
+    return EnrichRow(
+        node_id=run.request.nodes[index].id,
+        status="skipped_budget",
+        content_hash=run.hashes[index],
+        error=ItemError(code="budget_exhausted", message=message),
+    )
+
+
+def _row(run: _Run, index: int, unit: _Unit, *, first: bool) -> EnrichRow:
     """Args: first: the unit's engine work, if any, was for this row."""
-    if unit is None or unit.skipped:
-        message = f"the budget ran out: {run.ledger.stopped_by}"
-        return EnrichRow(
-            node_id=node.id,
-            status="skipped_budget",
-            content_hash=content_hash,
-            error=ItemError(code="budget_exhausted", message=message),
-        )
+    node, content_hash = run.request.nodes[index], run.hashes[index]
     generation, embedding = unit.generation, unit.embedding
     if generation is None:
         return EnrichRow(
@@ -813,10 +1214,16 @@ def _row(
         node_id=node.id,
         status=status,
         text=(generation.text or None) if "text" in run.request.outputs else None,
+        fields=generation.fields,
+        label=generation.label,
+        repaired=generation.num_calls > 1 and generation.fault is None,
         embedding=None if embedding is None else embedding.vector,
         embedding_source=(None if embedding is None else "enriched" if generation.text else "raw"),
         tokens_in=generation.tokens_in,
         tokens_out=generation.tokens_out,
+        tokens_spent=(
+            generation.tokens_in + generation.tokens_out if first and unit.llm_ran else 0
+        ),
         finish_reason=generation.finish_reason,
         truncated_tokens=generation.truncated_tokens,
         embedding_truncated_tokens=0 if embedding is None else embedding.truncated_tokens,
@@ -830,13 +1237,15 @@ def _outcome(unit: _Unit, *, first: bool) -> tuple[ItemStatus, ItemError | None]
     if unit.error is not None:
         return "failed", unit.error
     assert unit.generation is not None
-    if not unit.generation.text:
+    if unit.generation.fault is not None:
+        return "invalid_output", ItemError(code="invalid_output", message=unit.generation.fault)
+    if not unit.generation.text and unit.generation.fields is None:
         return "invalid_output", ItemError(code="empty_output", message="the answer is empty")
     ran = first and (unit.llm_ran or unit.encoder_ran)
     return ("ok" if ran else "cached"), None
 
 
-def _usage(run: _Run, rows: Sequence[EnrichRow], seconds: float) -> EnrichUsage:
+def _usage(run: _Run) -> EnrichUsage:
     units = list(run.units.values())
     ran = [u.generation for u in units if u.generation is not None and u.llm_ran]
     encoded = [u.embedding for u in units if u.embedding is not None and u.encoder_ran]
@@ -845,14 +1254,11 @@ def _usage(run: _Run, rows: Sequence[EnrichRow], seconds: float) -> EnrichUsage:
     return EnrichUsage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
+        prefix_hit_tokens=run.prefix_hit_tokens,
         embedding_tokens=sum(embedding.num_tokens for embedding in encoded),
-        cached_tokens=sum(row.tokens_in + row.tokens_out for row in rows)
-        - prompt_tokens
-        - completion_tokens,
-        num_nodes=len(rows),
-        num_by_status={
-            status: sum(row.status == status for row in rows) for status in ITEM_STATUSES
-        },
-        seconds=seconds,
+        cached_tokens=run.row_tokens - prompt_tokens - completion_tokens,
+        num_nodes=len(run.request.nodes),
+        num_by_status={status: run.num_by_status[status] for status in ITEM_STATUSES},
+        seconds=asyncio.get_running_loop().time() - run.started,
         stopped_by=run.ledger.stopped_by,
     )

@@ -8,6 +8,7 @@ A graph is a folder `<graphs_dir>/<id>`, made under a hidden name and renamed in
 - `id_order.npy`: int32 permutation that sorts the ids, to find a node by binary search.
 - `edges.npy`: int32 (num_edges, 2), the kept edges as source and target index, sorted.
 - `indptr.npy` int64 (num_nodes + 1,), `indices.npy` int32: CSR of the undirected view, neighbours ascending.
+- `features.npy`: float32 (num_nodes, feature_dim), where the upload had them.
 
 All but the manifest are read memory-mapped. Edges are kept once: in an undirected graph `a,b` and `b,a` are one edge,
 in a directed one they are two. Self-loops are dropped (graph layers add their own). Both are counted in the manifest.
@@ -39,6 +40,7 @@ MAX_EDGES = 50_000_000
 MAX_ID_BYTES = 256
 MAX_TEXT_BYTES = 2**20
 MAX_NAME_CHARS = 200
+MAX_FEATURE_DIM = 16_384
 SPLITS = ("train", "val", "test")
 MANIFEST_NAME = "graph.json"
 FORMAT_VERSION = 1
@@ -50,6 +52,7 @@ NodeId = str | int
 IdType = Literal["string", "int64"]
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
+Float32s = npt.NDArray[np.float32]
 
 
 class GraphNotFoundError(Exception):
@@ -91,6 +94,7 @@ class GraphColumns:
         texts: strings; null is an empty text.
         labels: strings or integers with nulls, or None.
         splits: strings with nulls, or None.
+        features: lists of numbers, of fixed size or not, or None.
     """
 
     ids: Any
@@ -99,6 +103,7 @@ class GraphColumns:
     targets: Any
     labels: Any = None
     splits: Any = None
+    features: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +113,9 @@ class GraphInfo:
     Attributes:
         num_edges: distinct edges without self-loops.
         num_self_loops, num_duplicate_edges: dropped from the upload.
-        content_hash: sha256 of nodes, edges and direction; not of the name.
+        content_hash: sha256 of nodes, edges, direction and features; not of the name.
         request_hash: of the request that made it; guards an idempotency key against another body.
+        feature_dim: None without features.
     """
 
     id: str
@@ -127,6 +133,7 @@ class GraphInfo:
     has_splits: bool
     content_hash: str
     num_bytes: int
+    feature_dim: int | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -138,6 +145,7 @@ class Graph:
         nodes: `pyarrow.RecordBatch` of id, text, label, split.
         indptr, indices: CSR of the undirected view.
         edges: (num_edges, 2) source and target, as uploaded.
+        features: (num_nodes, feature_dim), finite; None where the upload had none.
     """
 
     info: GraphInfo
@@ -146,6 +154,7 @@ class Graph:
     edges: Int32s
     indptr: Int64s
     indices: Int32s
+    features: Float32s | None = None
 
     @property
     def degrees(self) -> Int64s:
@@ -170,24 +179,36 @@ class Graph:
     def texts(self, indices: Sequence[int] | npt.NDArray[Any]) -> list[str]:
         return self._take("text", indices)
 
+    def training_labels(self, indices: Sequence[int] | npt.NDArray[Any] | None = None) -> Any:
+        """Labels of those nodes (None: of all) whose split is `train`, as an Arrow array; null for the others.
+
+        Whoever lets labels reach a prompt or a selection reads them here.
+        """
+        import pyarrow.compute as pc
+
+        labels, splits = self.nodes.column("label"), self.nodes.column("split")
+        if indices is not None:
+            rows = np.asarray(indices, dtype=np.int64)
+            labels, splits = labels.take(rows), splits.take(rows)
+        return pc.if_else(pc.fill_null(pc.equal(splits, "train"), False), labels, None)
+
     def indices_of(self, node_ids: Sequence[NodeId]) -> list[int]:
         """Node index of each id.
 
         Raises:
             UnknownNodeError: at the first id that the graph does not have.
         """
-        return [self._index_of(position, node_id) for position, node_id in enumerate(node_ids)]
-
-    def _index_of(self, position: int, node_id: NodeId) -> int:
+        order = np.asarray(self.id_order)  # a map itself is slow to index one by one
         column = self.nodes.column("id")
+        return [self._index_of(n, node_id, order, column) for n, node_id in enumerate(node_ids)]
+
+    def _index_of(self, position: int, node_id: NodeId, order: Int32s, column: Any) -> int:
         kind = str if self.info.id_type == "string" else int
         if type(node_id) is kind:
             # Strings are sorted by UTF-8 bytes, which is the order of Python's strings.
-            place = bisect.bisect_left(
-                self.id_order, node_id, key=lambda index: column[int(index)].as_py()
-            )
-            if place < len(self.id_order):
-                index = int(self.id_order[place])
+            place = bisect.bisect_left(order, node_id, key=lambda index: column[int(index)].as_py())
+            if place < len(order):
+                index = int(order[place])
                 if column[index].as_py() == node_id:
                     return index
         raise UnknownNodeError(position, node_id)
@@ -248,6 +269,7 @@ class GraphStore:
                 has_splits=columns.splits is not None,
                 content_hash=_content_hash(parts, directed),
                 num_bytes=num_bytes,
+                feature_dim=None if parts.features is None else parts.features.shape[1],
             )
             (folder / MANIFEST_NAME).write_text(json.dumps(asdict(info), indent=1))
             try:
@@ -349,6 +371,7 @@ class _Parts:
     indices: Int32s
     num_self_loops: int
     num_duplicate_edges: int
+    features: Float32s | None
 
 
 def _build(columns: GraphColumns, *, directed: bool) -> _Parts:
@@ -378,6 +401,7 @@ def _build(columns: GraphColumns, *, directed: bool) -> _Parts:
         indices=indices,
         num_self_loops=num_self_loops,
         num_duplicate_edges=num_duplicates,
+        features=_check_features(columns.features, ids),
     )
 
 
@@ -493,6 +517,48 @@ def _check_splits(splits: Any, num_nodes: int) -> Any:
     return splits
 
 
+def _check_features(features: Any, ids: Any) -> Float32s | None:
+    """Features (num_nodes, dim): as many finite numbers for every node."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if features is None or pa.types.is_null(features.type):
+        return None
+    kind = features.type
+    is_list = (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+    value = kind.value_type if is_list else None
+    if value is None or not (pa.types.is_floating(value) or pa.types.is_integer(value)):
+        raise GraphInputError("nodes", f"features must be lists of numbers, got {kind}")
+    assert len(features) == len(ids)
+
+    def refuse(row: int, problem: str) -> GraphInputError:
+        return GraphInputError(
+            f"nodes[{row}].features", f"the features of node {ids[row].as_py()!r:.80} {problem}"
+        )
+
+    missing = _first(features.is_null())
+    if missing is not None:
+        raise refuse(missing, "are missing: all nodes have features, or none has")
+    lengths = np.asarray(pc.list_value_length(features).to_numpy(), dtype=np.int64)
+    dim = int(lengths[0])
+    if not 1 <= dim <= MAX_FEATURE_DIM:
+        raise refuse(0, f"must be 1 to {MAX_FEATURE_DIM} numbers, got {dim}")
+    ragged = np.flatnonzero(lengths != dim)
+    if len(ragged):
+        row = int(ragged[0])
+        raise refuse(row, f"are {lengths[row]} numbers, those of the first node are {dim}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused
+        numbers = features.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    values: Float32s = numbers.reshape(len(ids), dim)
+    finite = np.isfinite(values)  # a null within a list reads as NaN
+    if not finite.all():
+        row, column = (int(place) for place in np.argwhere(~finite)[0])
+        raise refuse(row, f"must be finite in float32, the number at {column} is not")
+    return values
+
+
 def _check_edges(sources: Any, targets: Any, ids: Any) -> Int64s:
     """Edges (num_edges, 2) as node indices."""
     import pyarrow as pa
@@ -569,6 +635,9 @@ def _content_hash(parts: _Parts, directed: bool) -> str:
     for column in parts.nodes.columns:
         _hash_column(digest, column)
     digest.update(np.ascontiguousarray(parts.edges, dtype="<i4").data)
+    if parts.features is not None:  # else the hash is that of a graph from before features
+        digest.update(f"features:{parts.features.shape[1]}:".encode())
+        digest.update(np.ascontiguousarray(parts.features, dtype="<f4").data)
     return digest.hexdigest()
 
 
@@ -598,6 +667,8 @@ def _write_parts(folder: Path, parts: _Parts) -> int:
         writer.write_batch(parts.nodes)
     for name in ("id_order", "edges", "indptr", "indices"):
         np.save(folder / f"{name}.npy", getattr(parts, name), allow_pickle=False)
+    if parts.features is not None:
+        np.save(folder / "features.npy", parts.features, allow_pickle=False)
     total = 0
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -611,8 +682,10 @@ def _open(folder: Path, info: GraphInfo) -> Graph:
 
     with pa.memory_map(str(folder / "nodes.arrow")) as source:
         nodes = pa.ipc.open_file(source).get_batch(0)
+    names = ["id_order", "edges", "indptr", "indices"]
+    if info.feature_dim is not None:
+        names.append("features")
     arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("id_order", "edges", "indptr", "indices")
+        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names
     }
     return Graph(info=info, nodes=nodes, **arrays)

@@ -1,8 +1,8 @@
 """Graphs from uploads: JSON lists, and Parquet and Arrow files, of which hostile ones are refused.
 
-Nodes have columns id, text and optionally label and split; edges have source and target. Other columns are refused by
-name. A file is recognised by its first bytes. It is read in pieces and given up once it holds more rows or more bytes
-than a graph may: a small file can expand to a very large table.
+Nodes have columns id, text and optionally label, split and features (a list of numbers); edges have source and target.
+Other columns are refused by name. A file is recognised by its first bytes. It is read in pieces and given up once it
+holds more rows or more bytes than a graph may: a small file can expand to a very large table.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ MAX_PIECE_BYTES = 2**30
 """Decoded size that a row group or record batch may declare."""
 _ROWS_PER_PIECE = 16_384
 
-_NODE_COLUMNS = {"id": True, "text": True, "label": False, "split": False}
+_NODE_COLUMNS = {"id": True, "text": True, "label": False, "split": False, "features": False}
 _EDGE_COLUMNS = {"source": True, "target": True}
 
 
@@ -33,6 +33,7 @@ def read_columns(nodes: IO[bytes], edges: IO[bytes]) -> GraphColumns:
         texts=node_table["text"],
         labels=node_table.get("label"),
         splits=node_table.get("split"),
+        features=node_table.get("features"),
         sources=edge_table["source"],
         targets=edge_table["target"],
     )
@@ -61,7 +62,10 @@ def _read_table(
                 )
             batches.append(batch)
         table = pa.Table.from_batches(batches, schema)
-        return {name: _one_array(table.column(name), part) for name in schema.names}
+        return {
+            name: _one_array(table.column(name), part, is_features=name == "features")
+            for name in schema.names
+        }
     except (
         pa.ArrowException,
         OSError,
@@ -122,7 +126,7 @@ def _check_columns(names: list[str], part: str, columns: dict[str, bool]) -> Non
         raise GraphInputError(part, f"{part} has two columns of one name")
 
 
-def _one_array(column: Any, part: str) -> Any:
+def _one_array(column: Any, part: str, *, is_features: bool) -> Any:
     """One array of a chunked column; strings with 64-bit offsets, so that any total length fits."""
     import pyarrow as pa
 
@@ -130,7 +134,7 @@ def _one_array(column: Any, part: str) -> Any:
         column = column.cast(column.type.value_type)
     if pa.types.is_string(column.type):
         column = column.cast(pa.large_string())
-    if pa.types.is_nested(column.type):
+    if pa.types.is_nested(column.type) and not is_features:
         raise GraphInputError(part, f"a column of {part} has the nested type {column.type}")
     combined = column.combine_chunks()
     if isinstance(combined, pa.ChunkedArray):
@@ -145,6 +149,7 @@ def columns_from_lists(
     labels: Sequence[NodeId | None],
     splits: Sequence[str | None],
     edges: Sequence[tuple[NodeId, NodeId]],
+    features: Sequence[Sequence[float] | None] = (),
 ) -> GraphColumns:
     """Columns of a graph that came as JSON.
 
@@ -164,11 +169,13 @@ def columns_from_lists(
             )
     has_labels = any(label is not None for label in labels)
     has_splits = any(split is not None for split in splits)
+    has_features = any(row is not None for row in features)
     return GraphColumns(
         ids=pa.array(ids),
         texts=pa.array(texts, pa.large_string()),
         labels=pa.array(labels) if has_labels else None,
         splits=pa.array(splits, pa.string()) if has_splits else None,
+        features=pa.array(features, pa.list_(pa.float64())) if has_features else None,
         sources=pa.array(sources),
         targets=pa.array(targets),
     )

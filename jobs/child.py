@@ -8,14 +8,16 @@ whose lease was lost can do no harm there.
 import errno
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engines.logs import set_up_logging
+from engines.origin import Origin, caused_by
 from engines.process import die_with_parent, set_openmp_environment
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext, finite
 from jobs.store import JsonObject
@@ -23,10 +25,14 @@ from jobs.store import JsonObject
 RUNNERS = {
     "calibrate_skip": "jobs.runners.calibrate_skip:run",
     "compress": "jobs.runners.compress:run",
+    "enrich": "jobs.runners.enrich:run",
     "export": "jobs.runners.export:run",
     "finetune": "jobs.runners.finetune:run",
+    "train_projector": "jobs.runners.train_projector:run",
 }
 MAX_MESSAGE_CHARS = 500
+
+logger = logging.getLogger("lathe.job")
 
 
 def main(argv: list[str]) -> int:
@@ -51,6 +57,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     context = RunnerContext(
         job_id=attempt["job_id"],
+        owner=attempt["owner"],
         attempt=attempt["attempt"],
         spec=attempt["spec"],
         folder=folder,
@@ -58,7 +65,10 @@ def main(argv: list[str]) -> int:
         send=send,
         cancelled=lambda: cancelled,
     )
-    pipe.write(_outcome(context, attempt["runner"]) + "\n")
+    set_up_logging(attempt["log_level"])
+    with caused_by(Origin(**attempt["origin"])):
+        logger.info("attempt %d of %s starts", context.attempt, context.job_id)
+        pipe.write(_outcome(context, attempt["runner"]) + "\n")
     pipe.close()
     return 0
 
@@ -87,7 +97,7 @@ def _outcome(context: RunnerContext, target: str) -> str:
         failed = {"code": error.code, "message": error.message}
         return encode({"failed": failed, "found": error.result})
     except Exception as error:
-        traceback.print_exc()
+        logger.exception("the job failed")
         code, message = _classify(error)
         return encode({"failed": {"code": code, "message": message}})
 

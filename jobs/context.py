@@ -33,6 +33,7 @@ class RunnerContext:
     """One attempt of one job.
 
     Attributes:
+        owner: id of the API key that asked for the job; what it may see, the job may see.
         folder: the job's own; it survives attempts. `artifacts` in it is what the API hands out.
         home: LATHE_HOME.
         send: hands one message to the worker.
@@ -40,6 +41,7 @@ class RunnerContext:
     """
 
     job_id: str
+    owner: str
     attempt: int
     spec: JsonObject
     folder: Path

@@ -1,4 +1,4 @@
-"""What an upload of each purpose must hold, and how text for calibration is read from one.
+"""What an upload of each purpose must hold, and how texts for calibration and nodes are read from one.
 
 JSON lines or, for calibration, Parquet. Read line by line or in pieces: a hostile file costs bounded memory.
 """
@@ -6,8 +6,12 @@ JSON lines or, for calibration, Parquet. Read line by line or in pieces: a hosti
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from graph.enrich import EnrichNode
+from graph.store import MAX_ID_BYTES, MAX_NODES, NodeId
 from jobs.files import UploadPurpose
 from training.data import DataError, read_examples
 
@@ -15,6 +19,20 @@ MAX_CALIBRATION_BYTES = 64 * 2**20
 """Of a calibration file, and of the text in it. A job reads at most a few million tokens of it."""
 MAX_LINE_BYTES = 16 * 2**20
 _ROWS_PER_PIECE = 1024
+
+
+class _NodeLine(msgspec.Struct, forbid_unknown_fields=True):
+    """Limits as in POST /v1/enrich."""
+
+    id: (
+        Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_BYTES)]
+        | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    )
+    text: Annotated[str, msgspec.Meta(max_length=2**20)]
+    neighbors: Annotated[list[str], msgspec.Meta(max_length=1000)] = []
+    variables: dict[
+        Annotated[str, msgspec.Meta(max_length=32)], Annotated[str, msgspec.Meta(max_length=20_000)]
+    ] = {}
 
 
 class FileContentError(ValueError):
@@ -54,6 +72,36 @@ def read_texts(path: Path) -> Iterator[str]:
                 f"the text of a calibration file has at most {MAX_CALIBRATION_BYTES} bytes"
             )
         yield text
+
+
+def read_nodes(path: Path) -> Iterator[EnrichNode]:
+    """The nodes of a file for enrichment: per line `id`, `text` and optionally `neighbors`, texts, best first, and
+    `variables` of the prompt.
+
+    Raises:
+        FileContentError: also for a node with another field, or an id that was there before.
+    """
+    seen: set[NodeId] = set()
+    kind: type | None = None
+    for number, row in _json_lines(path):
+        try:
+            node = msgspec.convert(row, _NodeLine)
+        except msgspec.ValidationError as error:
+            raise FileContentError(str(error), number) from None
+        kind = kind or type(node.id)
+        if type(node.id) is not kind:
+            raise FileContentError("ids must all be strings or all be integers", number)
+        if node.id in seen:
+            raise FileContentError("its id was on a line before", number)
+        if len(seen) == MAX_NODES:
+            raise FileContentError(f"a file has at most {MAX_NODES} nodes", number)
+        seen.add(node.id)
+        yield EnrichNode(
+            id=node.id,
+            text=node.text,
+            neighbors=tuple(node.neighbors),
+            variables=node.variables,
+        )
 
 
 def _line_texts(path: Path) -> Iterator[Any]:
@@ -123,7 +171,12 @@ def _check_calibration(path: Path) -> None:
         raise FileContentError("no line has any text")
 
 
-def _check_batch(path: Path) -> None:
+def read_batch(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and request of each line of a batch: `custom_id`, `method`, `url`, `body`.
+
+    Raises:
+        FileContentError
+    """
     seen: set[str] = set()
     for number, row in _json_lines(path):
         custom_id = row.get("custom_id")
@@ -134,8 +187,14 @@ def _check_batch(path: Path) -> None:
         if custom_id in seen:
             raise FileContentError("its custom_id was on a line before", number)
         seen.add(custom_id)
+        yield number, row
     if not seen:
         raise FileContentError("the file has no line")
+
+
+def _check_batch(path: Path) -> None:
+    for _ in read_batch(path):
+        pass
 
 
 def _check_fine_tune(path: Path) -> None:
@@ -146,9 +205,15 @@ def _check_fine_tune(path: Path) -> None:
         raise FileContentError(error.message, error.line or None) from None
 
 
+def _check_nodes(path: Path) -> None:
+    if not any([True for _ in read_nodes(path)]):  # every line, not the first
+        raise FileContentError("the file has no line")
+
+
 _CHECKS: dict[UploadPurpose, Callable[[Path], None]] = {
     "fine-tune": _check_fine_tune,
     "batch": _check_batch,
     "user_data": lambda path: None,
     "calibration": _check_calibration,
+    "enrich": _check_nodes,
 }

@@ -50,6 +50,8 @@ def created(new: NewJob, now: float) -> Change:
         finished_at=None,
         updated_at=now,
         memory=new.memory,
+        request_id=new.origin.request_id,
+        traceparent=new.origin.traceparent,
     )
     return job, [_status_event(job)]
 

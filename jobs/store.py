@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from engines.origin import Origin, current_origin
 from jobs.states import JobStatus
 
 JsonObject = dict[str, Any]
@@ -45,6 +46,7 @@ class NewJob:
         max_attempts: how many attempts may be lost before the job fails.
         deadline_seconds: most seconds of running per attempt; None is no limit.
         memory: peak bytes by part, as predicted; None where nothing was.
+        origin: the request that asks for it; its ids go along with the job.
     """
 
     id: str
@@ -56,6 +58,7 @@ class NewJob:
     max_attempts: int = 3
     deadline_seconds: float | None = None
     memory: JsonObject | None = None
+    origin: Origin = field(default_factory=current_origin)
 
     def __post_init__(self) -> None:
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
@@ -76,6 +79,7 @@ class Job:
         attempts_lost: attempts whose worker vanished or whose process was killed; one that was given back or
             paused does not count.
         error: {"code", "message"} of a failed job.
+        request_id, traceparent: of the request that created it.
     """
 
     id: str
@@ -102,6 +106,8 @@ class Job:
     updated_at: float
     attempts_lost: int = 0
     memory: JsonObject | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from engines.logs import LEVELS, LogLevel, set_up_logging
+from engines.origin import Origin, caused_by, current_origin
+from engines.tracing import set_up_tracing, shut_down_tracing, span
 from jobs.child import RUNNERS
 from jobs.gpu import GPU_POLICIES, GpuBusyError, GpuPolicy, give_gpu_back, take_gpu
 from jobs.open import STORE_ERRORS, open_job_store
@@ -45,7 +48,7 @@ _PIPE_SECONDS = 5.0
 logger = logging.getLogger("lathe.worker")
 
 
-TRAINING_TYPES = frozenset({"finetune"})
+TRAINING_TYPES = frozenset({"finetune", "train_projector"})
 """Jobs that take the GPU, and that write a checkpoint before they stop."""
 
 
@@ -56,6 +59,7 @@ class WorkerConfig:
     Attributes:
         checkpoint_grace_seconds: for a job of `TRAINING_TYPES` to end its step and write a checkpoint;
             `cancel_grace_seconds` is for the others, and for all of them when the worker stops.
+        log_level: of the jobs' own logs.
         runners: job type to "module:function".
     """
 
@@ -66,6 +70,7 @@ class WorkerConfig:
     cancel_grace_seconds: float = 5.0
     checkpoint_grace_seconds: float = 60.0
     gpu_policy: GpuPolicy = "sleep"
+    log_level: LogLevel = "info"
     runners: Mapping[str, str] = field(default_factory=lambda: dict(RUNNERS))
 
     def __post_init__(self) -> None:
@@ -127,14 +132,26 @@ class Worker:
         return self._store.claim(self._config.name, types, self._config.lease_seconds)
 
     def _run(self, job: Job, claim_at: float, stop: threading.Event) -> None:
+        origin = Origin(job_id=job.id, request_id=job.request_id, traceparent=job.traceparent)
+        about: dict[str, str | int] = {"lathe.job_id": job.id, "lathe.job.attempt": job.attempt}
+        with caused_by(origin), span(f"job {job.type}", about) as traced:
+            status = self._attempt(job, claim_at, stop)
+            traced.describe({"lathe.job.status": status})
+            if status in (JobStatus.FAILED, "lost"):
+                traced.fail(status)
+
+    def _attempt(self, job: Job, claim_at: float, stop: threading.Event) -> str:
+        """What the job became, or "lost"."""
         logger.info("job %s attempt %d starts", job.id, job.attempt)
+        attempt = _Attempt(self._store, self._config, job, claim_at, stop)
         try:
-            _Attempt(self._store, self._config, job, claim_at, stop).run()
+            attempt.run()
         except StaleLeaseError as error:
             logger.warning("lost a lease: %s", error)
         except Exception:  # the lease runs out, and the job is tried again
             logger.exception("job %s: the attempt failed in the worker itself", job.id)
             stop.wait(IDLE_SECONDS)
+        return attempt.ended_as or "lost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +165,11 @@ class _Verdict:
 
 
 class _Attempt:
-    """One attempt at one job. Owned by one thread; another only fills `_messages`."""
+    """One attempt at one job. Owned by one thread; another only fills `_messages`.
+
+    Attributes:
+        ended_as: what the store was told; None until then.
+    """
 
     def __init__(
         self,
@@ -158,6 +179,7 @@ class _Attempt:
         claim_at: float,
         stop: threading.Event,
     ) -> None:
+        self.ended_as: JobStatus | None = None
         self._store = store
         self._config = config
         self._job = job
@@ -216,11 +238,14 @@ class _Attempt:
         self._folder.mkdir(parents=True, exist_ok=True)
         attempt = {
             "job_id": self._job.id,
+            "owner": self._job.owner,
             "attempt": self._job.attempt,
             "spec": self._job.spec,
             "folder": str(self._folder),
             "home": str(self._config.home),
             "runner": self._config.runners[self._job.type],
+            "origin": asdict(current_origin()),
+            "log_level": self._config.log_level,
         }
         # A job has no business with the store, so it is not told where it is.
         environment = {k: v for k, v in os.environ.items() if k != "LATHE_REDIS_URL"}
@@ -402,7 +427,7 @@ class _Attempt:
         while True:
             try:
                 self._report()
-                self._end(verdict)
+                self.ended_as = self._end(verdict)
                 logger.info(
                     "job %s attempt %d: %s", self._job.id, self._job.attempt, verdict.status
                 )
@@ -419,7 +444,7 @@ class _Attempt:
                 self._stop.wait(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
-    def _end(self, verdict: _Verdict) -> None:
+    def _end(self, verdict: _Verdict) -> JobStatus:
         try:
             self._store.finish(
                 self._job.id,
@@ -434,6 +459,8 @@ class _Attempt:
             if error.current != JobStatus.CANCELLING:
                 raise
             self._store.finish(self._job.id, self._job.fencing, JobStatus.CANCELLED, reason="user")
+            return JobStatus.CANCELLED
+        return verdict.status
 
     def _verdict(self, returncode: int | None) -> _Verdict:
         outcome = self._outcome
@@ -488,8 +515,12 @@ def run_until_signal(store: JobStore, config: WorkerConfig) -> None:
     store.close()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one worker until SIGTERM or SIGINT. Redis is used where LATHE_REDIS_URL is set."""
+def main(argv: list[str] | None = None, runners: Mapping[str, str] | None = None) -> int:
+    """Run one worker until SIGTERM or SIGINT. Redis is used where LATHE_REDIS_URL is set.
+
+    Args:
+        runners: of job types that rooms above this one bring along.
+    """
     parser = argparse.ArgumentParser(prog="lathe worker")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--lease-seconds", type=float, default=60.0)
@@ -497,8 +528,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cancel-grace-seconds", type=float, default=5.0)
     parser.add_argument("--checkpoint-grace-seconds", type=float, default=60.0)
     parser.add_argument("--gpu-policy", choices=GPU_POLICIES, default="sleep")
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    parser.add_argument("--otlp-endpoint")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", level="INFO")
+    set_up_logging(arguments.log_level)
+    set_up_tracing("worker", arguments.otlp_endpoint)
     config = WorkerConfig(
         home=arguments.home,
         lease_seconds=arguments.lease_seconds,
@@ -506,9 +540,12 @@ def main(argv: list[str] | None = None) -> int:
         cancel_grace_seconds=arguments.cancel_grace_seconds,
         checkpoint_grace_seconds=arguments.checkpoint_grace_seconds,
         gpu_policy=arguments.gpu_policy,
+        log_level=arguments.log_level,
+        runners={**RUNNERS, **(runners or {})},
     )
     store = open_job_store(arguments.home / "lathe.db", os.environ.get("LATHE_REDIS_URL"))
     run_until_signal(store, config)
+    shut_down_tracing()
     return 0
 
 

@@ -314,7 +314,8 @@ def limit_log(path: Path) -> None:
 
 
 def last_line(path: Path, start: int) -> str:
-    """The last line of text written after byte `start`, status lines aside, cut to a readable length."""
+    """What was last written after byte `start`, status lines aside, cut to a readable length. Of a line of our own
+    log it is the message, or the exception that goes with it."""
     if not path.exists():
         return ""
     size = path.stat().st_size
@@ -322,7 +323,18 @@ def last_line(path: Path, start: int) -> str:
         file.seek(max(min(start, size), size - 16384))
         lines = [line.strip() for line in file.read().splitlines()]
     said = next((line for line in reversed(lines) if line and parse_status(line) is None), b"")
-    return said.decode(errors="replace")[:MAX_ERROR_CHARS]
+    return _message(said.decode(errors="replace"))[:MAX_ERROR_CHARS]
+
+
+def _message(line: str) -> str:
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(fields, dict) or not isinstance(fields.get("message"), str):
+        return line
+    exception = str(fields.get("exception", "")).strip()
+    return exception.splitlines()[-1] if exception else fields["message"]
 
 
 def describe_exit(code: int) -> str:

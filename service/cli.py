@@ -165,9 +165,11 @@ def worker(home: Path | None) -> None:
     """
     from engines.process import set_openmp_environment
     from jobs import worker as jobs_worker
+    from service.batches import JOB_TYPE, RUNNER
 
     set_openmp_environment()
-    sys.exit(jobs_worker.main(worker_arguments(load_settings(home=home))))
+    arguments = worker_arguments(load_settings(home=home))
+    sys.exit(jobs_worker.main(arguments, {JOB_TYPE: RUNNER}))
 
 
 def worker_arguments(settings: "Settings") -> list[str]:
@@ -178,6 +180,8 @@ def worker_arguments(settings: "Settings") -> list[str]:
         *("--cancel-grace-seconds", str(settings.job_cancel_grace_seconds)),
         *("--checkpoint-grace-seconds", str(settings.job_checkpoint_grace_seconds)),
         *("--gpu-policy", settings.job_gpu_policy),
+        *("--log-level", settings.log_level),
+        *(("--otlp-endpoint", settings.otlp_endpoint) if settings.otlp_endpoint else ()),
     ]
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from compression.registry import ModelRegistry
 from jobs.files import FileStore
 from jobs.store import JobStore
+from jobs.usage import UsageStore
 from service.auth import Identity, KeyStore, Role, authenticate
 from service.engine_pool import EnginePool
 from service.errors import ApiError
@@ -19,8 +20,10 @@ from service.settings import Settings
 from service.tokenizers import TokenizerCache
 
 if TYPE_CHECKING:
+    from graph.cache import EnrichmentCache
     from graph.enrich import Enricher
     from graph.store import GraphStore
+    from graph.text_vectors import TextVectors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,8 +39,11 @@ class AppState:
     metrics: Metrics
     tokenizers: TokenizerCache
     graphs: "GraphStore"
+    cache: "EnrichmentCache"
     enricher: "Enricher"
+    text_vectors: "TextVectors"
     limits: RateLimits | None = None
+    usage: UsageStore | None = None
     started_at: float = field(default=0.0)
 
 

@@ -1,8 +1,10 @@
 """Enrichment as HTTP sees it: request options, JSON rows, content negotiation, and which engines it uses."""
 
 import asyncio
-import base64
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,37 +13,45 @@ from fastapi.responses import Response
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from engines.protocol import AsyncEngine
-from graph import arrow_stream
+from graph import arrow_stream, user_prompts
+from graph.arrow_stream import EmbeddingDtype
 from graph.cache import EnrichmentCache
-from graph.catalog import Prompt, PromptNotFoundError, default_catalog
+from graph.catalog import Prompt, PromptNotFoundError
 from graph.enrich import (
-    ITEM_STATUSES,
     EnrichBudget,
     Enricher,
     EnrichNode,
     EnrichRequest,
     EnrichResult,
     EnrichRow,
-    EnrichUsage,
+    EnrichStream,
     ItemStatus,
-    TextError,
+    LongText,
+    Priority,
     TextModel,
     UnsuitableModelError,
 )
-from graph.store import MAX_ID_BYTES
+from graph.generation import PromptInputError
+from graph.json_rows import json_row, json_usage
+from graph.served_text import ServedText
+from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
+from graph.text_vectors import TextVectors
+from graph.user_prompts import UserPrompts
+from jobs.usage import UsageStore, seconds_per_token
 from service.auth import Identity
-from service.chat_template import ChatTemplateError
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import cancel_on_disconnect
-from service.settings import DEFAULT_MODEL, Settings
-from service.tokenizers import ModelText, TokenizerCache
+from service.settings import DEFAULT_MODEL
+from service.sse import ChunkedResponse
+from service.tokenizers import TokenizerCache
 
 MAX_NODES_PER_REQUEST = 1024
 MAX_ANSWER_TOKENS = 1024
 JSON = "application/json"
+NDJSON = "application/x-ndjson"
 
 
 def _string_or_integer(value: object, *, min_chars: int) -> str | int:
@@ -78,6 +88,11 @@ LabelField = Annotated[str | int, PlainValidator(_label), _either(0)]
 Outputs = list[Literal["text", "embedding"]]
 
 
+ClassName = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES)]
+VariableName = Annotated[str, Field(max_length=32)]
+VariableText = Annotated[str, Field(max_length=20_000)]
+
+
 class BudgetBody(RequestModel):
     """The first limit that is reached stops the run; what was not done is `skipped_budget`."""
 
@@ -90,8 +105,8 @@ class BudgetBody(RequestModel):
     )
 
 
-class EnrichOptions(RequestModel):
-    """What the two enrich routes have in common."""
+class EnrichChoices(RequestModel):
+    """How to enrich, whatever is enriched and whenever."""
 
     prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")
     model: str = Field(default=DEFAULT_MODEL, max_length=100)
@@ -104,14 +119,34 @@ class EnrichOptions(RequestModel):
     max_tokens: int | None = Field(
         default=None, ge=1, le=MAX_ANSWER_TOKENS, description="Of an answer; the prompt's own."
     )
-    long_text: Literal["head"] = Field(
-        default="head", description="Which part of a text that is too long is kept."
+    long_text: LongText = Field(
+        default="head",
+        description="Of a text that is too long: its beginning; its beginning and its end; or, for the embedding, "
+        "the mean of all its pieces (the LLM is shown the beginning).",
+    )
+    classes: list[ClassName] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="For a prompt that chooses among classes; of a graph by default its training nodes' labels.",
+    )
+    variables: dict[VariableName, VariableText] = Field(
+        default={}, description="Of the prompt, for every node that does not give its own."
+    )
+    priority: Priority = Field(
+        default="training", description="Among requests to one model; age makes up for it."
     )
     budget: BudgetBody = BudgetBody()
+
+
+class EnrichOptions(EnrichChoices):
+    """What the two enrich routes have in common."""
+
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="Of embeddings in JSON; base64 is of little-endian values."
     )
-    embedding_dtype: Literal["float32", "float16"] = "float32"
+    embedding_dtype: EmbeddingDtype = "float32"
+    stream: bool = Field(default=False, description="Rows as they finish: NDJSON or Arrow.")
 
 
 class ItemErrorBody(ResponseModel):
@@ -125,6 +160,11 @@ class EnrichItem(ResponseModel):
     node_id: str | int
     status: ItemStatus
     text: str | None
+    fields: dict[str, Any] | None = Field(description="A JSON answer as it was written.")
+    label: str | None = Field(
+        description="The class that a JSON answer chooses; never part of text."
+    )
+    repaired: bool = Field(description="The first answer was not valid, the second was.")
     embedding: list[float] | str | None
     embedding_source: Literal["enriched", "raw"] | None = Field(
         description="raw: of the node's own text alone, because the LLM wrote nothing usable."
@@ -148,6 +188,9 @@ class EnrichUsageBody(ResponseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prefix_hit_tokens: int = Field(
+        description="Of the prompt tokens, those that the engine had computed before."
+    )
     embedding_tokens: int
     cached_tokens: int = Field(description="What rows would have cost without the cache.")
     num_nodes: int
@@ -162,48 +205,76 @@ class EnrichResponse(ResponseModel):
     usage: EnrichUsageBody
 
 
+class EnrichEstimateBody(ResponseModel):
+    """What an enrichment would cost now."""
+
+    object: Literal["enrich.estimate"] = "enrich.estimate"
+    num_nodes: int = Field(description="Those that max_nodes lets through.")
+    num_distinct: int = Field(description="Nodes that differ in what the prompt reads of them.")
+    dedupe_ratio: float = Field(description="Share of nodes that are equal to another one.")
+    num_empty: int = Field(description="Distinct nodes without text, which fail.")
+    num_cached: int = Field(description="Distinct nodes whose text is in the cache.")
+    num_embeddings_cached: int = Field(description="Distinct nodes whose vector is, too.")
+    num_calls: int = Field(description="Of the LLM.")
+    num_failing: int = Field(description="Distinct nodes whose prompt does not fit.")
+    prompt_tokens: int = Field(description="Of all calls; exact.")
+    completion_tokens: int = Field(
+        description="Expected: by the cached answers, by what this prompt was answered lately, or the most."
+    )
+    max_completion_tokens: int
+    total_tokens: int
+    seconds: float | None = Field(
+        description="At the speed last seen of this model, or by the device time of all its tokens so far; null where "
+        "there were none."
+    )
+    cost: float | None = Field(
+        description="By the server's cost_per_million_tokens; null where it names none."
+    )
+
+
 ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One row per node, in their order.",
-        "content": {arrow_stream.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+        "content": {
+            arrow_stream.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+            NDJSON: {"schema": {"type": "string"}},
+        },
     }
 }
 
 
-class ServedText(TextModel):
-    """A registered model's tokenizer and chat template, as enrichment uses them."""
-
-    def __init__(self, text: ModelText) -> None:
-        self._tokenizer = text.tokenizer
-        self._template = text.chat_template
-        bare = self._tokenizer.encode("a")
-        marked = self._tokenizer.encode("a", add_special_tokens=True)
-        starts = range(len(marked) - len(bare) + 1)
-        start = next(i for i in starts if marked[i : i + len(bare)] == bare)
-        self._before, self._after = marked[:start], marked[start + len(bare) :]
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if self._template is None:
-            raise TextError("the model has no chat template")
-        try:
-            return self._tokenizer.encode_segments(self._template.render(messages))
-        except ChatTemplateError as error:
-            raise TextError(str(error)) from error
-
-    def encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
-
-    def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        return [*self._before, *token_ids, *self._after]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
 def build_enricher(
-    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache, metrics: Metrics
+    engines: EnginePool,
+    tokenizers: TokenizerCache,
+    cache: EnrichmentCache,
+    metrics: Metrics,
+    usage: UsageStore,
 ) -> Enricher:
-    """The enricher of one application; its cache file is opened when first needed."""
+    """The enricher of one application."""
+    engine_for, text_for = _lookups(engines, tokenizers)
+    return Enricher(
+        engine_for=engine_for,
+        text_for=text_for,
+        cache=cache,
+        observer=metrics,
+        ended=usage.enriched,
+    )
+
+
+def build_text_vectors(
+    engines: EnginePool, tokenizers: TokenizerCache, cache: EnrichmentCache
+) -> TextVectors:
+    """Vectors of nodes, kept in the cache that enrichment uses too."""
+    engine_for, text_for = _lookups(engines, tokenizers)
+    return TextVectors(engine_for=engine_for, text_for=text_for, cache=cache)
+
+
+def _lookups(
+    engines: EnginePool, tokenizers: TokenizerCache
+) -> tuple[
+    Callable[[str, str], Awaitable[AsyncEngine]], Callable[[str, str], Awaitable[TextModel]]
+]:
+    """Engine and text of a model, given its id and the field that named it."""
 
     async def engine_for(model_id: str, param: str) -> AsyncEngine:
         try:
@@ -212,25 +283,60 @@ def build_enricher(
             raise ApiError(error.code, error.message, param) from error
 
     async def text_for(model_id: str, param: str) -> TextModel:
-        return ServedText(await tokenizers.get(engines.entry(model_id)))
+        text = await tokenizers.get(engines.entry(model_id))
+        return ServedText(text.tokenizer, text.chat_template)
 
-    return Enricher(
-        engine_for=engine_for,
-        text_for=text_for,
-        cache=EnrichmentCache(settings.cache_database),
-        observer=metrics,
-    )
+    return engine_for, text_for
 
 
-def find_prompt(ref: str) -> Prompt:
-    """Raises: ApiError: prompt_not_found."""
+def find_prompt(ref: str, state: AppState, identity: Identity, param: str = "prompt") -> Prompt:
+    """A prompt of Lathe, or one of the caller's own.
+
+    Raises:
+        ApiError: prompt_not_found.
+    """
     try:
-        return default_catalog().get(ref)
-    except PromptNotFoundError:
-        known = ", ".join(prompt.id for prompt in default_catalog().prompts())
+        return user_prompts.find_prompt(
+            UserPrompts(state.settings.prompts_dir), identity.tenant, ref
+        )
+    except PromptNotFoundError as error:
+        raise ApiError("prompt_not_found", error.args[0], param) from None
+
+
+def open_graph(
+    state: AppState, identity: Identity, graph_id: str, param: str | None = None
+) -> Graph:
+    """Raises: ApiError: graph_not_found."""
+    try:
+        return state.graphs.get(graph_id, identity.tenant)
+    except GraphNotFoundError:
+        raise graph_not_found(graph_id, param) from None
+
+
+def graph_not_found(graph_id: str, param: str | None = None) -> ApiError:
+    return ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist", param)
+
+
+def find_nodes(graph: Graph, node_ids: list[NodeId]) -> list[int]:
+    """Raises: ApiError: the graph has no such node, or it is named twice."""
+    try:
+        indices = graph.indices_of(node_ids)
+    except UnknownNodeError as error:
         raise ApiError(
-            "prompt_not_found", f"the prompt {ref!r} does not exist; there are: {known}", "prompt"
+            "invalid_value",
+            f"the graph has no node {error.node_id!r:.80}",
+            f"node_ids[{error.position}]",
         ) from None
+    seen: set[int] = set()
+    for position, index in enumerate(indices):
+        if index in seen:
+            raise ApiError(
+                "invalid_value",
+                f"node {node_ids[position]!r:.80} is named twice",
+                f"node_ids[{position}]",
+            )
+        seen.add(index)
+    return indices
 
 
 async def answer_enrich(
@@ -240,31 +346,20 @@ async def answer_enrich(
     body: EnrichOptions,
     prompt: Prompt,
     nodes: tuple[EnrichNode, ...],
+    classes: tuple[str, ...] = (),
 ) -> Response:
     """Enrich nodes for a request, and answer in the form that it accepts.
 
     Raises:
         ApiError: not_acceptable, a model that cannot serve, the client has gone.
     """
-    media_type = negotiate(request.headers.get("accept"))
-    if len(set(body.return_)) < len(body.return_):
-        raise ApiError("invalid_value", "return names a part twice", "return")
-    limit = state.settings.request_timeout_seconds
-    enrich = EnrichRequest(
-        nodes=nodes,
-        prompt=prompt,
-        model=body.model,
-        embedding_model=body.embedding_model or state.settings.embedding_model,
-        outputs=frozenset(body.return_),
-        max_tokens=body.max_tokens,
-        budget=EnrichBudget(
-            nodes=body.budget.max_nodes,
-            tokens=body.budget.max_tokens,
-            seconds=min(body.budget.max_seconds or limit, limit),
-        ),
-        tenant=identity.tenant,
-    )
+    media_type = negotiate(request.headers.get("accept"), stream=body.stream)
+    enrich = enrich_request(state, identity, body, prompt, nodes, classes)
     try:
+        if media_type == NDJSON or body.stream:
+            stream = await state.enricher.stream(enrich)
+            encode = _ndjson if media_type == NDJSON else _arrow_batches
+            return ChunkedResponse(encode(stream, body), _nothing, media_type=media_type)
         result = await cancel_on_disconnect(request, state.enricher.enrich(enrich))
     except UnsuitableModelError as error:
         raise ApiError("invalid_value", error.message, error.param) from error
@@ -272,22 +367,93 @@ async def answer_enrich(
     return Response(content, media_type=media_type)
 
 
-def negotiate(accept: str | None) -> str:
-    """The media type of an answer: JSON unless the client prefers Arrow.
+async def estimate_enrich(
+    state: AppState,
+    identity: Identity,
+    body: EnrichChoices,
+    prompt: Prompt,
+    nodes: tuple[EnrichNode, ...],
+    classes: tuple[str, ...] = (),
+) -> EnrichEstimateBody:
+    """Raises: ApiError."""
+    request = enrich_request(state, identity, body, prompt, nodes, classes)
+    try:
+        estimate = await state.enricher.estimate(request)
+    except UnsuitableModelError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    total = estimate.prompt_tokens + estimate.completion_tokens
+    if (
+        estimate.seconds is None and state.usage is not None
+    ):  # other processes, or an earlier one, may have seen some
+        pace = seconds_per_token(await asyncio.to_thread(state.usage.read, None), body.model)
+        estimate = replace(estimate, seconds=None if pace is None else total * pace)
+    price = state.settings.cost_per_million_tokens
+    return EnrichEstimateBody(
+        **asdict(estimate),
+        dedupe_ratio=1 - estimate.num_distinct / estimate.num_nodes,
+        total_tokens=total,
+        cost=None if price is None else total * price / 1e6,
+    )
+
+
+def enrich_request(
+    state: AppState,
+    identity: Identity,
+    body: EnrichChoices,
+    prompt: Prompt,
+    nodes: tuple[EnrichNode, ...],
+    classes: tuple[str, ...] = (),
+) -> EnrichRequest:
+    """The request of a body.
+
+    Args:
+        classes: of the graph, where the body names none.
+
+    Raises:
+        ApiError: return names a part twice, or the prompt reads other inputs.
+    """
+    if len(set(body.return_)) < len(body.return_):
+        raise ApiError("invalid_value", "return names a part twice", "return")
+    limit = state.settings.request_timeout_seconds
+    try:
+        return EnrichRequest(
+            nodes=nodes,
+            prompt=prompt,
+            model=body.model,
+            embedding_model=body.embedding_model or state.settings.embedding_model,
+            outputs=frozenset(body.return_),
+            max_tokens=body.max_tokens,
+            budget=EnrichBudget(
+                nodes=body.budget.max_nodes,
+                tokens=body.budget.max_tokens,
+                seconds=min(body.budget.max_seconds or limit, limit),
+            ),
+            tenant=identity.tenant,
+            priority=body.priority,
+            long_text=body.long_text,
+            classes=classes if body.classes is None else tuple(body.classes),
+            variables=body.variables,
+        )
+    except PromptInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+
+
+def negotiate(accept: str | None, *, stream: bool) -> str:
+    """The media type of an answer: JSON, or NDJSON for a stream, unless the client prefers another.
 
     Raises:
         ApiError: not_acceptable.
     """
+    offered = (
+        (NDJSON, arrow_stream.MEDIA_TYPE) if stream else (JSON, arrow_stream.MEDIA_TYPE, NDJSON)
+    )
     if accept is None or not accept.strip():
-        return JSON
-    weights = {JSON: 0.0, arrow_stream.MEDIA_TYPE: 0.0}
-    for offered in weights:
-        weights[offered] = _weight(accept, offered)
-    best = max(weights, key=lambda offered: weights[offered])  # JSON where they are equal
+        return offered[0]
+    weights = {media_type: _weight(accept, media_type) for media_type in offered}
+    best = max(offered, key=lambda media_type: weights[media_type])  # the first of equals
     if weights[best] <= 0:
-        raise ApiError(
-            "not_acceptable", f"Accept must allow {JSON} or {arrow_stream.MEDIA_TYPE}", "Accept"
-        )
+        what = "a stream is" if stream else "an enrichment is"
+        raise ApiError("not_acceptable", f"{what} one of: {', '.join(offered)}", "Accept")
     return best
 
 
@@ -314,53 +480,56 @@ def _quality(parameters: list[str]) -> float:
     return 1.0
 
 
+async def _nothing() -> None:
+    """The generators free all there is when they are closed."""
+
+
+async def _ndjson(stream: EnrichStream, body: EnrichOptions) -> AsyncGenerator[bytes, None]:
+    """A line per row as it finishes, then one with the usage."""
+    async with aclosing(stream.batches()) as batches:
+        async for batch in batches:
+            yield b"".join(
+                msgspec.json.encode(_item(stream.request, row, body)) + b"\n" for _, row in batch
+            )
+    yield msgspec.json.encode({"usage": json_usage(stream.usage)}) + b"\n"
+
+
+async def _arrow_batches(stream: EnrichStream, body: EnrichOptions) -> AsyncGenerator[bytes, None]:
+    """A record batch whenever rows have finished, then an empty one with the usage."""
+    sink = io.BytesIO()
+    writer = arrow_stream.ArrowWriter(
+        sink,
+        stream.request,
+        node_id=stream.request.nodes[0].id,
+        dim=stream.dim,
+        dtype=body.embedding_dtype,
+    )
+    async with aclosing(stream.batches()) as batches:
+        async for batch in batches:
+            writer.write([row for _, row in batch])
+            yield _taken(sink)
+    writer.write([], json_usage(stream.usage))
+    writer.close()
+    yield _taken(sink)
+
+
+def _taken(sink: io.BytesIO) -> bytes:
+    data = sink.getvalue()
+    sink.seek(0)
+    sink.truncate()
+    return data
+
+
 def _encode(
     media_type: str, request: EnrichRequest, result: EnrichResult, body: EnrichOptions
 ) -> bytes:
-    usage = _usage(result.usage)
+    usage = json_usage(result.usage)
     if media_type == arrow_stream.MEDIA_TYPE:
         return arrow_stream.encode_stream(request, result, usage, body.embedding_dtype)
     data = [_item(request, row, body) for row in result.rows]
     return msgspec.json.encode({"object": "list", "data": data, "usage": usage})
 
 
-def _usage(usage: EnrichUsage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "embedding_tokens": usage.embedding_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "num_nodes": usage.num_nodes,
-        "num_by_status": {status: usage.num_by_status[status] for status in ITEM_STATUSES},
-        "seconds": round(usage.seconds, 6),
-        "stopped_by": usage.stopped_by,
-    }
-
-
 def _item(request: EnrichRequest, row: EnrichRow, body: EnrichOptions) -> dict[str, Any]:
-    embedding: list[float] | str | None = None
-    if row.embedding is not None:
-        vector = arrow_stream.vector(row.embedding, body.embedding_dtype)
-        as_text = body.encoding_format == "base64"
-        embedding = base64.b64encode(vector.tobytes()).decode() if as_text else vector.tolist()
-    return {
-        "node_id": row.node_id,
-        "status": row.status,
-        "text": row.text,
-        "embedding": embedding,
-        "embedding_source": row.embedding_source,
-        "tokens_in": row.tokens_in,
-        "tokens_out": row.tokens_out,
-        "finish_reason": row.finish_reason,
-        "truncated_tokens": row.truncated_tokens,
-        "embedding_truncated_tokens": row.embedding_truncated_tokens,
-        "neighbors_used": row.neighbors_used,
-        "content_hash": row.content_hash,
-        "model": request.model,
-        "embedding_model": request.embedding_model if "embedding" in request.outputs else None,
-        "prompt_id": request.prompt.id,
-        "prompt_version": request.prompt.version,
-        "prompt_hash": request.prompt.hash,
-        "error": row.error and {"code": row.error.code, "message": row.error.message},
-    }
+    as_base64 = body.encoding_format == "base64"
+    return json_row(request, row, dtype=body.embedding_dtype, as_base64=as_base64)

@@ -28,6 +28,7 @@ from engines.protocol import (
     TokenStream,
 )
 from engines.text import TextStream, TextTokenizer
+from engines.tracing import is_tracing, record_span
 from service.deps import ResponseModel
 from service.errors import ApiError, from_engine_error
 from service.metrics import Metrics
@@ -139,6 +140,8 @@ class _Choice:
         self.ffn_rows_total = 0
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
+        self.queue_seconds: float | None = None
+        self.prefill_seconds: float | None = None
         self._counts_stop_token = spec.counts_stop_token
         self._logprobs: list[TokenLogprob] = []
         self._num_reported = 0
@@ -164,6 +167,9 @@ class _Choice:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self.ffn_rows_skipped = output.ffn_rows_skipped or self.ffn_rows_skipped
         self.ffn_rows_total = output.ffn_rows_total or self.ffn_rows_total
+        if output.queue_seconds is not None:
+            self.queue_seconds = output.queue_seconds
+            self.prefill_seconds = output.prefill_seconds
         self._logprobs += output.logprobs or ()
         stops = output.stop_token_id is not None
         text = self._text.add(output.token_ids, ends_with_stop_token=stops)
@@ -403,7 +409,35 @@ class Generation:
             decode_seconds=last - first if first is not None and last is not None else 0.0,
             ffn_rows_skipped=choice.ffn_rows_skipped,
             ffn_rows_total=choice.ffn_rows_total,
+            queue_seconds=choice.queue_seconds,
+            prefill_seconds=choice.prefill_seconds,
         )
+        if is_tracing():
+            self._trace(choice, finish_reason)
+
+    def _trace(self, choice: _Choice, finish_reason: str) -> None:
+        """Where the time of a choice went: from its first token backwards by what the engine measured, and on."""
+        first, last = choice.first_token_at, choice.last_token_at
+        queued, prefilled = choice.queue_seconds, choice.prefill_seconds
+        if first is None or last is None or queued is None or prefilled is None:
+            return
+        common: dict[str, str | int] = {
+            "gen_ai.request.model": self.spec.model,
+            "lathe.choice": choice.index,
+        }
+        began = first - prefilled
+        record_span("queue", began - queued, began, common)
+        num_prompt_tokens = len(choice.request.token_ids)
+        prompt: dict[str, str | int] = {
+            "gen_ai.usage.input_tokens": num_prompt_tokens,
+            "lathe.cached_tokens": choice.num_cached_tokens,
+        }
+        record_span("prefill", began, first, common | prompt)
+        output: dict[str, str | int] = {
+            "gen_ai.usage.output_tokens": choice.num_tokens,
+            "gen_ai.response.finish_reason": finish_reason,
+        }
+        record_span("decode", first, last, common | output)
 
 
 def _engine_requests(spec: GenerationSpec) -> list[GenerateRequest]:

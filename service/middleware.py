@@ -12,13 +12,15 @@ import re
 import secrets
 import time
 from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engines.origin import caused_by, current_origin, parse_traceparent
+from engines.tracing import Span, span
 from service.auth import KeyStore, authenticate, is_loopback
 from service.errors import ApiError
-from service.logs import request_id_var
 from service.settings import Settings
 
 logger = logging.getLogger("lathe.http")
@@ -47,20 +49,25 @@ class RequestMiddleware:
         headers = _headers(scope)
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.match(given) else f"req-{secrets.token_hex(12)}"
-        token = request_id_var.set(request_id)
+        caller = current_origin()  # of a job that asks our routes itself
+        given_trace = parse_traceparent(headers.get(b"traceparent", b"").decode("latin-1"))
+        traceparent = given_trace or caller.traceparent
         exchange = _Exchange(scope, send, request_id)
-        try:
-            await self._handle(scope, receive, exchange, headers)
-        except ApiError as error:
-            await exchange.fail(error)
-        except Exception:
-            logger.exception("unhandled error")
-            await exchange.fail(
-                ApiError("internal_error", f"internal error; request id {request_id}")
-            )
-        finally:
-            exchange.log()
-            request_id_var.reset(token)
+        with (
+            caused_by(replace(caller, request_id=request_id, traceparent=traceparent)),
+            span(scope["method"], serves=True) as traced,
+        ):
+            try:
+                await self._handle(scope, receive, exchange, headers)
+            except ApiError as error:
+                await exchange.fail(error)
+            except Exception:
+                logger.exception("unhandled error")
+                await exchange.fail(
+                    ApiError("internal_error", f"internal error; request id {request_id}")
+                )
+            finally:
+                exchange.log(traced)
 
     async def _handle(
         self, scope: Scope, receive: Receive, exchange: "_Exchange", headers: dict[bytes, bytes]
@@ -147,15 +154,26 @@ class _Exchange:
         await self.send(start)
         await self._send({"type": "http.response.body", "body": body})
 
-    def log(self) -> None:
-        route = self._scope.get("route")
+    def log(self, traced: Span) -> None:
+        """Say how it ended, in the log and in the request's span."""
+        route = getattr(self._scope.get("route"), "path", None)
+        method = self._scope["method"]
+        traced.rename(f"{method} {route}" if route else method)
+        attributes = {"http.request.method": method, "lathe.request_id": self._request_id}
+        if route is not None:
+            attributes["http.route"] = route
+        if self._status is not None:
+            traced.describe({"http.response.status_code": self._status})
+            if self._status >= 500:
+                traced.fail(str(self._status))
+        traced.describe(attributes)
         state = self._scope.get("state", {})
         identity = state.get("identity") if isinstance(state, MutableMapping) else None
         logger.info(
             "request",
             extra={
-                "method": self._scope["method"],
-                "route": getattr(route, "path", None),
+                "method": method,
+                "route": route,
                 "status": self._status,
                 "seconds": round(time.monotonic() - self._start, 4),
                 "key_id": getattr(identity, "key_id", None),

@@ -13,6 +13,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from engines.logs import LogLevel
 from engines.protocol import Skip
 from jobs.gpu import GpuPolicy
 
@@ -35,7 +36,9 @@ class Settings(BaseSettings):
     embedding_model: str = DEFAULT_EMBEDDING_MODEL
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Host header values accepted besides the loopback names and `host`."""
-    log_level: str = "info"
+    log_level: LogLevel = "info"
+    otlp_endpoint: str | None = Field(default=None, pattern="^https?://")
+    """Base address of an OpenTelemetry collector that gets the traces, such as http://localhost:4318."""
 
     max_body_bytes: int = 32 * 2**20
     max_upload_bytes: int = 512 * 2**20
@@ -50,6 +53,8 @@ class Settings(BaseSettings):
     skip: dict[str, Annotated[Skip, PlainValidator(Skip.from_json)]] = Field(default_factory=dict)
     """By model: how requests skip feed-forwards that do not say; "profile" or {"target_ratio": share}. JSON in the
     environment, a table in lathe.toml."""
+    cost_per_million_tokens: float | None = Field(default=None, ge=0)
+    """What estimates and usage reckon a token at, in whatever currency; without it they name no cost."""
     requests_per_minute: int = Field(default=0, ge=0)
     tokens_per_minute: int = Field(default=0, ge=0)
     """Of one API key that has no limit of its own; 0 is no limit."""
@@ -91,6 +96,11 @@ class Settings(BaseSettings):
         return self.home / "graphs"
 
     @property
+    def prompts_dir(self) -> Path:
+        """Prompts that users have registered."""
+        return self.home / "prompts"
+
+    @property
     def files_dir(self) -> Path:
         return self.home / "files"
 
@@ -117,6 +127,11 @@ class Settings(BaseSettings):
     def limits_database(self) -> Path:
         """Of rate limits; may be deleted at any time."""
         return self.home / "limits.db"
+
+    @property
+    def usage_database(self) -> Path:
+        """What every key has used."""
+        return self.home / "usage.db"
 
     @property
     def keys_file(self) -> Path:

@@ -82,28 +82,26 @@ async def _next(events: AsyncIterator[Event]) -> Event | None:
     return await anext(events, None)
 
 
-class EventStreamResponse(Response):
-    """Sends events as they come, a comment in every silence, and stops when the client leaves.
+class ChunkedResponse(Response):
+    """Sends chunks as they come, and stops when the client leaves.
 
     Args:
-        events: encoded events.
-        close: frees what the events come from; called once at the end, whatever the end is, even if nothing was sent.
+        close: frees what the chunks come from; called once at the end, whatever the end is, even if nothing was sent.
     """
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes, None],
+        chunks: AsyncGenerator[bytes | str, None],
         close: Callable[[], Awaitable[None]],
         *,
-        keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+        media_type: str,
     ) -> None:
-        self._events = events
+        self._chunks = chunks
         self._close = close
-        self._keep_alive_seconds = keep_alive_seconds
         self.status_code = 200
         self.background: BackgroundTask | None = None
         self.body = b""
-        self.init_headers({"Content-Type": f"{MEDIA_TYPE}; charset=utf-8", **HEADERS})
+        self.init_headers({"Content-Type": media_type, **HEADERS})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.ensure_future(self._write(send))
@@ -116,17 +114,38 @@ class EventStreamResponse(Response):
             for task in (writer, watcher):
                 task.cancel()
             await asyncio.gather(writer, watcher, return_exceptions=True)
-            await self._events.aclose()
+            await self._chunks.aclose()
             await self._close()
 
     async def _write(self, send: Send) -> None:
         headers = [item for item in self.raw_headers if item[0] != b"content-length"]
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        async with aclosing(with_keep_alive(self._events, self._keep_alive_seconds)) as events:
-            async for event in events:
-                body = event.encode() if isinstance(event, str) else event
+        async with aclosing(self._chunks) as chunks:
+            async for chunk in chunks:
+                body = chunk.encode() if isinstance(chunk, str) else chunk
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+class EventStreamResponse(ChunkedResponse):
+    """Encoded events, and a comment in every silence."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], Awaitable[None]],
+        *,
+        keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    ) -> None:
+        async def close_events() -> None:
+            await events.aclose()  # of a response that never began
+            await close()
+
+        super().__init__(
+            with_keep_alive(events, keep_alive_seconds),
+            close_events,
+            media_type=f"{MEDIA_TYPE}; charset=utf-8",
+        )
 
 
 async def _disconnected(receive: Receive) -> None:

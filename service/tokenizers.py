@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from compression.checkpoint import checkpoint_hash
 from compression.registry import ModelEntry
+from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from engines.text import TextError, TextTokenizer
-from service.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from service.errors import ApiError
 
 MAX_CACHED = 16

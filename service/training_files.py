@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from compression.registry import ModelEntry
+from engines.chat_template import ChatTemplateError, load_chat_template
 from engines.text import find_control_tokens, read_json
-from service.chat_template import ChatTemplateError, load_chat_template
 from service.errors import ApiError
 from training.data import DataError, Encoder, read_examples
 

@@ -1,21 +1,35 @@
-"""Stateless enrichment: node texts in, LLM texts and embeddings out."""
+"""Stateless enrichment: node texts in, LLM texts and embeddings out; and what an enrichment would cost."""
+
+import asyncio
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
+from graph.catalog import Prompt
 from graph.enrich import EnrichNode
-from service.deps import IdentityDep, RequestModel, StateDep, require
+from graph.nodes import classes_of_graph, nodes_of_graph
+from service.auth import Identity
+from service.deps import AppState, IdentityDep, RequestModel, StateDep, require
 from service.enrichment import (
     ENRICH_RESPONSES,
     MAX_NODES_PER_REQUEST,
+    EnrichChoices,
+    EnrichEstimateBody,
     EnrichOptions,
     EnrichResponse,
     NodeIdField,
+    VariableName,
+    VariableText,
     answer_enrich,
+    estimate_enrich,
+    find_nodes,
     find_prompt,
+    open_graph,
 )
 from service.errors import ApiError, error_responses
+from service.generation_body import present
 
 router = APIRouter(
     prefix="/v1",
@@ -25,18 +39,36 @@ router = APIRouter(
 )
 MAX_TEXT_CHARS = 2**20
 MAX_NEIGHBORS = 1000
+MAX_ESTIMATED_NODES = 20_000
+"""Their prompts are rendered and tokenized; a few seconds."""
 
 
 class NodeBody(RequestModel):
-    """Neighbours are texts, best first; a prompt that reads none does not look at them."""
+    """Neighbours are texts, best first; a prompt that reads none does not look at them. `variables` of the prompt for
+    this node only."""
 
     id: NodeIdField
     text: str = Field(max_length=MAX_TEXT_CHARS)
     neighbors: list[str] = Field(default=[], max_length=MAX_NEIGHBORS)
+    variables: dict[VariableName, VariableText] = Field(default={})
 
 
 class EnrichBody(EnrichOptions):
     nodes: list[NodeBody] = Field(min_length=1, max_length=MAX_NODES_PER_REQUEST)
+
+
+class EstimateBody(EnrichChoices):
+    """Nodes, or a graph; of a graph some nodes or all. Of the budget, `max_nodes` counts."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [present("nodes"), present("graph")]})
+
+    nodes: list[NodeBody] | None = Field(
+        default=None, min_length=1, max_length=MAX_NODES_PER_REQUEST
+    )
+    graph: str | None = Field(default=None, max_length=100)
+    node_ids: list[NodeIdField] | None = Field(
+        default=None, min_length=1, max_length=MAX_ESTIMATED_NODES
+    )
 
 
 @router.post("/enrich", response_model=EnrichResponse, responses=ENRICH_RESPONSES)
@@ -47,14 +79,62 @@ async def enrich(
 
     One failing node fails its own row only. The answer is JSON, or with `Accept: application/vnd.apache.arrow.stream`
     one Arrow record batch: node_id, status, text, embedding (fixed-size list), tokens_in, tokens_out, ..., with the
-    usage in the schema's metadata (`lathe.usage`).
+    usage in the schema's metadata (`lathe.usage`). With `stream` rows are sent as they finish, in any order: a JSON
+    line each (`application/x-ndjson`) and a last one with the usage, or Arrow batches, of which the last has no rows
+    and the usage in its metadata. Leaving ends the work.
     """
-    _check_ids(body.nodes)
-    nodes = tuple(
-        EnrichNode(id=node.id, text=node.text, neighbors=tuple(node.neighbors))
-        for node in body.nodes
+    prompt = find_prompt(body.prompt, state, identity)
+    return await answer_enrich(request, state, identity, body, prompt, _nodes(body.nodes))
+
+
+@router.post("/enrich/estimate")
+async def estimate(
+    body: EstimateBody, state: StateDep, identity: IdentityDep
+) -> EnrichEstimateBody:
+    """What an enrichment would cost: equal nodes, cache hits, tokens, seconds, money. Asks no model."""
+    prompt = find_prompt(body.prompt, state, identity)
+    classes: tuple[str, ...] = ()
+    if (body.nodes is None) == (body.graph is None):
+        raise ApiError("invalid_value", "needs either nodes or a graph", "nodes")
+    if body.nodes is not None:
+        if body.node_ids is not None:
+            raise ApiError("invalid_value", "node_ids are of a graph", "node_ids")
+        nodes = _nodes(body.nodes)
+    else:
+        nodes, classes = await asyncio.to_thread(_graph_nodes, body, prompt, state, identity)
+    return await estimate_enrich(state, identity, body, prompt, nodes, classes)
+
+
+def _graph_nodes(
+    body: EstimateBody, prompt: Prompt, state: AppState, identity: Identity
+) -> tuple[tuple[EnrichNode, ...], tuple[str, ...]]:
+    """Nodes, and the classes of the graph."""
+    assert body.graph is not None
+    graph = open_graph(state, identity, body.graph, "graph")
+    if body.node_ids is not None:
+        indices: Sequence[int] = find_nodes(graph, body.node_ids)
+        return nodes_of_graph(graph, indices, prompt), classes_of_graph(graph, prompt)
+    num_nodes = min(graph.info.num_nodes, body.budget.max_nodes or graph.info.num_nodes)
+    if num_nodes > MAX_ESTIMATED_NODES:
+        raise ApiError(
+            "invalid_value",
+            f"at most {MAX_ESTIMATED_NODES} nodes are estimated, the graph has {num_nodes}: name some",
+            "node_ids",
+        )
+    return nodes_of_graph(graph, range(num_nodes), prompt), classes_of_graph(graph, prompt)
+
+
+def _nodes(nodes: list[NodeBody]) -> tuple[EnrichNode, ...]:
+    _check_ids(nodes)
+    return tuple(
+        EnrichNode(
+            id=node.id,
+            text=node.text,
+            neighbors=tuple(node.neighbors),
+            variables=node.variables,
+        )
+        for node in nodes
     )
-    return await answer_enrich(request, state, identity, body, find_prompt(body.prompt), nodes)
 
 
 def _check_ids(nodes: list[NodeBody]) -> None:

@@ -5,17 +5,28 @@ import hashlib
 import json
 from typing import IO, Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import ConfigDict, FailFast, Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from graph.catalog import Prompt
+from engines.protocol import EngineError
+from graph.catalog import MAX_NEIGHBORS_READ, Prompt
 from graph.enrich import EnrichNode
-from graph.select import STRATEGIES, Budget, Order, SelectError, Selection, select_nodes
+from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
+from graph.selection.quotas import GroupShare
+from graph.selection.request import BudgetName, Order, SelectError, SelectRequest, Strategy
+from graph.selection.select import (
+    Selection,
+    check_selection,
+    needs_text_vectors,
+    select_nodes,
+)
 from graph.store import (
+    MAX_FEATURE_DIM,
     MAX_NAME_CHARS,
     Graph,
     GraphColumns,
@@ -23,8 +34,6 @@ from graph.store import (
     GraphInfo,
     GraphInputError,
     GraphNotFoundError,
-    NodeId,
-    UnknownNodeError,
 )
 from graph.upload import columns_from_lists, read_columns
 from service.auth import Identity
@@ -45,12 +54,18 @@ from service.enrichment import (
     EnrichResponse,
     LabelField,
     NodeIdField,
+    VariableName,
+    VariableText,
     answer_enrich,
+    find_nodes,
     find_prompt,
+    graph_not_found,
+    open_graph,
 )
-from service.errors import ApiError, error_responses
-from service.generation_body import present
+from service.errors import ApiError, error_responses, from_engine_error
+from service.generation import json_response
 from service.idempotency import request_hash, resource_id
+from service.middleware import cancel_on_disconnect
 
 router = APIRouter(
     prefix="/v1/graphs",
@@ -62,12 +77,13 @@ _PARTS = ("nodes", "edges", "name", "directed")
 
 
 class GraphNodeBody(RequestModel):
-    """An empty text is allowed: a node need not have one."""
+    """An empty text is allowed: a node need not have one. Features: as many for every node, or for none."""
 
     id: NodeIdField
     text: str
     label: LabelField | None = None
     split: Literal["train", "val", "test"] | None = None
+    features: list[float] | None = Field(default=None, min_length=1, max_length=MAX_FEATURE_DIM)
 
 
 class GraphBody(RequestModel):
@@ -80,7 +96,7 @@ class GraphBody(RequestModel):
 
 
 class GraphUpload(RequestModel):
-    """Parquet or Arrow IPC files: nodes (id, text, label?, split?) and edges (source, target)."""
+    """Parquet or Arrow IPC files: nodes (id, text, label?, split?, features?) and edges (source, target)."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
     directed: Literal["true", "false"] = "false"
@@ -103,6 +119,7 @@ class GraphObject(ResponseModel):
     num_duplicate_edges: int = Field(description="Dropped from the upload.")
     has_labels: bool
     has_splits: bool
+    feature_dim: int | None = Field(description="Numbers of a node's features; null without.")
     content_hash: str
     num_bytes: int
 
@@ -121,22 +138,20 @@ class GraphDeleted(ResponseModel):
     deleted: Literal[True] = True
 
 
-class SelectBudget(RequestModel):
-    """Exactly one."""
+class SelectionEstimate(ResponseModel):
+    """Of calls about all selected nodes, by the request's `rates`; null where it has no rate."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [present("nodes"), present("fraction")]})
+    tokens: int
+    seconds: float | None
+    cost: float | None
 
-    nodes: int | None = Field(default=None, ge=1)
-    fraction: float | None = Field(default=None, gt=0, le=1)
 
-
-class SelectBody(RequestModel):
-    """`order`: of degree and text_length (default low) and pagerank (default high). `seed`: of random (default 0)."""
-
-    strategy: str = Field(max_length=100, json_schema_extra={"enum": list(STRATEGIES)})
-    budget: SelectBudget
-    order: Order | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+class SelectionQuota(ResponseModel):
+    name: str | int | None = Field(
+        description="A class, null for nodes without a training label, or a community's first node."
+    )
+    num_nodes: int
+    num_selected: int
 
 
 class SelectionObject(ResponseModel):
@@ -145,15 +160,36 @@ class SelectionObject(ResponseModel):
     object: Literal["graph.selection"] = "graph.selection"
     graph_id: str
     content_hash: str
-    strategy: str
+    strategy: Strategy
     order: Order | None
     seed: int | None
+    num_clusters: int | None
+    vectors_from: Literal["features", "texts"] | None = Field(description="What was clustered.")
+    embedding_model: str | None = Field(description="That encoded the texts that were clustered.")
     node_ids: list[str | int]
     scores: list[float]
+    stopped_by: BudgetName | None = Field(
+        description="The limit that was exhausted first; null: every node is selected."
+    )
+    estimate: SelectionEstimate
+    quotas: list[SelectionQuota] | None = Field(description="Groups that got any.")
+
+
+NeighborIds = Annotated[list[NodeIdField], Field(max_length=MAX_NEIGHBORS_READ)]
 
 
 class GraphEnrichBody(EnrichOptions):
+    """`neighbors` and `node_variables` have an item per node."""
+
     node_ids: list[NodeIdField] = Field(min_length=1, max_length=MAX_NODES_PER_REQUEST)
+    neighbors: list[NeighborIds] | None = Field(
+        default=None,
+        max_length=MAX_NODES_PER_REQUEST,
+        description="Which neighbours the prompt reads, best first; by default the first in the order of the upload.",
+    )
+    node_variables: list[dict[VariableName, VariableText]] | None = Field(
+        default=None, max_length=MAX_NODES_PER_REQUEST
+    )
 
 
 _CREATE_BODY = {
@@ -177,7 +213,7 @@ async def create_graph(
 ) -> GraphObject:
     """Upload a graph: JSON, or multipart with `nodes` and `edges` as Parquet or Arrow IPC files.
 
-    Nodes have `id`, `text` and optionally `label` and `split`; edges name two of them.
+    Nodes have `id`, `text` and optionally `label`, `split` and `features`; edges name two of them.
     """
     graph_id = resource_id("graph", identity, key)
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -208,6 +244,7 @@ def _create_from_json(
             texts=[node.text for node in graph.nodes],
             labels=[node.label for node in graph.nodes],
             splits=[node.split for node in graph.nodes],
+            features=[node.features for node in graph.nodes],
             edges=graph.edges,
         )
     except GraphInputError as error:
@@ -347,7 +384,7 @@ async def get_graph(graph_id: str, state: StateDep, identity: IdentityDep) -> Gr
     try:
         info = await asyncio.to_thread(state.graphs.info, graph_id, identity.tenant)
     except GraphNotFoundError:
-        raise _not_found(graph_id) from None
+        raise graph_not_found(graph_id) from None
     return _graph_object(info)
 
 
@@ -357,38 +394,76 @@ async def delete_graph(graph_id: str, state: StateDep, identity: IdentityDep) ->
     try:
         await asyncio.to_thread(state.graphs.delete, graph_id, identity.tenant)
     except GraphNotFoundError:
-        raise _not_found(graph_id) from None
+        raise graph_not_found(graph_id) from None
     return GraphDeleted(id=graph_id)
 
 
-@router.post("/{graph_id}/select")
+@router.post("/{graph_id}/select", response_model=SelectionObject, responses=error_responses(408))
 async def select(
-    graph_id: str, body: SelectBody, state: StateDep, identity: IdentityDep
-) -> SelectionObject:
-    """Choose the nodes that are worth an LLM call."""
-    return await asyncio.to_thread(_select, graph_id, body, state, identity)
+    graph_id: str, body: SelectRequest, request: Request, state: StateDep, identity: IdentityDep
+) -> Response:
+    """Choose the nodes that are worth an LLM call.
 
-
-def _select(
-    graph_id: str, body: SelectBody, state: AppState, identity: Identity
-) -> SelectionObject:
-    graph = _open(state, identity, graph_id)
+    Texts that are encoded for it stay in the cache: a request that took too long goes on where it was when repeated.
+    """
     try:
-        budget = Budget(nodes=body.budget.nodes, fraction=body.budget.fraction)
-        selection: Selection = select_nodes(
-            graph, body.strategy, budget, order=body.order, seed=body.seed
-        )
+        async with asyncio.timeout(state.settings.request_timeout_seconds):
+            response: Response = await cancel_on_disconnect(
+                request, _select(graph_id, body, state, identity)
+            )
+    except TimeoutError:
+        raise ApiError("request_timeout", "the selection took too long") from None
+    return response
+
+
+async def _select(
+    graph_id: str, body: SelectRequest, state: AppState, identity: Identity
+) -> Response:
+    graph = await asyncio.to_thread(open_graph, state, identity, graph_id)
+    model, vectors = None, None
+    try:
+        await asyncio.to_thread(check_selection, graph, body)
+        if needs_text_vectors(graph, body):
+            model = body.embedding_model or state.settings.embedding_model
+            vectors = await state.text_vectors.encode(
+                graph, np.arange(graph.info.num_nodes), model=model, tenant=identity.tenant
+            )
+        selection = await asyncio.to_thread(select_nodes, graph, body, text_vectors=vectors)
     except SelectError as error:
         code = "unsupported_parameter" if error.unsupported else "invalid_value"
         raise ApiError(code, error.message, error.param) from error
+    except EngineError as error:
+        raise from_engine_error(error) from error
+    return json_response(_selection_object(graph, body, selection, model))
+
+
+def _selection_object(
+    graph: Graph, body: SelectRequest, selection: Selection, model: str | None
+) -> SelectionObject:
+    clustered = selection.num_clusters is not None
+    estimate = selection.estimate
     return SelectionObject(
-        graph_id=graph_id,
+        graph_id=graph.info.id,
         content_hash=graph.info.content_hash,
-        strategy=selection.strategy,
+        strategy=body.strategy,
         order=selection.order,
         seed=selection.seed,
+        num_clusters=selection.num_clusters,
+        vectors_from=("features" if model is None else "texts") if clustered else None,
+        embedding_model=model,
         node_ids=graph.ids(selection.indices),
         scores=selection.scores.tolist(),
+        stopped_by=selection.stopped_by,
+        estimate=SelectionEstimate(
+            tokens=estimate.tokens, seconds=estimate.seconds, cost=estimate.cost
+        ),
+        quotas=None if selection.quotas is None else [_quota(share) for share in selection.quotas],
+    )
+
+
+def _quota(share: GroupShare) -> SelectionQuota:
+    return SelectionQuota(
+        name=share.name, num_nodes=share.num_nodes, num_selected=share.num_selected
     )
 
 
@@ -406,50 +481,27 @@ async def enrich_graph(
 ) -> Response:
     """Enrich nodes of a stored graph; as `POST /v1/enrich`, in JSON or as an Arrow stream.
 
-    A prompt that reads neighbours gets the first ones in the order of the upload, direction aside; each row says how
-    many it read.
+    A prompt that reads neighbours gets those named, as `/sample` chooses them, or the first ones in the order of the
+    upload, direction aside; each row says how many it read. Of labels it gets those of training nodes at most.
     """
-    prompt = find_prompt(body.prompt)
-    nodes = await asyncio.to_thread(_graph_nodes, graph_id, body.node_ids, prompt, state, identity)
-    return await answer_enrich(request, state, identity, body, prompt, nodes)
+    prompt = find_prompt(body.prompt, state, identity)
+    nodes, classes = await asyncio.to_thread(_graph_nodes, graph_id, body, prompt, state, identity)
+    return await answer_enrich(request, state, identity, body, prompt, nodes, classes)
 
 
 def _graph_nodes(
-    graph_id: str, node_ids: list[NodeId], prompt: Prompt, state: AppState, identity: Identity
-) -> tuple[EnrichNode, ...]:
-    graph = _open(state, identity, graph_id)
+    graph_id: str, body: GraphEnrichBody, prompt: Prompt, state: AppState, identity: Identity
+) -> tuple[tuple[EnrichNode, ...], tuple[str, ...]]:
+    """Nodes, and the classes of the graph."""
+    graph = open_graph(state, identity, graph_id)
+    indices = find_nodes(graph, body.node_ids)
     try:
-        indices = graph.indices_of(node_ids)
-    except UnknownNodeError as error:
-        raise ApiError(
-            "invalid_value",
-            f"the graph has no node {error.node_id!r:.80}",
-            f"node_ids[{error.position}]",
-        ) from None
-    if len(set(indices)) < len(indices):
-        second = next(i for i, index in enumerate(indices) if index in indices[:i])
-        raise ApiError(
-            "invalid_value", f"node {node_ids[second]!r:.80} is named twice", f"node_ids[{second}]"
+        nodes = nodes_of_graph(
+            graph, indices, prompt, neighbors=body.neighbors, variables=body.node_variables
         )
-    return tuple(
-        EnrichNode(
-            id=node_id,
-            text=text,
-            neighbors=tuple(graph.texts(graph.neighbors(index)[: prompt.max_neighbors])),
-        )
-        for node_id, index, text in zip(node_ids, indices, graph.texts(indices), strict=True)
-    )
-
-
-def _open(state: AppState, identity: Identity, graph_id: str) -> Graph:
-    try:
-        return state.graphs.get(graph_id, identity.tenant)
-    except GraphNotFoundError:
-        raise _not_found(graph_id) from None
-
-
-def _not_found(graph_id: str) -> ApiError:
-    return ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist")
+    except NodeInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
+    return nodes, classes_of_graph(graph, prompt)
 
 
 def _graph_object(info: GraphInfo) -> GraphObject:
@@ -465,6 +517,7 @@ def _graph_object(info: GraphInfo) -> GraphObject:
         num_duplicate_edges=info.num_duplicate_edges,
         has_labels=info.has_labels,
         has_splits=info.has_splits,
+        feature_dim=info.feature_dim,
         content_hash=info.content_hash,
         num_bytes=info.num_bytes,
     )

@@ -282,14 +282,12 @@ async def list_artifacts(job_id: str, state: StateDep, identity: IdentityDep) ->
     job = await find_job(job_id, state, identity)
 
     def describe() -> list[Artifact]:
-        return [
-            Artifact(
-                name=name,
-                bytes=path.stat().st_size,
-                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-            )
-            for name, path in _artifacts(state, job).items()
-        ]
+        found = []
+        for name, path in _artifacts(state, job).items():
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            found.append(Artifact(name=name, bytes=path.stat().st_size, sha256=sha256))
+        return found
 
     return ArtifactList(data=await anyio.to_thread.run_sync(describe))
 

@@ -1,5 +1,6 @@
 """Both clients against the real routes, over HTTP."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pytest
 from lathe_client import ApiStatusError, AsyncEnrichmentClient, EnrichmentClient
 
+from tests.jobs.conftest import wait_until
 from tests.service.test_graph_routes import Service
 
 MODELS: Any = {"model": "writer", "embedding_model": "encoder"}
@@ -20,7 +22,7 @@ LETTERS = [
 
 
 def test_enrich_gives_rows_texts_and_vectors(client: EnrichmentClient, service: Service) -> None:
-    enriched = client.enrich(NODES, prompt="summary", returns=["text", "embedding"], **MODELS)
+    enriched = client.enrich(NODES, prompt="summary@1", returns=["text", "embedding"], **MODELS)
     assert enriched.node_ids == ["n1", "n2", "n3"]
     assert enriched.statuses == ["ok", "failed", "ok"]
     assert enriched.texts == ["ONE", None, "THREE"]
@@ -40,32 +42,86 @@ def test_enrich_gives_rows_texts_and_vectors(client: EnrichmentClient, service: 
     assert second.embedding is None
     assert third.embedding is not None
     exact = client.enrich(
-        NODES, prompt="summary", returns=["embedding"], embedding_dtype="float32", **MODELS
+        NODES, prompt="summary@1", returns=["embedding"], embedding_dtype="float32", **MODELS
     )
     assert exact.embeddings.dtype == np.float32
     assert exact.texts == [None, None, None]
 
 
 def test_text_alone_has_no_vectors(client: EnrichmentClient) -> None:
-    enriched = client.enrich(NODES, prompt="summary", **MODELS)
+    enriched = client.enrich(NODES, prompt="summary@1", **MODELS)
     assert enriched.embedding_model is None
     assert not enriched.has_embedding.any()
     with pytest.raises(ValueError, match="no embeddings"):
         _ = enriched.embeddings
 
 
+def test_rows_come_as_they_finish_and_usage_last(client: EnrichmentClient) -> None:
+    batches = list(
+        client.stream(NODES, prompt="summary@1", returns=["text", "embedding"], **MODELS)
+    )
+    assert [batch.usage for batch in batches[:-1]] == [None] * (len(batches) - 1)
+    last = batches[-1]
+    assert len(last) == 0
+    assert last.usage is not None
+    assert last.usage.num_by_status["ok"] == 2
+    rows = {row.node_id: row for batch in batches for row in batch.rows()}
+    assert {node_id: row.text for node_id, row in rows.items()} == {
+        "n1": "ONE",
+        "n2": None,
+        "n3": "THREE",
+    }
+    assert rows["n3"].embedding is not None
+    graph = client.create_graph("letters", LETTERS, [])
+    streamed = client.stream_graph(graph.id, ["b", "a"], prompt="summary@1", **MODELS)
+    assert {node_id for batch in streamed for node_id in batch.node_ids} == {"a", "b"}
+
+
+def test_leaving_a_stream_ends_the_work(client: EnrichmentClient, service: Service) -> None:
+    service.writer.hold()
+    stream = client.stream(NODES[1:], prompt="summary@1", **MODELS)
+    assert next(iter(stream)).node_ids == ["n2"]  # the empty one, which needs no LLM
+    wait_until(lambda: len(service.writer.prompts) == 1)
+    assert service.writer.aborted == []
+    stream.close()
+    wait_until(lambda: len(service.writer.aborted) == 1)
+
+
+def test_an_estimate_asks_no_model(client: EnrichmentClient, service: Service) -> None:
+    client.enrich(NODES[:1], prompt="summary@1", **MODELS)
+    asked = len(service.writer.prompts)
+    estimate = client.estimate(NODES, prompt="summary@1", **MODELS)
+    assert (estimate["num_nodes"], estimate["num_cached"], estimate["num_calls"]) == (3, 1, 1)
+    graph = client.create_graph("letters", LETTERS, [])
+    of_graph = client.estimate_graph(graph.id, ["a", "b"], prompt="summary@1", **MODELS)
+    assert of_graph["num_calls"] == 2
+    assert len(service.writer.prompts) == asked
+
+
+def test_json_answers_come_as_fields_and_label(client: EnrichmentClient, service: Service) -> None:
+    answer = {"labels": ["x"], "explanation": "It is the first letter."}
+    service.writer._answer = lambda prompt: json.dumps(answer)
+    enriched = client.enrich(
+        NODES[:1], prompt="explain", classes=["x", "y"], returns=["text"], **MODELS
+    )
+    assert enriched.labels == ["x"]
+    (row,) = enriched.rows()
+    assert row.fields == answer
+    assert row.text == "It is the first letter."
+
+
 def test_many_nodes_go_out_in_pieces(client: EnrichmentClient, service: Service) -> None:
     nodes = [{"id": i, "text": f"text {i % 40}"} for i in range(1100)]
-    enriched = client.enrich(nodes, prompt="summary", **MODELS)
+    enriched = client.enrich(nodes, prompt="summary@1", **MODELS)
     assert enriched.node_ids == list(range(1100))
     assert enriched.usage is not None
     assert enriched.usage.num_nodes == 1100
     assert enriched.usage.num_by_status["ok"] == 40
     assert len(service.writer.prompts) == 40
     with pytest.raises(ValueError, match="a budget is for one request"):
-        client.enrich(nodes, prompt="summary", budget={"max_nodes": 3}, **MODELS)
+        client.enrich(nodes, prompt="summary@1", budget={"max_nodes": 3}, **MODELS)
     with pytest.raises(ValueError, match="no node"):
-        client.enrich([], prompt="summary", **MODELS)
+        client.enrich([], prompt="summary@1", **MODELS)
 
 
 def test_graphs_from_create_to_delete(client: EnrichmentClient) -> None:
@@ -77,7 +133,7 @@ def test_graphs_from_create_to_delete(client: EnrichmentClient) -> None:
     selection = client.select(graph.id, "degree", budget={"nodes": 1}, order="high")
     assert selection.node_ids == ["b"]
     assert selection.raw["order"] == "high"
-    enriched = client.enrich_graph(graph.id, ["c", "a"], prompt="summary", **MODELS)
+    enriched = client.enrich_graph(graph.id, ["c", "a"], prompt="summary@1", **MODELS)
     assert enriched.texts == ["THIRD", "FIRST"]
     client.delete_graph(graph.id)
     with pytest.raises(ApiStatusError) as caught:
@@ -106,7 +162,7 @@ def test_refusals_name_the_field(client: EnrichmentClient) -> None:
         client.enrich(NODES, prompt="no-such-prompt", **MODELS)
     assert (caught.value.status, caught.value.param) == (404, "prompt")
     with pytest.raises(ApiStatusError) as caught:
-        client.enrich([{"id": "a", "text": "t", "colour": "red"}], prompt="summary", **MODELS)
+        client.enrich([{"id": "a", "text": "t", "colour": "red"}], prompt="summary@1", **MODELS)
     assert caught.value.code == "unsupported_parameter"
 
 
@@ -125,7 +181,7 @@ def test_float16_on_the_wire_costs_few_bytes(client: EnrichmentClient, service: 
     ]
     nodes = [{"id": i, "text": text} for i, text in enumerate(texts)]
     enriched = client.enrich(
-        nodes, prompt="summary", returns=["text", "embedding"], max_tokens=700, **MODELS
+        nodes, prompt="summary@1", returns=["text", "embedding"], max_tokens=700, **MODELS
     )
     assert min(len(text or "") for text in enriched.texts) >= 690
     assert sizes[0] / 64 <= 1600
@@ -139,7 +195,7 @@ async def test_the_async_client_does_the_same(url: str) -> None:
         enriched = await client.enrich_graph(
             graph.id,
             selection.node_ids,
-            prompt="summary",
+            prompt="summary@1",
             returns=["text", "embedding"],
             **MODELS,
         )

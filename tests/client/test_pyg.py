@@ -249,7 +249,7 @@ def test_from_the_service_into_the_loader(
     graph_id = upload(client, data)
     assert client.graph(graph_id).num_nodes == NUM_NODES
     fetch = graph_fetch(
-        client, graph_id, prompt="summary", model="writer", embedding_model="encoder"
+        client, graph_id, prompt="summary@1", model="writer", embedding_model="encoder"
     )
     data.n_id = torch.arange(NUM_NODES)
     with Prefetcher(store, fetch, batch_size=16) as prefetcher:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.chat_template import load_chat_template
 from engines.text import Segment, TextStream, TextTokenizer
-from service.chat_template import load_chat_template
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A model that is a script: token ids are code points, so every prompt and every vector can be read in a test."""
 
 import asyncio
+import itertools
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
@@ -89,6 +90,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.embedded: list[tuple[int, ...]] = []
         self.batches: list[int] = []
+        self._last: tuple[int, ...] = ()
         self.num_running = 0
         self.most_running = 0
         self.num_full = 0
@@ -148,7 +150,9 @@ class ScriptedEngine:
                 )
                 return
             ids = tuple(map(ord, answer))[: request.params.max_tokens]
-            yield TokenOutput(request_id=name, token_ids=ids[:2])
+            yield TokenOutput(
+                request_id=name, token_ids=ids[:2], num_cached_tokens=self._num_cached(request)
+            )
             if len(ids) == request.params.max_tokens:
                 yield TokenOutput(request_id=name, token_ids=ids[2:], finish_reason="length")
             else:
@@ -160,6 +164,12 @@ class ScriptedEngine:
                 )
         finally:
             self.num_running -= 1
+
+    def _num_cached(self, request: GenerateRequest) -> int:
+        """What a prefix cache of one prompt's length would find: the beginning shared with the request before."""
+        before, self._last = self._last, request.token_ids
+        pairs = zip(before, request.token_ids, strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         raise NotImplementedError

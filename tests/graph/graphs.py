@@ -18,6 +18,7 @@ def columns(
     texts: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
     splits: Sequence[str | None] | None = None,
+    features: Any = None,
 ) -> GraphColumns:
     return GraphColumns(
         ids=pa.array(ids),
@@ -26,6 +27,7 @@ def columns(
         targets=pa.array([target for _, target in edges]),
         labels=None if labels is None else pa.array(labels),
         splits=None if splits is None else pa.array(splits, pa.string()),
+        features=None if features is None else pa.array(features),
     )
 
 

@@ -5,20 +5,26 @@ import logging
 import sqlite3
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engines.protocol import AsyncEngine, EngineError
 from graph.cache import EnrichmentCache
 from graph.catalog import default_catalog
 from graph.enrich import (
+    GAP,
     EnrichBudget,
     Enricher,
+    EnrichEstimate,
     EnrichNode,
     EnrichRequest,
     EnrichResult,
+    EnrichRow,
+    EnrichStream,
     TextModel,
     UnsuitableModelError,
 )
@@ -56,6 +62,7 @@ class House:
         )
         self.counts = Counts()
         self.text = text or CodePointText()
+        self.encoder_text = CodePointText(marks=True)
         self.cache = EnrichmentCache(folder / "cache.db")
         self.enricher = Enricher(
             engine_for=self._engine_for,
@@ -69,26 +76,31 @@ class House:
         return engines[model]
 
     async def _text_for(self, model: str, param: str) -> TextModel:
-        return self.text if model == "writer" else CodePointText(marks=True)
+        return self.text if model == "writer" else self.encoder_text
 
-    async def enrich(
-        self, texts: Sequence[str], *, both: bool = False, **options: Any
-    ) -> EnrichResult:
+    async def enrich(self, texts: Sequence[str], **options: Any) -> EnrichResult:
+        return await self.enricher.enrich(self.request(texts, **options))
+
+    async def stream(self, texts: Sequence[str], **options: Any) -> EnrichStream:
+        return await self.enricher.stream(self.request(texts, **options))
+
+    async def estimate(self, texts: Sequence[str], **options: Any) -> EnrichEstimate:
+        return await self.enricher.estimate(self.request(texts, **options))
+
+    def request(self, texts: Sequence[str], *, both: bool = False, **options: Any) -> EnrichRequest:
         nodes = options.pop("nodes", None) or tuple(
             EnrichNode(id=f"n{i}", text=text) for i, text in enumerate(texts)
         )
-        prompt = default_catalog().get(options.pop("prompt", "summary"))
+        prompt = default_catalog().get(options.pop("prompt", "summary@1"))
         outputs = options.pop("outputs", ["text", "embedding"] if both else ["text"])
-        return await self.enricher.enrich(
-            EnrichRequest(
-                nodes=nodes,
-                prompt=prompt,
-                model=options.pop("model", "writer"),
-                embedding_model="encoder",
-                outputs=frozenset(outputs),
-                budget=EnrichBudget(**options.pop("budget", {})),
-                **options,
-            )
+        return EnrichRequest(
+            nodes=nodes,
+            prompt=prompt,
+            model=options.pop("model", "writer"),
+            embedding_model="encoder",
+            outputs=frozenset(outputs),
+            budget=EnrichBudget(**options.pop("budget", {})),
+            **options,
         )
 
 
@@ -141,7 +153,7 @@ async def test_decoding_is_greedy_and_behind_interactive_requests(tmp_path: Path
     await house.enrich(["abc"], tenant="t")
     (request,) = house.writer.requests
     assert request.params.temperature == 0
-    assert request.params.max_tokens == default_catalog().get("summary").max_tokens
+    assert request.params.max_tokens == default_catalog().get("summary@1").max_tokens
     assert (request.priority, request.tenant) == (1, "t")
 
 
@@ -171,7 +183,7 @@ async def test_cache_outlives_the_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"tenant": "other"}, {"max_tokens": 7}, {"prompt": "repair"}],
+    [{"tenant": "other"}, {"max_tokens": 7}, {"prompt": "repair@1"}],
     ids=["tenant", "max_tokens", "prompt"],
 )
 async def test_key_holds_what_shapes_the_text(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -217,18 +229,18 @@ async def test_neighbours_count_where_they_are_read(tmp_path: Path) -> None:
         node = EnrichNode(id="a", text="abc", neighbors=neighbors)
         return statuses(await house.enrich([], nodes=(node,), prompt=prompt))[0]
 
-    assert await run("summary") == "ok"
-    assert await run("summary", "ignored") == "cached"
-    assert await run("digest", "x", "y") == "ok"
-    assert await run("digest", "y", "x") == "ok"  # their order is part of the prompt
-    assert await run("digest", "x", "y") == "cached"
+    assert await run("summary@1") == "ok"
+    assert await run("summary@1", "ignored") == "cached"
+    assert await run("digest@1", "x", "y") == "ok"
+    assert await run("digest@1", "y", "x") == "ok"  # their order is part of the prompt
+    assert await run("digest@1", "x", "y") == "cached"
     assert "1. x\n2. y" in house.writer.prompts[1]
 
 
 async def test_more_neighbours_than_the_prompt_reads(tmp_path: Path) -> None:
     house = House(tmp_path)
     node = EnrichNode(id="a", text="abc", neighbors=tuple(f"n{i}" for i in range(25)))
-    result = await house.enrich([], nodes=(node,), prompt="digest")
+    result = await house.enrich([], nodes=(node,), prompt="digest@1")
     assert result.rows[0].neighbors_used == 10
     assert "10. n9" in house.writer.prompts[0]
     assert "n10" not in house.writer.prompts[0]
@@ -357,7 +369,7 @@ async def test_token_budget_is_never_exceeded(tmp_path: Path, spare: int, num_do
     house = House(tmp_path)
     cost = (await House(tmp_path / "free").enrich(texts[:1])).usage.total_tokens
     # The fifth call starts if its prompt and its longest answer still fit.
-    fifth = cost - len(texts[0]) + default_catalog().get("summary").max_tokens
+    fifth = cost - len(texts[0]) + default_catalog().get("summary@1").max_tokens
     budget = 4 * cost + fifth + spare
     result = await house.enrich(texts, budget={"tokens": budget})
     assert statuses(result) == ["ok"] * num_done + ["skipped_budget"] * (9 - num_done)
@@ -418,7 +430,7 @@ async def test_a_client_that_leaves_takes_nothing_from_others(tmp_path: Path) ->
 
 async def test_long_text_is_cut_to_the_prompts_head(tmp_path: Path) -> None:
     house = House(tmp_path)
-    limit = default_catalog().get("summary").max_text_tokens
+    limit = default_catalog().get("summary@1").max_text_tokens
     result = await house.enrich(["x" * limit + "y" * 5000])
     assert own_text(house.writer.prompts[0]) == "x" * limit
     assert result.rows[0].truncated_tokens == 5000
@@ -538,3 +550,226 @@ async def test_single_flight_raises_to_everyone() -> None:
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(result, EngineError) for result in results)
     assert flights.num_waiting == 0
+
+
+class Read:
+    """A stream as it was read: row by row, with how many prompts were out by then."""
+
+    def __init__(self, house: House, stream: EnrichStream) -> None:
+        self._house = house
+        self._stream = stream
+        self.batches: list[list[tuple[int, EnrichRow]]] = []
+
+    async def all(self) -> "Read":
+        async with aclosing(self._stream.batches()) as batches:
+            async for batch in batches:
+                self.batches.append(batch)
+        return self
+
+    @property
+    def places(self) -> list[int]:
+        return [place for batch in self.batches for place, _ in batch]
+
+
+async def test_rows_come_as_they_finish(tmp_path: Path) -> None:
+    house = House(tmp_path, ScriptedEngine(max_num_seqs=1))
+    await house.enrich(["known"])
+    house.writer.hold()
+    stream = await house.stream(["slow", "known", "", "last"], both=True)
+    batches = stream.batches()
+    early: dict[int, EnrichRow] = {}
+    while len(early) < 2:
+        early |= dict(await anext(batches))
+    assert {place: row.status for place, row in early.items()} == {1: "ok", 2: "failed"}
+    assert house.writer.num_running == 1  # the first long one, at which it is held
+    house.writer.release()
+    late = [pair async for batch in batches for pair in batch]
+    assert sorted(place for place, _ in late) == [0, 3]
+    assert {row.text for _, row in late} == {"SLOW", "LAST"}
+    assert stream.usage.num_by_status["ok"] == 3
+    assert stream.dim == 3
+
+
+async def test_every_row_comes_once(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    texts = ["a", "b", "a", "", "FAIL", *(f"text {i % 20}" for i in range(60))]
+    stream = await house.stream(texts, both=True, budget={"nodes": 60})
+    read = await Read(house, stream).all()
+    assert sorted(read.places) == list(range(65))
+    assert sum(stream.usage.num_by_status.values()) == 65
+    whole = await house.enrich(texts, both=True, budget={"nodes": 60})
+    rows = {place: row for batch in read.batches for place, row in batch}
+    for place, row in enumerate(whole.rows):
+        assert rows[place].node_id == row.node_id
+        assert (rows[place].text, rows[place].embedding) == (row.text, row.embedding)
+
+
+async def test_leaving_a_stream_aborts_its_work(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.writer.hold()
+    stream = await house.stream(["", *(f"text {i}" for i in range(9))])
+    async with aclosing(stream.batches()) as batches:
+        ((place, _),) = await anext(batches)
+        assert place == 0
+        await until(lambda: house.writer.num_running == 4)
+    assert house.writer.num_running == 0
+    assert len(house.writer.aborted) == 4
+
+
+async def test_the_longest_text_is_asked_first(tmp_path: Path) -> None:
+    texts = ["middle one", "s", "the longest of them all"]
+    house = House(tmp_path, ScriptedEngine(max_num_seqs=1))
+    await house.enrich(texts)
+    assert [own_text(p) for p in house.writer.prompts] == sorted(texts, key=len, reverse=True)
+    house = House(tmp_path / "budget", ScriptedEngine(max_num_seqs=1))
+    await house.enrich(texts, budget={"tokens": 10**6})
+    assert [own_text(p) for p in house.writer.prompts] == texts
+
+
+async def test_prompts_share_their_beginning_and_hits_are_counted(tmp_path: Path) -> None:
+    house = House(tmp_path, ScriptedEngine(max_num_seqs=1))
+    result = await house.enrich(["xx", "y"])
+    first, second = house.writer.prompts
+    shared = first.index("xx")
+    assert second[:shared] == first[:shared]
+    assert shared > 90  # the system message
+    assert result.usage.prefix_hit_tokens == shared
+    assert (await house.enrich(["xx", "y"])).usage.prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize(("name", "number"), [("interactive", 0), ("training", 1), ("bulk", 2)])
+async def test_priorities_are_the_engines(tmp_path: Path, name: Any, number: int) -> None:
+    house = House(tmp_path)
+    await house.enrich(["abc"], priority=name)
+    assert [request.priority for request in house.writer.requests] == [number]
+
+
+async def test_a_text_found_late_costs_nothing(tmp_path: Path) -> None:
+    """Another process writes the text between this one's look into the cache and its turn at the engine."""
+    house, other = House(tmp_path, ScriptedEngine(max_num_seqs=1)), House(tmp_path)
+    house.writer.hold()
+    run = asyncio.create_task(house.enrich(["the longer one", "late"]))
+    await house.writer.arrived.wait()
+    await other.enrich(["late"])
+    house.writer.release()
+    result = await run
+    assert statuses(result) == ["ok", "cached"]
+    assert len(house.writer.prompts) == 1
+    assert result.rows[1].tokens_spent == 0
+    assert result.usage.prompt_tokens == result.rows[0].tokens_in
+
+
+async def test_head_tail_shows_both_ends(tmp_path: Path) -> None:
+    limit = default_catalog().get("summary@1").max_text_tokens
+    house = House(tmp_path)
+    text = "b" * limit + "m" * limit + "e" * limit
+    result = await house.enrich([text], long_text="head_tail")
+    half = limit // 2
+    assert own_text(house.writer.prompts[0]) == "b" * half + GAP + "e" * half
+    assert result.rows[0].truncated_tokens == 2 * limit
+    await house.enrich(["short"], long_text="head_tail")
+    assert own_text(house.writer.prompts[1]) == "short"
+
+
+async def test_head_tail_in_a_small_context(tmp_path: Path) -> None:
+    writer = ScriptedEngine(max_model_len=500)
+    house = House(tmp_path, writer)
+    await house.enrich(["b" * 400 + "e" * 400], max_tokens=50, long_text="head_tail")
+    assert len(writer.prompts[0]) <= 450
+    shown = own_text(writer.prompts[0])
+    assert {*shown} == {"b", "e", *GAP}
+    assert abs(shown.count("b") - shown.count("e")) <= 1
+
+
+async def test_head_tail_of_the_encoder(tmp_path: Path) -> None:
+    """Window 20: 18 for 12 of the node's text and "YYYYYY"; of the text six at each end, the line feed the last."""
+    encoder = ScriptedEngine(kind="encoder", max_model_len=20)
+    house = House(tmp_path, ScriptedEngine(lambda _: "YYYYYY"), encoder)
+    result = await house.enrich(["b" * 50 + "e" * 50], both=True, long_text="head_tail")
+    (ids,) = encoder.embedded
+    assert "".join(map(chr, ids[1:-1])) == "bbbbbb" + "eeeee\n" + "YYYYYY"
+    assert result.rows[0].embedding_truncated_tokens == 107 - 18
+
+
+async def test_chunk_mean_encodes_all_of_it(tmp_path: Path) -> None:
+    """By hand: windows of 10 with two marks, so "abcdefgh", "ij\nYY"; the mean weighs by tokens and has norm 1."""
+    encoder = ScriptedEngine(kind="encoder", max_model_len=10)
+    house = House(tmp_path, ScriptedEngine(lambda _: "YY"), encoder)
+    result = await house.enrich(["abcdefghij"], both=True, long_text="chunk_mean")
+    first = (CLS, *map(ord, "abcdefgh"), SEP)
+    second = (CLS, *map(ord, "ij\nYY"), SEP)
+    assert encoder.embedded == [first, second]
+    mean = sum(np.array([len(w), sum(w), 0.5]) * len(w) for w in (first, second)) / 17
+    row = result.rows[0]
+    assert row.embedding is not None
+    expected = mean / np.linalg.norm(mean)
+    np.testing.assert_allclose(np.frombuffer(row.embedding, "<f4"), expected, rtol=1e-6)
+    assert row.embedding_truncated_tokens == 0
+    assert result.usage.embedding_tokens == 17
+
+
+async def test_chunk_mean_of_one_chunk_is_that_chunk(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    chunked = await house.enrich(["abc"], both=True, long_text="chunk_mean")
+    head = await house.enrich(["abc"], both=True)
+    assert chunked.rows[0].embedding == head.rows[0].embedding
+    assert len(house.writer.prompts) == 1  # the LLM is shown the head in both
+    assert len(house.encoder.embedded) == 2
+
+
+async def test_chunk_mean_of_a_text_without_tokens(tmp_path: Path) -> None:
+    """A tokenizer may leave nothing of a text that is not empty, such as a zero-width space."""
+    house = House(tmp_path, ScriptedEngine(lambda _: ""))
+    house.encoder_text = NoTokens(marks=True)
+    result = await house.enrich(["\u200b"], both=True, long_text="chunk_mean")
+    assert statuses(result) == ["invalid_output"]
+    assert house.encoder.embedded == [(CLS, SEP)]
+
+
+class NoTokens(CodePointText):
+    def encode_text(self, text: str) -> list[int]:
+        return []
+
+
+async def test_one_megabyte_in_chunks(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    result = await house.enrich(["x" * 2**20], both=True, long_text="chunk_mean")
+    assert statuses(result) == ["ok"]
+    num_encoded = sum(len(ids) - 2 for ids in house.encoder.embedded)
+    assert num_encoded == 2**20 + 1 + result.rows[0].tokens_out
+
+
+async def test_policies_do_not_share_vectors(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    for policy in ("head", "head_tail", "chunk_mean"):
+        assert statuses(await house.enrich(["abc"], both=True, long_text=policy)) == ["ok"]
+
+
+async def test_estimate_asks_no_engine_and_is_right(tmp_path: Path) -> None:
+    house = House(tmp_path, ScriptedEngine(max_model_len=2000))
+    texts = ["one", "two two", "one", "", "three"]
+    before = await house.estimate(texts, both=True)
+    assert (house.writer.prompts, house.encoder.embedded) == ([], [])
+    assert (before.num_nodes, before.num_distinct, before.num_empty) == (5, 4, 1)
+    assert (before.num_cached, before.num_embeddings_cached, before.num_calls) == (0, 0, 3)
+    limit = default_catalog().get("summary@1").max_tokens
+    assert before.completion_tokens == before.max_completion_tokens == 3 * limit
+    assert before.seconds is None
+    result = await house.enrich(texts, both=True)
+    assert result.usage.prompt_tokens == before.prompt_tokens
+    num_prompts = len(house.writer.prompts)
+    again = await house.estimate([*texts, "four"], both=True)
+    assert (again.num_cached, again.num_embeddings_cached, again.num_calls) == (3, 3, 1)
+    assert again.completion_tokens == round((3 + 7 + 5) / 3)  # the mean of the cached answers
+    assert again.seconds is not None
+    assert len(house.writer.prompts) == num_prompts
+    unseen = await house.estimate(["else"])
+    assert unseen.completion_tokens == 5  # the mean of what this prompt was answered
+
+
+async def test_estimate_of_a_budget_and_of_what_does_not_fit(tmp_path: Path) -> None:
+    house = House(tmp_path, ScriptedEngine(max_model_len=150))
+    estimate = await house.estimate(["x" * 700, "y", "z"], max_tokens=50, budget={"nodes": 2})
+    assert (estimate.num_nodes, estimate.num_calls, estimate.num_failing) == (2, 0, 2)
+    with pytest.raises(UnsuitableModelError):
+        await house.estimate(["a"], model="encoder")

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from graph.selection.structure import pagerank
 from graph.store import (
     GraphConflictError,
     GraphInputError,
@@ -78,6 +79,21 @@ def test_unknown_node(tmp_path: Path, unknown: NodeId) -> None:
     assert caught.value.position == 1
 
 
+@pytest.mark.parametrize("labels", [["x", "y", None, "x", "z"], [3, 1, None, 3, 2]])
+def test_training_labels_are_those_of_the_training_split(
+    tmp_path: Path, labels: list[NodeId | None]
+) -> None:
+    store = GraphStore(tmp_path)
+    splits = ["train", "val", "train", None, "test"]
+    create(store, columns(list("abcde"), [], labels=labels, splits=splits))
+    graph = store.get("graph-1", OWNER)
+    assert graph.training_labels().to_pylist() == [labels[0], None, None, None, None]
+    assert graph.training_labels([4, 0, 0]).to_pylist() == [None, labels[0], labels[0]]
+    assert graph.training_labels([]).to_pylist() == []
+    unlabelled = stored(tmp_path, ["a"], [], graph_id="graph-2")
+    assert unlabelled.training_labels().to_pylist() == [None]
+
+
 def test_labels_splits_and_empty_texts_are_kept(tmp_path: Path) -> None:
     store = GraphStore(tmp_path)
     parts = columns(
@@ -110,7 +126,18 @@ BAD = [
     (columns(LETTERS, [("zz", "b")]), "edges[0]", "'zz'"),
     (columns(LETTERS, [("a", "b"), ("a", None)]), "edges[1]", "nothing"),  # type: ignore[list-item]
     (columns(LETTERS, [(1, 2)]), "edges", "integers"),
-]
+    (columns(["a", "b"], [], features=[[1.0, 2.0], [1.0]]), "nodes[1].features", "node 'b' are 1 numbers"),
+    (columns([7, 8], [], features=[[1.0], [float("nan")]]), "nodes[1].features", "node 8 must be finite"),
+    (columns(["a", "b"], [], features=[[1.0, float("-inf")], [1.0, 2.0]]), "nodes[0].features", "number at 1"),
+    (columns(["a"], [], features=[[1e39]]), "nodes[0].features", "finite in float32"),
+    (columns(["a", "b"], [], features=[None, [1.0]]), "nodes[0].features", "missing"),
+    (columns(["a"], [], features=[[None, 1.0]]), "nodes[0].features", "number at 0"),
+    (columns(["a"], [], features=pa.array([[]], pa.list_(pa.float32()))), "nodes[0].features", "got 0"),
+    (columns(["a"], [], features=[[0.5] * 16_385]), "nodes[0].features", "got 16385"),
+    (columns(["a"], [], features=[["1.0"]]), "nodes", "lists of numbers, got list<"),
+    (columns(["a"], [], features=[[True]]), "nodes", "lists of numbers"),
+    (columns(["a"], [], features=[1.0]), "nodes", "lists of numbers, got double"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("parts", "param", "words"), BAD)
@@ -159,6 +186,77 @@ def test_content_hash_does_not_depend_on_slices(tmp_path: Path) -> None:
         create(store, sliced).content_hash
         == create(store, columns(LETTERS, []), graph_id="graph-2").content_hash
     )
+
+
+FEATURES = [[0.5, -1.0, 3.0], [0.0, 1e-30, 65504.0], [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+
+
+def test_features_are_kept_in_float32_and_memory_mapped(tmp_path: Path) -> None:
+    store = GraphStore(tmp_path)
+    info = create(store, columns(LETTERS, [("a", "b")], features=FEATURES))
+    assert info.feature_dim == 3
+    features = store.get(info.id, OWNER).features
+    assert isinstance(features, np.memmap)
+    assert features.dtype == np.float32
+    assert features.tolist() == np.array(FEATURES, dtype=np.float32).tolist()
+    size = sum(p.stat().st_size for p in (tmp_path / "graph-1").iterdir() if p.suffix != ".json")
+    assert info.num_bytes == size
+
+
+def test_without_features(tmp_path: Path) -> None:
+    graph = stored(tmp_path, LETTERS, [], graph_id="graph-2")
+    assert (graph.info.feature_dim, graph.features) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float32()),
+        pa.list_(pa.float64(), 3),
+        pa.large_list(pa.float32()),
+        pa.list_(pa.float16(), 3),
+        pa.list_(pa.int8()),
+        pa.list_(pa.uint64(), 3),
+    ],
+)
+def test_any_list_of_numbers_is_features(tmp_path: Path, kind: pa.DataType) -> None:
+    rows = [[i, i + 1, i + 2] for i in range(5)]
+    numbers = np.array(rows, dtype=kind.value_type.to_pandas_dtype())
+    whole = pa.array([list(row) for row in numbers], kind)
+    parts = columns(LETTERS, [], features=whole[1:])  # a slice has an offset
+    store = GraphStore(tmp_path)
+    create(store, parts)
+    features = store.get("graph-1", OWNER).features
+    assert features is not None
+    assert features.tolist() == rows[1:]
+
+
+def test_content_hash_is_of_features_too(tmp_path: Path) -> None:
+    store = GraphStore(tmp_path)
+    kinds = [
+        None,
+        FEATURES,
+        [row[:2] for row in FEATURES],
+        [*FEATURES[1:], FEATURES[0]],
+        [[0.0] * 3] * 4,
+    ]
+    hashes = [
+        create(store, columns(LETTERS, [], features=f), graph_id=f"graph-{number}").content_hash
+        for number, f in enumerate(kinds)
+    ]
+    assert len(set(hashes)) == 5
+    fixed = pa.array(FEATURES, pa.list_(pa.float64(), 3))
+    again = create(store, columns(LETTERS, [], features=fixed), graph_id="graph-9")
+    assert again.content_hash == hashes[1]
+
+
+def test_a_text_of_a_megabyte_is_kept(tmp_path: Path) -> None:
+    store = GraphStore(tmp_path)
+    text = "é" * 2**19  # two bytes each: 1 MiB
+    create(store, columns(["a"], [], texts=[text]))
+    assert store.get("graph-1", OWNER).texts([0]) == [text]
+    with pytest.raises(GraphInputError, match="1048577"):
+        create(store, columns(["a"], [], texts=[text + "x"]), graph_id="graph-2")
 
 
 def test_creating_twice(tmp_path: Path) -> None:
@@ -223,9 +321,14 @@ def test_list_pages_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_deleted_graph_stays_readable_to_its_reader(tmp_path: Path) -> None:
-    graph = stored(tmp_path, LETTERS, [("a", "b")])
+    store = GraphStore(tmp_path)
+    create(store, columns(LETTERS, [("a", "b")], features=FEATURES))
+    graph = store.get("graph-1", OWNER)
     GraphStore(tmp_path).delete("graph-1", OWNER)
     assert list(tmp_path.iterdir()) == []
+    assert graph.features is not None
+    assert graph.features.tolist() == np.array(FEATURES, dtype=np.float32).tolist()
+    assert pagerank(graph).sum() == pytest.approx(1)
     assert graph.texts([0]) == ["text of a"]
     assert graph.neighbors(0).tolist() == [1]
 

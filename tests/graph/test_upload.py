@@ -4,6 +4,7 @@ import contextlib
 import io
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from graph import upload
-from graph.store import GraphInputError
+from graph.store import GraphInputError, GraphStore
 from graph.upload import read_columns
+from tests.graph.graphs import create
 
 NODES = pa.table(
     {"id": ["a", "b"], "text": ["x", None], "label": ["l", None], "split": ["train", "test"]}
@@ -52,6 +54,28 @@ def test_every_container_reads_the_same(write: Callable[[pa.Table], io.BytesIO])
     assert columns.splits.to_pylist() == ["train", "test"]
     assert columns.sources.to_pylist() == ["a"]
     assert columns.targets.to_pylist() == ["b"]
+
+
+FIXED = pa.list_(pa.float32(), 2)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("kind", [FIXED, pa.list_(pa.float64()), pa.large_list(pa.float16())])
+def test_features_read_the_same(write: Callable[[pa.Table], io.BytesIO], kind: pa.DataType) -> None:
+    rows = pa.array([[0.5, 1.0], [2.0, -3.0]]).cast(kind)
+    columns = read_columns(write(NODES.append_column("features", rows)), write(EDGES))
+    assert columns.features.to_pylist() == [[0.5, 1.0], [2.0, -3.0]]
+    assert read_columns(write(NODES), write(EDGES)).features is None
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_features_that_are_no_numbers_are_left_to_the_store(
+    write: Callable[[pa.Table], io.BytesIO],
+) -> None:
+    rows = pa.array([[{"x": 1}], [{"x": 2}]])
+    parts = read_columns(write(NODES.append_column("features", rows)), write(EDGES))
+    with pytest.raises(GraphInputError, match="lists of numbers"):
+        create(GraphStore(Path("unused")), parts)
 
 
 @pytest.mark.parametrize("write", WRITERS)

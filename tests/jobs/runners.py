@@ -13,7 +13,7 @@ def crash_once(context: RunnerContext) -> JsonObject:
     context.progress(1, 2)
     if context.attempt == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return {"attempt": context.attempt}
+    return {"attempt": context.attempt, "owner": context.owner}
 
 
 def stubborn(context: RunnerContext) -> JsonObject:

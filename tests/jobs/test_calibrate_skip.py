@@ -65,7 +65,13 @@ def context_of(home: Path, job_id: str = "job-1", **changes: Any) -> RunnerConte
     folder.mkdir(parents=True, exist_ok=True)
     messages: list[Any] = []
     return RunnerContext(
-        job_id=job_id, attempt=1, spec=spec, folder=folder, home=home, send=messages.append
+        job_id=job_id,
+        owner="me",
+        attempt=1,
+        spec=spec,
+        folder=folder,
+        home=home,
+        send=messages.append,
     )
 
 
@@ -270,7 +276,7 @@ def test_it_stops_when_asked(home: Path) -> None:
         return calls > 20
 
     stopping = RunnerContext(
-        job_id=context.job_id, attempt=1, spec=context.spec, folder=context.folder, home=home,
+        job_id=context.job_id, owner="me", attempt=1, spec=context.spec, folder=context.folder, home=home,
         send=lambda message: None, cancelled=cancelled,
     )  # fmt: skip
     with pytest.raises(JobCancelledError):

@@ -51,6 +51,7 @@ def context_of(home: Path, recipe: list[dict[str, Any]], **spec: Any) -> RunnerC
     messages: list[Any] = []
     return RunnerContext(
         job_id="job-1",
+        owner="me",
         attempt=1,
         spec={"type": "compress", "model": "tiny", "output": "small", "recipe": recipe, **spec},
         folder=home / "jobs" / "job-1",

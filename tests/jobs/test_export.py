@@ -32,6 +32,7 @@ def outcome(home: Path, body: dict[str, Any]) -> tuple[Path, Any]:
     """As the job's process reports it, of a body that went through the API's checks."""
     context = RunnerContext(
         job_id="job-1",
+        owner="me",
         attempt=1,
         spec=parse_spec(body).model_dump(mode="json"),
         folder=home / "jobs" / "job-1",

@@ -76,8 +76,8 @@ def context_of(
 ) -> tuple[RunnerContext, list[Any]]:
     messages: list[Any] = []
     context = RunnerContext(
-        job_id=job_id, attempt=1, spec=spec_json(parse_spec(BODY | changes)), folder=home / "jobs" / job_id,
-        home=home, send=messages.append,
+        job_id=job_id, owner="me", attempt=1, spec=spec_json(parse_spec(BODY | changes)),
+        folder=home / "jobs" / job_id, home=home, send=messages.append,
     )  # fmt: skip
     context.folder.mkdir(parents=True, exist_ok=True)
     return context, messages

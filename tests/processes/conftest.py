@@ -44,11 +44,13 @@ class Service:
     Attributes:
         home: its LATHE_HOME; survives a restart.
         settings: LATHE_* variables without the prefix.
+        variables: of the environment, besides.
     """
 
     home: Path
     models: tuple[str, ...]
     settings: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
     port: int = 0
     process: "subprocess.Popen[bytes] | None" = None
 
@@ -74,7 +76,7 @@ class Service:
                 ],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **variables},
+                env={**os.environ, **variables, **self.variables},
                 start_new_session=True,
             )
         eventually(self.is_ready, f"/ready of\n{self.log}")

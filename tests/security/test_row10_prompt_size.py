@@ -114,7 +114,7 @@ def test_health_answers_while_texts_are_tokenized(
 def test_long_texts_are_worked_on_by_a_thread(
     monkeypatch: pytest.MonkeyPatch, ask: Callable[[ModelText, str], Any]
 ) -> None:
-    from service.chat_template import ChatTemplate
+    from engines.chat_template import ChatTemplate
 
     threads: set[str] = set()
     for name in ("encode", "encode_segments", "decode"):

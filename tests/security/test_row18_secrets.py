@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from engines.logs import JsonFormatter
 from service.app import build_app
-from service.logs import JsonFormatter
 from service.settings import Settings
 from tests.security.conftest import MODEL, Guarded, check_error, make_home
 from tests.security.test_row07_unauthenticated_management import ask, operations

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi.testclient import TestClient
 
-from service.logs import JsonFormatter
+from engines.logs import JsonFormatter
 from tests.security.conftest import MODEL, Guarded
 
 HOSTILE = 'x\r\n{"level":"error"}\n\x1b[31mred\x1b[0m\u2028\u2029\x00\x7f\u202e'

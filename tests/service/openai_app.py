@@ -104,7 +104,9 @@ class Service:
             metrics=self.metrics,
             tokenizers=TokenizerCache(),
             graphs=cast(Any, None),
+            cache=cast(Any, None),
             enricher=cast(Any, None),
+            text_vectors=cast(Any, None),
         )
         self.app = build_test_app(self.state)
         self.client = TestClient(self.app, raise_server_exceptions=False)

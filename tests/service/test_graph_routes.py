@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -18,15 +20,17 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 
 from compression.registry import ModelRegistry
-from engines.protocol import AsyncEngine
+from engines.protocol import AsyncEngine, EmbedRequest, EmbedResult, EngineError
 from graph.arrow_stream import MEDIA_TYPE
 from graph.cache import EnrichmentCache
-from graph.enrich import Enricher, TextModel
-from graph.store import GraphStore
-from service.auth import KeyStore
+from graph.catalog import default_catalog
+from graph.enrich import GAP, Enricher, TextModel
+from graph.store import GraphNotFoundError, GraphStore
+from graph.text_vectors import TextVectors
+from service.auth import LOCAL_IDENTITY, KeyStore
 from service.deps import AppState
 from service.engine_pool import EnginePool
-from service.enrichment import EnrichResponse
+from service.enrichment import NDJSON, EnrichResponse
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
@@ -34,7 +38,7 @@ from service.routes import enrich, graphs, prompts
 from service.settings import Settings
 from service.supervisor_client import SupervisorClient
 from service.tokenizers import TokenizerCache
-from tests.graph.fakes import CodePointText, ScriptedEngine
+from tests.graph.fakes import CodePointText, ScriptedEngine, own_text
 
 GRAPH: dict[str, Any] = {
     "name": "letters",
@@ -47,7 +51,7 @@ GRAPH: dict[str, Any] = {
     "edges": [["a", "b"], ["a", "c"], ["c", "c"], ["b", "a"]],
 }
 ENRICH: dict[str, Any] = {
-    "prompt": "summary",
+    "prompt": "summary@1",
     "nodes": [{"id": "n1", "text": "one"}, {"id": "n2", "text": "two"}],
     "model": "writer",
     "embedding_model": "encoder",
@@ -89,6 +93,7 @@ class Service:
         registry = ModelRegistry(settings.models_dir)
         supervisor = SupervisorClient(settings.supervisor_socket)
         metrics = Metrics()
+        cache = EnrichmentCache(settings.cache_database)
         self.state = AppState(
             settings=settings,
             registry=registry,
@@ -99,11 +104,17 @@ class Service:
             metrics=metrics,
             tokenizers=TokenizerCache(),
             graphs=GraphStore(settings.graphs_dir),
+            cache=cache,
             enricher=Enricher(
                 engine_for=self._engine_for,
                 text_for=self._text_for,
-                cache=EnrichmentCache(settings.cache_database),
+                cache=cache,
                 observer=metrics,
+            ),
+            text_vectors=TextVectors(
+                engine_for=self._engine_for,
+                text_for=self._text_for,
+                cache=EnrichmentCache(settings.cache_database),
             ),
         )
         self.app = build_test_app(self.state)
@@ -215,6 +226,64 @@ def test_json_and_files_give_the_same_graph(service: Service) -> None:
     one = service.create(body).json()
     two = service.client.post("/v1/graphs", data={"name": "f"}, files=files).json()
     assert one["content_hash"] == two["content_hash"]
+
+
+@pytest.mark.parametrize("write", [parquet, arrow])
+def test_features_in_files_and_in_json_are_the_same(
+    service: Service, write: Callable[[dict[str, list[Any]]], bytes]
+) -> None:
+    rows = [[0.1, 2.0], [-3.5, 0.0], [1e-8, 65504.0]]
+    nodes = [
+        {"id": i, "text": t, "label": x, "features": f}
+        for i, t, x, f in zip(*NODE_COLUMNS.values(), rows, strict=True)
+    ]
+    one = service.create({"name": "j", "nodes": nodes, "edges": [["a", "b"], ["a", "c"]]}).json()
+    columns = {**NODE_COLUMNS, "features": [np.array(row, dtype=np.float32) for row in rows]}
+    files = {"nodes": write(columns), "edges": write(EDGE_COLUMNS)}
+    two = service.client.post("/v1/graphs", data={"name": "f"}, files=files).json()
+    assert one["feature_dim"] == two["feature_dim"] == 2
+    assert one["content_hash"] == two["content_hash"]
+
+
+def test_files_with_a_feature_that_is_no_number(service: Service) -> None:
+    columns = {**NODE_COLUMNS, "features": [[1.0, 2.0], [float("nan"), 0.0], [0.0, 0.0]]}
+    files = {"nodes": parquet(columns), "edges": parquet(EDGE_COLUMNS)}
+    response = service.client.post("/v1/graphs", data={"name": "f"}, files=files)
+    assert error_of(response) == ("invalid_value", "nodes[1].features")
+    assert "'b'" in response.json()["error"]["message"]
+
+
+def test_a_graph_with_a_text_of_a_megabyte(service: Service) -> None:
+    """Kept, selected and enriched by its head; its length is its own."""
+    body = change(
+        nodes=[{"id": "a", "text": "word " * 200_000}, {"id": "b", "text": "x"}], edges=[]
+    )
+    graph_id = service.create(body).json()["id"]
+    select = {"strategy": "text_length", "order": "high", "budget": {"nodes": 1}}
+    answer = service.client.post(f"/v1/graphs/{graph_id}/select", json=select).json()
+    assert (answer["node_ids"], answer["scores"]) == (["a"], [1_000_000.0])
+    assert answer["estimate"]["tokens"] == 1024 + 256
+    enrich_body = {"node_ids": ["a"], "prompt": "summary@1", "model": "writer"}
+    answer = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=enrich_body).json()
+    assert answer["data"][0]["status"] == "ok"
+    assert answer["data"][0]["truncated_tokens"] > 900_000
+
+
+def test_a_graph_that_is_deleted_while_it_is_enriched(service: Service) -> None:
+    graph_id = service.graph_id()
+    answer_as_before = service.writer._answer
+
+    def delete_and_answer(prompt: str) -> str:
+        with contextlib.suppress(GraphNotFoundError):
+            service.state.graphs.delete(graph_id, LOCAL_IDENTITY.tenant)
+        return answer_as_before(prompt)
+
+    service.writer._answer = delete_and_answer
+    body = {"node_ids": ["a", "b", "c"], "prompt": "summary@1", "model": "writer"}
+    answer = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=body).json()
+    assert [row["status"] for row in answer["data"]] == ["ok"] * 3
+    again = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=body)
+    assert error_of(again, 404)[0] == "graph_not_found"
 
 
 def test_directed_and_integer_ids(service: Service) -> None:
@@ -356,7 +425,7 @@ def test_graphs_belong_to_their_tenant(service: Service) -> None:
     graph_id = service.create(headers=bearer(mine)).json()["id"]
     path = f"/v1/graphs/{graph_id}"
     select = {"strategy": "random", "budget": {"nodes": 1}}
-    enrich_body = {"prompt": "summary", "node_ids": ["a"], "model": "writer"}
+    enrich_body = {"prompt": "summary@1", "node_ids": ["a"], "model": "writer"}
     client = service.client
     assert client.get(path, headers=bearer(mine)).status_code == 200
     for response in (
@@ -384,7 +453,7 @@ def test_unknown_graph_ids(service: Service, graph_id: str) -> None:
         ("GET", f"/v1/graphs/{graph_id}", None),
         ("DELETE", f"/v1/graphs/{graph_id}", None),
         ("POST", f"/v1/graphs/{graph_id}/select", {"strategy": "random", "budget": {"nodes": 1}}),
-        ("POST", f"/v1/graphs/{graph_id}/enrich", {"prompt": "summary", "node_ids": ["a"]}),
+        ("POST", f"/v1/graphs/{graph_id}/enrich", {"prompt": "summary@1", "node_ids": ["a"]}),
     ]:
         assert service.client.request(method, path, json=body).status_code == 404
 
@@ -408,18 +477,203 @@ def test_select(service: Service) -> None:
     assert selection["graph_id"] == graph_id
 
 
+def test_select_within_several_budgets(service: Service) -> None:
+    body = {
+        "strategy": "text_length",
+        "budget": {"fraction": 0.9, "tokens": 25, "seconds": 10.0, "cost": 0.5},
+        "rates": {
+            "tokens_per_node": 10,
+            "tokens_per_second": 8.0,
+            "cost_per_million_tokens": 0.5,
+        },
+    }
+    answer = service.client.post(f"/v1/graphs/{service.graph_id()}/select", json=body).json()
+    assert answer["node_ids"] == ["d", "a"]  # 10 and 12 tokens; the third would be 12 more
+    assert answer["stopped_by"] == "tokens"
+    assert answer["estimate"] == {"tokens": 22, "seconds": 2.75, "cost": 1.1e-5}
+    assert answer["quotas"] is None
+
+
+def test_select_by_predictions_mix_and_quotas(service: Service) -> None:
+    path = f"/v1/graphs/{service.graph_id()}/select"
+    predictions = {"a": [0.9, 0.1], "b": [0.5, 0.5], "c": [0.8, 0.2], "d": [1, 0]}
+    body: dict[str, Any] = {
+        "strategy": "mix",
+        "mix": [
+            {"strategy": "entropy", "weight": 1},
+            {"strategy": "soft_homophily", "weight": 1.0, "order": "low"},
+        ],
+        "predictions": predictions,
+        "quotas": {"per": "class"},
+        "budget": {"nodes": 3},
+    }
+    answer = service.client.post(path, json=body).json()
+    # entropy ranks b 1, c 2/3, a 1/3, d 0; homophily d 0, b 0.5, a 0.625, c 0.74: ranks 1, 2/3, 1/3, 0
+    assert answer["node_ids"] == ["b", "d", "a"]
+    assert answer["scores"] == pytest.approx([5 / 6, 1 / 2, 1 / 3])
+    assert answer["stopped_by"] == "nodes"
+    assert answer["quotas"] == [
+        {"name": "x", "num_nodes": 1, "num_selected": 1},
+        {"name": None, "num_nodes": 3, "num_selected": 2},
+    ]
+
+
+FEATURES = {"a": [0.0, 0.0], "b": [0.0, 1.0], "c": [0.0, 2.0], "d": [9.0, 1.0]}
+
+
+def with_features(features: dict[str, Any]) -> dict[str, Any]:
+    nodes = [
+        {**node, **({"features": features[node["id"]]} if node["id"] in features else {})}
+        for node in GRAPH["nodes"]
+    ]
+    return {**GRAPH, "nodes": nodes}
+
+
+CLUSTERS: dict[str, Any] = {
+    "strategy": "clustering_distance",
+    "budget": {"nodes": 2},
+    "num_clusters": 1,
+}
+
+
+def test_select_by_clusters_of_features(service: Service) -> None:
+    graph = service.create(with_features(FEATURES)).json()
+    assert graph["feature_dim"] == 2
+    answer = service.client.post(f"/v1/graphs/{graph['id']}/select", json=CLUSTERS).json()
+    # the mean is (2.25, 1): distances 2.46, 2.25, 2.46, 6.75
+    assert answer["node_ids"] == ["d", "a"]
+    assert answer["scores"] == pytest.approx([6.75, (2.25**2 + 1) ** 0.5])
+    assert (answer["vectors_from"], answer["embedding_model"]) == ("features", None)
+    assert (answer["num_clusters"], answer["seed"], answer["order"]) == (1, 0, "high")
+    assert service.encoder.embedded == []
+
+
+def test_select_by_clusters_of_texts(service: Service) -> None:
+    graph = service.create(with_features(FEATURES)).json()
+    path = f"/v1/graphs/{graph['id']}/select"
+    body = {**CLUSTERS, "embedding_model": "encoder"}
+    answers = [service.client.post(path, json=body).json() for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert (answers[0]["vectors_from"], answers[0]["embedding_model"]) == ("texts", "encoder")
+    # The scripted vector of a text is its length and the sum of its code points: "second" and "" lie farthest out.
+    assert answers[0]["node_ids"] == ["d", "b"]
+    assert (
+        len(service.encoder.embedded) == 4
+    )  # once, with the empty text; the second time from the cache
+    assert graph["feature_dim"] == 2
+
+
+def test_select_encodes_by_the_servers_encoder_where_there_are_no_features(
+    service: Service,
+) -> None:
+    service.state.settings.embedding_model = "encoder"
+    graph_id = service.graph_id()
+    answer = service.client.post(f"/v1/graphs/{graph_id}/select", json=CLUSTERS).json()
+    assert (answer["vectors_from"], answer["embedding_model"]) == ("texts", "encoder")
+    # refused before a text is encoded
+    refused = {**CLUSTERS, "num_clusters": 5, "embedding_model": "encoder"}
+    service.encoder.embedded.clear()
+    response = service.client.post(f"/v1/graphs/{graph_id}/select", json=refused)
+    assert error_of(response) == ("invalid_value", "num_clusters")
+    assert service.encoder.embedded == []
+
+
+def test_select_by_an_encoder_that_is_not_there_or_fails(service: Service) -> None:
+    path = f"/v1/graphs/{service.graph_id()}/select"
+    response = service.client.post(path, json={**CLUSTERS, "embedding_model": "none"})
+    assert error_of(response, 404) == ("model_not_found", "embedding_model")
+    service.encoder.embed_error = EngineError("out_of_memory", "by script")
+    response = service.client.post(path, json={**CLUSTERS, "embedding_model": "encoder"})
+    assert error_of(response, 503)[0] == "out_of_memory"
+
+
+def test_a_graph_that_is_deleted_while_its_texts_are_encoded(service: Service) -> None:
+    """The selection finishes on the graph that it opened; the next one finds none."""
+    graph_id = service.graph_id()
+    path = f"/v1/graphs/{graph_id}/select"
+    body = {**CLUSTERS, "embedding_model": "encoder"}
+    expected = service.client.post(path, json=body).json()
+
+    async def delete_then_embed(request: EmbedRequest) -> EmbedResult:
+        service.state.graphs.delete(graph_id, LOCAL_IDENTITY.tenant)
+        return await ScriptedEngine.embed(service.encoder, request)
+
+    service.encoder.info = dataclasses.replace(service.encoder.info, checkpoint_hash="other")
+    service.encoder.embed = delete_then_embed  # type: ignore[method-assign]
+    answer = service.client.post(path, json=body)
+    assert (answer.status_code, answer.json()) == (200, expected)
+    assert error_of(service.client.post(path, json=body), 404)[0] == "graph_not_found"
+
+
+@pytest.mark.parametrize(
+    ("features", "param"),
+    [
+        ({**FEATURES, "c": [1.0]}, "nodes[2].features"),
+        ({**FEATURES, "c": [1.0, 2.0, 3.0]}, "nodes[2].features"),
+        ({**FEATURES, "c": [1.0, 1e39]}, "nodes[2].features"),
+        ({"a": [1.0], "b": [1.0], "c": [1.0]}, "nodes[3].features"),
+        ({**FEATURES, "c": []}, "nodes[2].features"),
+        ({**FEATURES, "c": [1.0, "2"]}, "nodes[2].features[1]"),
+        ({**FEATURES, "c": [1.0, None]}, "nodes[2].features[1]"),
+        ({**FEATURES, "c": [1.0, True]}, "nodes[2].features[1]"),
+        ({**FEATURES, "c": "1, 2"}, "nodes[2].features"),
+    ],
+)
+def test_bad_features(service: Service, features: dict[str, Any], param: str) -> None:
+    assert error_of(service.create(with_features(features))) == ("invalid_value", param)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
+def test_features_that_are_no_numbers(service: Service, number: str) -> None:
+    body = json.dumps(with_features(FEATURES)).replace("9.0", number)
+    response = service.client.post(
+        "/v1/graphs", content=body, headers={"content-type": "application/json"}
+    )
+    assert error_of(response) == ("invalid_value", "nodes[3].features[0]")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400"])
+def test_predictions_that_are_no_numbers(service: Service, number: str) -> None:
+    body = json.dumps(
+        {"strategy": "entropy", "budget": {"nodes": 1}, "predictions": {"a": [0.5, 9.5]}}
+    ).replace("9.5", number)
+    response = service.client.post(
+        f"/v1/graphs/{service.graph_id()}/select",
+        content=body,
+        headers={"content-type": "application/json"},
+    )
+    assert error_of(response) == ("invalid_value", "predictions.a[1]")
+
+
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
-        ({"strategy": "entropy", "budget": {"nodes": 1}}, "unsupported_parameter", "strategy"),
+        ({"strategy": "entropy", "budget": {"nodes": 1}}, "invalid_value", "predictions"),
         ({"strategy": "best", "budget": {"nodes": 1}}, "invalid_value", "strategy"),
         ({"strategy": "random", "budget": {}}, "invalid_value", "budget"),
-        ({"strategy": "random", "budget": {"nodes": 1, "fraction": 0.1}}, "invalid_value", "budget"),
         ({"strategy": "random", "budget": {"nodes": 0}}, "invalid_value", "budget.nodes"),
         ({"strategy": "random", "budget": {"fraction": 1.5}}, "invalid_value", "budget.fraction"),
-        ({"strategy": "random", "budget": {"tokens": 10}}, "unsupported_parameter", "budget.tokens"),
-        ({"strategy": "random", "budget": {"seconds": 1}}, "unsupported_parameter", "budget.seconds"),
-        ({"strategy": "random", "budget": {"cost": 1}}, "unsupported_parameter", "budget.cost"),
+        ({"strategy": "random", "budget": {"tokens": 0}}, "invalid_value", "budget.tokens"),
+        ({"strategy": "random", "budget": {"seconds": 1}}, "invalid_value", "rates.tokens_per_second"),
+        ({"strategy": "random", "budget": {"cost": 1}}, "invalid_value", "rates.cost_per_million_tokens"),
+        ({"strategy": "random", "budget": {"gold": 1}}, "unsupported_parameter", "budget.gold"),
+        ({"strategy": "mix", "budget": {"nodes": 1}}, "invalid_value", "mix"),
+        ({"strategy": "mix", "mix": [], "budget": {"nodes": 1}}, "invalid_value", "mix"),
+        ({"strategy": "mix", "mix": [{"strategy": "mix", "weight": 1}], "budget": {"nodes": 1}},
+         "invalid_value", "mix[0].strategy"),
+        ({"strategy": "mix", "mix": [{"strategy": "random", "weight": 0}], "budget": {"nodes": 1}},
+         "invalid_value", "mix[0].weight"),
+        ({"strategy": "random", "quotas": {"per": "label"}, "budget": {"nodes": 1}}, "invalid_value", "quotas.per"),
+        ({"strategy": "random", "num_clusters": 2, "budget": {"nodes": 1}}, "unsupported_parameter", "num_clusters"),
+        ({"strategy": "entropy", "predictions": {"a": [1.0]}, "budget": {"nodes": 1}}, "invalid_value", "predictions"),
+        ({"strategy": "entropy", "predictions": {"a": [1.0], "z": [1.0]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.z"),
+        ({"strategy": "entropy", "predictions": {"a": [1.0], "b": [0.5, 0.5]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.b"),
+        ({"strategy": "entropy", "predictions": {"a": [0.9], "b": [1], "c": [1], "d": [1]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.a"),
+        ({"strategy": "entropy", "predictions": {"a": ["1"]}, "budget": {"nodes": 1}},
+         "invalid_value", "predictions.a[0]"),
         ({"strategy": "degree", "budget": {"nodes": 1}, "seed": 1}, "unsupported_parameter", "seed"),
         ({"strategy": "random", "budget": {"nodes": 1}, "order": "low"}, "unsupported_parameter", "order"),
         ({"strategy": "degree", "budget": {"nodes": 1}, "order": "up"}, "invalid_value", "order"),
@@ -523,6 +777,8 @@ def test_arrow_without_what_was_not_asked_for(service: Service) -> None:
         (f"{MEDIA_TYPE};q=0.5, application/json", "application/json"),
         (f"application/json;q=0, {MEDIA_TYPE}", MEDIA_TYPE),
         (f"*/*, {MEDIA_TYPE};q=0", "application/json"),
+        (NDJSON, NDJSON),
+        (f"{NDJSON}, application/json;q=0.9", NDJSON),
         ("APPLICATION/JSON", "application/json"),
     ],
 )
@@ -538,6 +794,163 @@ def test_not_acceptable(service: Service, accept: str) -> None:
     response = service.client.post("/v1/enrich", json=ENRICH, headers={"Accept": accept})
     assert error_of(response, 406)[0] == "not_acceptable"
     assert service.writer.prompts == []
+
+
+def lines_of(response: Any) -> list[Any]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith(NDJSON)
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+@pytest.mark.parametrize("how", [{"stream": True}, {}], ids=["stream", "Accept"])
+def test_rows_as_lines(service: Service, how: dict[str, bool]) -> None:
+    nodes = [*ENRICH["nodes"], {"id": "n3", "text": ""}]
+    body = {**ENRICH, "nodes": nodes, "return": ["text", "embedding"]}
+    headers = {} if how else {"Accept": NDJSON}
+    *rows, last = lines_of(service.client.post("/v1/enrich", json={**body, **how}, headers=headers))
+    plain = service.client.post("/v1/enrich", json=body).json()
+    assert sorted(row["node_id"] for row in rows) == ["n1", "n2", "n3"]
+    assert rows[0]["node_id"] == "n3"  # nothing had to be done for it
+    by_id = {row["node_id"]: row for row in plain["data"]}
+    for row in rows:
+        again = by_id[row["node_id"]]
+        assert {**row, "status": again["status"]} == again
+    assert list(last) == ["usage"]
+    assert last["usage"].keys() == plain["usage"].keys()
+    assert last["usage"]["num_by_status"]["failed"] == 1
+    assert last["usage"]["num_by_status"]["ok"] == 2
+
+
+def test_rows_as_arrow_batches(service: Service) -> None:
+    body = {**ENRICH, "return": ["text", "embedding"], "stream": True}
+    body["nodes"] = [{"id": f"n{i}", "text": "" if i == 9 else f"text {i}"} for i in range(10)]
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.headers["content-type"] == MEDIA_TYPE
+    batches, metadata = [], []
+    with pa.ipc.open_stream(response.content) as reader:
+        assert b"lathe.usage" not in reader.schema.metadata
+        assert reader.schema.metadata[b"lathe.model"] == b"writer"
+        while True:
+            try:
+                batch, custom = reader.read_next_batch_with_custom_metadata()
+            except StopIteration:
+                break
+            batches.append(batch)
+            metadata.append(custom)
+    assert len(batches) > 2  # four requests at a time
+    assert batches[-1].num_rows == 0
+    assert metadata[:-1] == [None] * (len(batches) - 1)
+    usage = json.loads(metadata[-1][b"lathe.usage"])
+    assert usage["num_by_status"] == {
+        "ok": 9, "cached": 0, "skipped_budget": 0, "invalid_output": 0, "failed": 1,
+    }  # fmt: skip
+    table = pa.Table.from_batches(batches)
+    table.validate(full=True)
+    rows = {row["node_id"]: row for row in table.to_pylist()}
+    assert [rows[f"n{i}"]["text"] for i in range(9)] == [f"TEXT {i}" for i in range(9)]
+    assert rows["n9"]["error_code"] == "empty_text"
+
+
+def test_arrow_of_a_prompt_that_asks_for_json(service: Service) -> None:
+    service.writer._answer = lambda prompt: (
+        '{"label": "x", "confidence": 0.5}' if own_text(prompt) == "one" else "no JSON"
+    )
+    body = {**ENRICH, "prompt": "pseudo_label", "classes": ["x", "y"], "return": ["text"]}
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.status_code == 200, response.text
+    table = pa.ipc.open_stream(response.content).read_all()
+    table.validate(full=True)
+    plain = service.client.post("/v1/enrich", json=body).json()["data"]
+    for row, again in zip(table.to_pylist(), plain, strict=True):
+        fields = None if row["fields"] is None else json.loads(row["fields"])
+        assert fields == again["fields"]
+        assert (row["label"], row["repaired"]) == (again["label"], again["repaired"])
+    assert table.column("label").to_pylist() == ["x", None]
+    assert table.column("status").to_pylist() == ["ok", "invalid_output"]
+
+
+def test_a_graph_streams_as_well(service: Service) -> None:
+    path = f"/v1/graphs/{service.graph_id()}/enrich"
+    body = {"node_ids": ["a", "d"], "prompt": "summary@1", "model": "writer", "stream": True}
+    *rows, last = lines_of(service.client.post(path, json=body))
+    assert {row["node_id"]: row["status"] for row in rows} == {"a": "ok", "d": "failed"}
+    assert last["usage"]["num_nodes"] == 2
+
+
+def test_a_stream_that_cannot_begin_is_an_error(service: Service) -> None:
+    for fields, status in [({"model": "encoder"}, 400), ({"model": "other"}, 404)]:
+        body = {**ENRICH, **fields, "stream": True}
+        assert error_of(service.client.post("/v1/enrich", json=body), status)[1] == "model"
+    headers = {"Accept": "application/json"}
+    response = service.client.post("/v1/enrich", json={**ENRICH, "stream": True}, headers=headers)
+    assert error_of(response, 406) == ("not_acceptable", "Accept")
+
+
+def test_estimate(service: Service) -> None:
+    nodes = [{"id": i, "text": text} for i, text in enumerate(["one", "two", "two", " ", "three"])]
+    body = {"prompt": "summary@1", "model": "writer", "nodes": nodes}
+    service.client.post("/v1/enrich", json={**body, "nodes": nodes[:1]})
+    service.writer.prompts.clear()
+    service.state.settings.cost_per_million_tokens = 10.0
+    estimate = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert service.writer.prompts == []
+    counts = ("num_nodes", "num_distinct", "num_empty", "num_cached", "num_calls", "num_failing")
+    assert [estimate[name] for name in counts] == [5, 4, 1, 1, 2, 0]
+    assert estimate["dedupe_ratio"] == pytest.approx(0.2)
+    assert estimate["completion_tokens"] == 2 * 3  # as long as the cached answer, "ONE"
+    assert estimate["cost"] == pytest.approx(estimate["total_tokens"] / 1e5)
+    assert estimate["seconds"] > 0
+    real = service.client.post("/v1/enrich", json=body).json()["usage"]
+    assert real["prompt_tokens"] == estimate["prompt_tokens"]
+    after = service.client.post("/v1/enrich/estimate", json=body).json()
+    assert [after[name] for name in counts] == [5, 4, 1, 3, 0, 0]
+    assert (after["total_tokens"], after["seconds"], after["cost"]) == (0, 0, 0)
+
+
+def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_id = service.graph_id()
+    body = {"prompt": "digest@1", "model": "writer", "graph": graph_id}
+
+    def estimate(**fields: Any) -> Any:
+        return service.client.post("/v1/enrich/estimate", json={**body, **fields})
+
+    whole = estimate().json()
+    assert (whole["num_nodes"], whole["num_empty"], whole["num_calls"]) == (4, 1, 3)
+    assert (whole["seconds"], whole["cost"]) == (None, None)  # no speed was seen, no price is set
+    assert estimate(node_ids=["a"]).json()["num_nodes"] == 1
+    assert estimate(budget={"max_nodes": 2}).json()["num_nodes"] == 2
+    answer = service.client.post(
+        f"/v1/graphs/{graph_id}/enrich",
+        json={"prompt": "digest@1", "model": "writer", "node_ids": ["a", "b", "c"]},
+    ).json()
+    assert answer["usage"]["prompt_tokens"] == whole["prompt_tokens"]
+    assert error_of(estimate(node_ids=["zz"])) == ("invalid_value", "node_ids[0]")
+    assert error_of(estimate(graph="graph-0"), 404) == ("graph_not_found", "graph")
+    assert error_of(estimate(nodes=NODES)) == ("invalid_value", "nodes")
+    assert error_of(estimate(stream=True)) == ("unsupported_parameter", "stream")
+    monkeypatch.setattr(enrich, "MAX_ESTIMATED_NODES", 3)
+    assert error_of(estimate()) == ("invalid_value", "node_ids")
+    assert estimate(budget={"max_nodes": 3}).status_code == 200
+    only_nodes = {"prompt": "digest@1", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
+    response = service.client.post("/v1/enrich/estimate", json=only_nodes)
+    assert error_of(response) == ("invalid_value", "node_ids")
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [({}, 1), ({"priority": "interactive"}, 0), ({"priority": "bulk"}, 2)],
+)
+def test_priorities(service: Service, given: dict[str, str], number: int) -> None:
+    service.client.post("/v1/enrich", json={**ENRICH, **given})
+    assert {request.priority for request in service.writer.requests} == {number}
+
+
+def test_long_texts_by_request(service: Service) -> None:
+    limit = default_catalog().get("summary@1").max_text_tokens
+    nodes = [{"id": "a", "text": "b" * limit + "e" * limit}]
+    for policy, shown in [("head", {"b"}), ("head_tail", {"b", "e", *GAP})]:
+        service.client.post("/v1/enrich", json={**ENRICH, "nodes": nodes, "long_text": policy})
+        assert set(own_text(service.writer.prompts[-1])) == shown
 
 
 NODES = ENRICH["nodes"]
@@ -557,6 +970,9 @@ NODES = ENRICH["nodes"]
         ({"temperature": 1}, 400, "unsupported_parameter", "temperature"),
         ({"seed": 1}, 400, "unsupported_parameter", "seed"),
         ({"long_text": "chunk"}, 400, "invalid_value", "long_text"),
+        ({"priority": "urgent"}, 400, "invalid_value", "priority"),
+        ({"priority": 1}, 400, "invalid_value", "priority"),
+        ({"stream": "true"}, 400, "invalid_value", "stream"),
         ({"max_tokens": "5"}, 400, "invalid_value", "max_tokens"),
         ({"budget": {"max_nodes": True}}, 400, "invalid_value", "budget.max_nodes"),
         ({"budget": None}, 400, "invalid_value", "budget"),
@@ -583,7 +999,7 @@ def test_bad_enrichments(
 
 def test_lone_surrogates_are_refused(service: Service) -> None:
     for node in (r'{"id": "\ud800", "text": "x"}', r'{"id": "a", "text": "\ud800"}'):
-        body = '{"prompt": "summary", "model": "writer", "nodes": [' + node + "]}"
+        body = '{"prompt": "summary@1", "model": "writer", "nodes": [' + node + "]}"
         response = service.client.post(
             "/v1/enrich", content=body, headers={"content-type": "application/json"}
         )
@@ -618,7 +1034,7 @@ def test_enrich_graph(service: Service) -> None:
     graph_id = service.graph_id()
     body = {
         "node_ids": ["c", "a", "d"],
-        "prompt": "summary",
+        "prompt": "summary@1",
         "model": "writer",
         "embedding_model": "encoder",
         "return": ["embedding"],
@@ -632,7 +1048,7 @@ def test_enrich_graph(service: Service) -> None:
 
 def test_enrich_graph_reads_neighbours(service: Service) -> None:
     graph_id = service.graph_id()
-    body = {"node_ids": ["a", "b"], "prompt": "digest", "model": "writer"}
+    body = {"node_ids": ["a", "b"], "prompt": "digest@1", "model": "writer"}
     answer = service.client.post(f"/v1/graphs/{graph_id}/enrich", json=body).json()
     assert [row["neighbors_used"] for row in answer["data"]] == [2, 1]
     assert "1. second\n2. third" in service.writer.prompts[0]
@@ -648,7 +1064,7 @@ def test_enrich_graph_unknown_and_repeated_nodes(service: Service) -> None:
         ([], "node_ids"),
         ([None], "node_ids[0]"),
     ]:
-        body = {"node_ids": node_ids, "prompt": "summary", "model": "writer"}
+        body = {"node_ids": node_ids, "prompt": "summary@1", "model": "writer"}
         assert error_of(service.client.post(path, json=body)) == ("invalid_value", param)
 
 
@@ -658,12 +1074,12 @@ def test_enrich_graph_unknown_and_repeated_nodes(service: Service) -> None:
 def test_prompts(service: Service) -> None:
     listed = service.client.get("/v1/prompts").json()
     assert listed["object"] == "list"
-    assert [prompt["id"] for prompt in listed["data"]] == ["digest", "repair", "summary", "terms"]
+    assert {"digest", "repair", "summary", "terms"} <= {p["id"] for p in listed["data"]}
     one = service.client.get("/v1/prompts/summary").json()
     assert one in listed["data"]
-    assert service.client.get("/v1/prompts/summary@1").json() == one
-    assert one["versions"] == [1]
-    for unknown in ("nothing", "summary@2", "..%2Fsummary"):
+    assert service.client.get("/v1/prompts/summary@2").json() == one
+    assert one["versions"] == [1, 2]
+    for unknown in ("nothing", "summary@3", "..%2Fsummary"):
         assert service.client.get(f"/v1/prompts/{unknown}").status_code == 404
     assert error_of(service.client.get("/v1/prompts/nothing"), 404)[0] == "prompt_not_found"
 
@@ -672,10 +1088,17 @@ def test_prompts(service: Service) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_leaves_aborts_the_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "accept"),
+    [({}, "*/*"), ({"stream": True}, NDJSON), ({"stream": True}, MEDIA_TYPE)],
+    ids=["json", "lines", "arrow"],
+)
+async def test_a_client_that_leaves_aborts_the_engine(
+    tmp_path: Path, fields: dict[str, bool], accept: str
+) -> None:
     service = Service(tmp_path)
     service.writer.hold()
-    body = json.dumps(ENRICH).encode()
+    body = json.dumps({**ENRICH, **fields}).encode()
     left = asyncio.Event()
     incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -698,7 +1121,11 @@ async def test_a_client_that_leaves_aborts_the_engine(tmp_path: Path) -> None:
         "path": "/v1/enrich",
         "raw_path": b"/v1/enrich",
         "query_string": b"",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"accept", accept.encode()),
+        ],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
         "state": {},

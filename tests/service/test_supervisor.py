@@ -1,5 +1,6 @@
 import asyncio
 import io
+import json
 import os
 import signal
 import socket
@@ -491,6 +492,18 @@ def test_last_line_looks_at_what_is_new(tmp_path: Path) -> None:
     assert last_line(path, 4) == "new"
     assert last_line(path, 8) == ""
     assert last_line(tmp_path / "none", 0) == ""
+
+
+def test_last_line_of_our_own_log_is_its_message(tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    line = {"level": "error", "message": "it broke"}
+    path.write_text(json.dumps(line) + "\n")
+    assert last_line(path, 0) == "it broke"
+    traced = line | {"exception": "Traceback ...\n  line 1\nValueError: no such thing"}
+    path.write_text(json.dumps(traced) + "\n")
+    assert last_line(path, 0) == "ValueError: no such thing"
+    path.write_text("[1]\n")
+    assert last_line(path, 0) == "[1]"
 
 
 def test_idle_threads_of_children_sleep(settings: Settings) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from service.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"

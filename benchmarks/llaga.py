@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--cora", type=Path, required=True)
     parser.add_argument("--features", type=Path, required=True, help="a .npy file, made if missing")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--task", choices=TASKS[:2], default=TASKS[0])
     parser.add_argument("--template", choices=("ho", "nd"), default="ho")
     parser.add_argument("--operator", choices=OPERATORS, default="sym_selfloop")
@@ -65,7 +66,7 @@ def main() -> None:
     options.hops = options.hops or (4 if options.template == "ho" else 2)
     registry = ModelRegistry(options.home / "models")
     folder = registry.get(options.model).path
-    model = load_model(folder, dtype=torch.float32)  # a CPU is faster in it
+    model = load_model(folder, dtype=getattr(torch, options.dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as scratch:
         graph, labels, names = load_cora(options.cora, Path(scratch))
@@ -196,6 +197,7 @@ def run(
         "learning_rate": options.learning_rate,
         "weight_decay": options.weight_decay,
         "seed": seed,
+        "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "num_examples": {name: len(part.answers) for name, part in examples.items()},
         "last_loss": round(float(np.mean(losses[-20:])), 4),

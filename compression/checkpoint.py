@@ -470,7 +470,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.from_json(data)
     except FileNotFoundError:
         raise CheckpointError(f"{folder.name}: no {MANIFEST_NAME}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder.name}/{MANIFEST_NAME}: malformed ({error!r})") from None
 
 

@@ -173,13 +173,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError("config.json is not JSON") from None
     if not isinstance(config, dict):
         raise CheckpointError("config.json is not an object")
     config.pop("auto_map", None)
-    if config.get("model_type") not in CONFIG_MAPPING:
-        raise CheckpointError(f"architecture {str(config.get('model_type'))[:40]!r} is not known")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"architecture {str(model_type)[:40]!r} is not known")
     if "quantization_config" in config:
         raise CheckpointError("the model is quantized already; import the original")
     return config

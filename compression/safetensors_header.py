@@ -72,7 +72,7 @@ def _parse_entry(file: str, name: str, entry: object) -> tuple[TensorInfo, int, 
     if not isinstance(entry, dict):
         raise CheckpointError(f"{file}: {name} has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{file}: {name} has unknown dtype {str(dtype)[:20]!r}")
     sizes, span = _sizes(shape), _sizes(offsets)
     if sizes is None or span is None or len(span) != 2:

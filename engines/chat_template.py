@@ -224,6 +224,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             "dict": lambda *args, **kwargs: dict(*args, **kwargs),
             "namespace": _Namespace,
         }
+        del self.globals["lipsum"]  # as much text as it is asked for, in one call
         self.filters |= {
             "tojson": _tojson,
             "_counted": _counted,

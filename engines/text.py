@@ -118,11 +118,11 @@ class TextTokenizer:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        encoding = self._plain.encode(text, add_special_tokens=False)
-        ids: list[int] = encoding.ids
+        ids = _token_ids(self._plain, text)
         if self._control_ids.isdisjoint(ids):
             return ids
         # The vocabulary itself holds the spelling (Unigram and WordLevel may): break it after its first character.
+        encoding = self._plain.encode(text, add_special_tokens=False)
         pairs = zip(ids, encoding.offsets, strict=True)
         offsets = [at for token_id, at in pairs if token_id in self._control_ids]
         if any(end - start < 2 for start, end in offsets):
@@ -134,7 +134,7 @@ class TextTokenizer:
         return ids
 
     def _encode_trusted(self, text: str) -> list[int]:
-        ids: list[int] = self._trusting.encode(text, add_special_tokens=False).ids
+        ids = _token_ids(self._trusting, text)
         if self._control_pattern is None:
             return ids
         spelled = self._control_pattern.findall(text)
@@ -207,6 +207,14 @@ def _build(data: dict[str, Any]) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Without offsets, and with other threads going on meanwhile: of tokenizers' methods only those for batches release
+    the interpreter's lock."""
+    encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _decoder_names(decoder: dict[str, Any] | None) -> list[str]:

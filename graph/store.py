@@ -185,18 +185,17 @@ class Graph:
         Raises:
             UnknownNodeError: at the first id that the graph does not have.
         """
-        return [self._index_of(position, node_id) for position, node_id in enumerate(node_ids)]
-
-    def _index_of(self, position: int, node_id: NodeId) -> int:
+        order = np.asarray(self.id_order)  # a map itself is slow to index one by one
         column = self.nodes.column("id")
+        return [self._index_of(n, node_id, order, column) for n, node_id in enumerate(node_ids)]
+
+    def _index_of(self, position: int, node_id: NodeId, order: Int32s, column: Any) -> int:
         kind = str if self.info.id_type == "string" else int
         if type(node_id) is kind:
             # Strings are sorted by UTF-8 bytes, which is the order of Python's strings.
-            place = bisect.bisect_left(
-                self.id_order, node_id, key=lambda index: column[int(index)].as_py()
-            )
-            if place < len(self.id_order):
-                index = int(self.id_order[place])
+            place = bisect.bisect_left(order, node_id, key=lambda index: column[int(index)].as_py())
+            if place < len(order):
+                index = int(order[place])
                 if column[index].as_py() == node_id:
                     return index
         raise UnknownNodeError(position, node_id)

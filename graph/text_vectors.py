@@ -56,9 +56,6 @@ class TextVectors:
             vectors[first : first + len(some)] = rows
         return vectors
 
-    def close(self) -> None:
-        self._cache.close()
-
     async def _encode_some(
         self, engine: AsyncEngine, text: TextModel, texts: list[str], tenant: str
     ) -> Float32s:

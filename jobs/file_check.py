@@ -135,10 +135,13 @@ def _parquet_texts(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as reader:
-            if "text" not in reader.schema_arrow.names:
-                raise FileContentError("the Parquet file has no column 'text'")
+        if "text" not in pq.read_schema(path).names:
+            raise FileContentError("the Parquet file has no column 'text'")
+        with pq.ParquetFile(path, read_dictionary=["text"]) as reader:
+            # As a dictionary, a text that a small file repeats a million times is in memory once.
             kind = reader.schema_arrow.field("text").type
+            if pa.types.is_dictionary(kind):
+                kind = kind.value_type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise FileContentError(f"column 'text' has type {kind}, not string")
             place = reader.schema_arrow.names.index("text")
@@ -154,7 +157,8 @@ def _parquet_texts(path: Path) -> Iterator[Any]:
                     raise FileContentError(
                         f"the text of a calibration file has at most {MAX_CALIBRATION_BYTES} bytes"
                     )
-                yield from batch.column(0).to_pylist()
+                for text in batch.column(0):
+                    yield text.as_py()
     except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise FileContentError(f"not a readable Parquet file: {reason}") from None

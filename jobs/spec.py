@@ -26,6 +26,7 @@ from compression.registry import MODEL_ID_PATTERN
 from evaluation.corpora import CorpusName
 from graph.arrow_stream import EmbeddingDtype
 from graph.enrich import LongText, Output, Priority
+from graph.selection.request import SelectRequest
 from jobs.files import FILE_ID_PATTERN
 from jobs.store import JsonObject
 from training.spec import METHODS, FinetuneSettings, SettingsError, parse_settings
@@ -247,8 +248,8 @@ class EnrichBudgetSpec(_Spec):
 
 
 class EnrichSpec(_Spec):
-    """Enrich any number of nodes: of `graph`, which are named by `node_ids`, or all of them; or of an uploaded `file`
-    of purpose `enrich`.
+    """Enrich any number of nodes: of `graph`, which `node_ids` name or `select` chooses, or all of them; or of an
+    uploaded `file` of purpose `enrich`.
 
     Artefacts: `enriched.arrow`, an Arrow stream as POST /v1/enrich answers with, and `enriched.jsonl`, whose vectors
     are base64; both in the order of the nodes.
@@ -271,6 +272,9 @@ class EnrichSpec(_Spec):
     graph: str | None = Field(default=None, max_length=100)
     node_ids: list[str | int] | None = Field(
         default=None, min_length=1, max_length=MAX_ENRICH_NODE_IDS
+    )
+    select: SelectRequest | None = Field(
+        default=None, description="As in POST /v1/graphs/{id}/select; results are best first."
     )
     file: str | None = Field(default=None, pattern=FILE_ID_PATTERN)
     prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")
@@ -349,8 +353,11 @@ def _check_enrich(spec: EnrichSpec) -> None:
     """Raises: SpecError."""
     if (spec.graph is None) == (spec.file is None):
         raise SpecError("graph", "needs either a graph or a file")
-    if spec.file is not None and spec.node_ids is not None:
-        raise SpecError("node_ids", "they are of a graph")
+    for param in ("node_ids", "select"):
+        if spec.file is not None and getattr(spec, param) is not None:
+            raise SpecError(param, f"{param} is for a graph")
+    if spec.node_ids is not None and spec.select is not None:
+        raise SpecError("select", "needs either node_ids or select")
     if len(set(spec.return_)) < len(spec.return_):
         raise SpecError("return", "return names a part twice")
 

@@ -174,5 +174,12 @@ def _counters(amounts: dict[str, float]) -> Counters:
     )
 
 
+def seconds_per_token(rows: list[UsageRow], model: str) -> float | None:
+    """Device time that a token of a model's generations took; None where there were none."""
+    found = total([row for row in rows if row.model == model and row.operation == "generate"])
+    num_tokens = found.prompt_tokens + found.completion_tokens
+    return found.device_seconds / num_tokens if num_tokens else None
+
+
 def total(rows: list[UsageRow]) -> Counters:
     return Counters(**{name: sum(getattr(row.counters, name) for row in rows) for name in COUNTERS})

@@ -26,6 +26,7 @@ from engines.logs import set_up_logging
 from engines.metering import EngineUse
 from engines.protocol import EngineError
 from engines.tracing import set_up_tracing, shut_down_tracing
+from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
@@ -106,6 +107,7 @@ def build_state(settings: Settings) -> AppState:
     engines = EnginePool(settings, registry, supervisor, meter)
     metrics = Metrics()
     tokenizers = TokenizerCache()
+    cache = EnrichmentCache(settings.cache_database)
     state = AppState(
         settings=settings,
         registry=registry,
@@ -116,8 +118,9 @@ def build_state(settings: Settings) -> AppState:
         metrics=metrics,
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
-        enricher=build_enricher(settings, engines, tokenizers, metrics, used),
-        text_vectors=build_text_vectors(settings, engines, tokenizers),
+        cache=cache,
+        enricher=build_enricher(engines, tokenizers, cache, metrics, used),
+        text_vectors=build_text_vectors(engines, tokenizers, cache),
         limits=limits,
         usage=used,
         started_at=time.time(),
@@ -163,8 +166,7 @@ def build_app(settings: Settings) -> FastAPI:
         finally:
             flushing.cancel()
             await state.engines.aclose()
-            await asyncio.to_thread(state.enricher.close)
-            await asyncio.to_thread(state.text_vectors.close)
+            await asyncio.to_thread(state.cache.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
             await asyncio.to_thread(used.close)
@@ -176,6 +178,7 @@ def build_app(settings: Settings) -> FastAPI:
         description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        redirect_slashes=False,  # where to would be built from the Host header
         # Traces are `engines/tracing.py`'s; FastAPI's own would send what a client wrote.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
@@ -184,7 +187,7 @@ def build_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
     handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

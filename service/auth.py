@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from service.errors import ApiError
+
 Role = Literal["inference", "jobs", "admin"]
 ROLES: tuple[Role, ...] = ("inference", "jobs", "admin")
 
@@ -162,6 +164,23 @@ class KeyStore:
             json.dump({"keys": [asdict(key) for key in keys]}, file, indent=1)
         temporary.replace(self._path)
         self._stamp = None
+
+
+def authenticate(keys: KeyStore, headers: list[tuple[bytes, bytes]]) -> Identity:
+    """Whose request this is; anybody's is `LOCAL_IDENTITY`'s where there are no keys.
+
+    Raises:
+        ApiError: invalid_api_key.
+    """
+    if not keys.has_keys:
+        return LOCAL_IDENTITY
+    token = bearer_token(headers)
+    if token is None:
+        raise ApiError("invalid_api_key", "an API key is needed: Authorization: Bearer …")
+    identity = keys.identify(token) if token else None
+    if identity is None:
+        raise ApiError("invalid_api_key", "this API key is unknown or revoked")
+    return identity
 
 
 def bearer_token(headers: list[tuple[bytes, bytes]]) -> bytes | None:

@@ -139,6 +139,7 @@ def build_routes(settings: Settings, owner: str, used: UsageStore) -> FastAPI:
         tokenizers=TokenizerCache(),
         graphs=GraphStore(settings.graphs_dir),
         enricher=absent,
+        cache=absent,
         text_vectors=absent,
         usage=used,
     )

@@ -11,7 +11,7 @@ from compression.registry import ModelRegistry
 from jobs.files import FileStore
 from jobs.store import JobStore
 from jobs.usage import UsageStore
-from service.auth import LOCAL_IDENTITY, Identity, KeyStore, Role, bearer_token
+from service.auth import Identity, KeyStore, Role, authenticate
 from service.engine_pool import EnginePool
 from service.errors import ApiError
 from service.limits import RateLimits
@@ -20,6 +20,7 @@ from service.settings import Settings
 from service.tokenizers import TokenizerCache
 
 if TYPE_CHECKING:
+    from graph.cache import EnrichmentCache
     from graph.enrich import Enricher
     from graph.store import GraphStore
     from graph.text_vectors import TextVectors
@@ -38,6 +39,7 @@ class AppState:
     metrics: Metrics
     tokenizers: TokenizerCache
     graphs: "GraphStore"
+    cache: "EnrichmentCache"
     enricher: "Enricher"
     text_vectors: "TextVectors"
     limits: RateLimits | None = None
@@ -67,15 +69,7 @@ StateDep = Annotated[AppState, Depends(get_state)]
 
 def identify(request: Request, state: StateDep) -> Identity:
     """Raises: ApiError: invalid_api_key."""
-    if not state.keys.has_keys:
-        identity: Identity | None = LOCAL_IDENTITY
-    else:
-        token = bearer_token(request.scope["headers"])
-        if token is None:
-            raise ApiError("invalid_api_key", "an API key is needed: Authorization: Bearer …")
-        identity = state.keys.identify(token) if token else None
-    if identity is None:
-        raise ApiError("invalid_api_key", "this API key is unknown or revoked")
+    identity = authenticate(state.keys, request.scope["headers"])
     request.state.identity = identity
     return identity
 

@@ -4,7 +4,7 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -37,14 +37,14 @@ from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.text_vectors import TextVectors
 from graph.user_prompts import UserPrompts
-from jobs.usage import UsageStore
+from jobs.usage import UsageStore, seconds_per_token
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.middleware import cancel_on_disconnect
-from service.settings import DEFAULT_MODEL, Settings
+from service.settings import DEFAULT_MODEL
 from service.sse import ChunkedResponse
 from service.tokenizers import TokenizerCache
 
@@ -224,7 +224,8 @@ class EnrichEstimateBody(ResponseModel):
     max_completion_tokens: int
     total_tokens: int
     seconds: float | None = Field(
-        description="At the speed last seen of this model; null where none was seen."
+        description="At the speed last seen of this model, or by the device time of all its tokens so far; null where "
+        "there were none."
     )
     cost: float | None = Field(
         description="By the server's cost_per_million_tokens; null where it names none."
@@ -243,31 +244,29 @@ ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_enricher(
-    settings: Settings,
     engines: EnginePool,
     tokenizers: TokenizerCache,
+    cache: EnrichmentCache,
     metrics: Metrics,
     usage: UsageStore,
 ) -> Enricher:
-    """The enricher of one application; its cache file is opened when first needed."""
+    """The enricher of one application."""
     engine_for, text_for = _lookups(engines, tokenizers)
     return Enricher(
         engine_for=engine_for,
         text_for=text_for,
-        cache=EnrichmentCache(settings.cache_database),
+        cache=cache,
         observer=metrics,
         ended=usage.enriched,
     )
 
 
 def build_text_vectors(
-    settings: Settings, engines: EnginePool, tokenizers: TokenizerCache
+    engines: EnginePool, tokenizers: TokenizerCache, cache: EnrichmentCache
 ) -> TextVectors:
-    """Vectors of nodes, kept in the file that enrichment uses too."""
+    """Vectors of nodes, kept in the cache that enrichment uses too."""
     engine_for, text_for = _lookups(engines, tokenizers)
-    return TextVectors(
-        engine_for=engine_for, text_for=text_for, cache=EnrichmentCache(settings.cache_database)
-    )
+    return TextVectors(engine_for=engine_for, text_for=text_for, cache=cache)
 
 
 def _lookups(
@@ -383,6 +382,11 @@ async def estimate_enrich(
     except UnsuitableModelError as error:
         raise ApiError("invalid_value", error.message, error.param) from error
     total = estimate.prompt_tokens + estimate.completion_tokens
+    if (
+        estimate.seconds is None and state.usage is not None
+    ):  # other processes, or an earlier one, may have seen some
+        pace = seconds_per_token(await asyncio.to_thread(state.usage.read, None), body.model)
+        estimate = replace(estimate, seconds=None if pace is None else total * pace)
     price = state.settings.cost_per_million_tokens
     return EnrichEstimateBody(
         **asdict(estimate),

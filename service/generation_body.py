@@ -19,6 +19,8 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOKEN_ID = 2**31 - 1
 MAX_COUNT = 2**31 - 1
+MAX_PROMPT_TOKENS = 2**20
+"""Of one request; looked at before its token ids are, each of which costs time."""
 MAX_SCHEMA_CHARS = 2**16
 MAX_REGEX_CHARS = 4096
 INT64 = 2**63

@@ -1,4 +1,4 @@
-"""What happens to every request before a route sees it: id, host and size checks, access log, and the last safety net.
+"""What happens to every request before a route sees it: id, host, key and size checks, access log, the last safety net.
 
 Pure ASGI. JSON bodies are read here, up to the limit, so that an oversized or mislabelled one is refused
 before anything
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.origin import caused_by, current_origin, parse_traceparent
 from engines.tracing import Span, span
-from service.auth import is_loopback
+from service.auth import KeyStore, authenticate, is_loopback
 from service.errors import ApiError
 from service.settings import Settings
 
@@ -29,12 +29,18 @@ _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserv
 
 
 class RequestMiddleware:
-    """The outermost layer; everything inside it runs with a request id."""
+    """The outermost layer; everything inside it runs with a request id.
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    Args:
+        keys: nobody else's body is read; who may do what is the routes' to say.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, keys: KeyStore | None = None) -> None:
         self._app = app
         self._settings = settings
-        self._hosts = _LOOPBACK_NAMES | {settings.host, *settings.allowed_hosts}
+        self._keys = keys
+        self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self._hosts = _LOOPBACK_NAMES | {settings.host.lower()} | self._allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,7 +72,9 @@ class RequestMiddleware:
     async def _handle(
         self, scope: Scope, receive: Receive, exchange: "_Exchange", headers: dict[bytes, bytes]
     ) -> None:
-        self._check_host(headers.get(b"host"))
+        self._check_host(scope, headers)
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and self._keys is not None:
+            authenticate(self._keys, scope["headers"])
         content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         is_upload = content_type == b"multipart/form-data"
         limit = self._settings.max_upload_bytes if is_upload else self._settings.max_body_bytes
@@ -76,29 +84,40 @@ class RequestMiddleware:
         if is_upload:
             receive = _counted(receive, limit)
         elif scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
-            body = await _read_body(receive, limit)
+            try:
+                async with asyncio.timeout(self._settings.request_timeout_seconds):
+                    body = await _read_body(receive, limit)
+            except TimeoutError:
+                raise ApiError("request_timeout", "the body took too long to arrive") from None
             if body and content_type != b"application/json":
                 raise ApiError("unsupported_media_type", "the body must be application/json")
             receive = _replay(body, receive)
         await self._app(scope, receive, exchange.send)
 
-    def _check_host(self, host: bytes | None) -> None:
-        """Against DNS rebinding: a page in a browser here must not reach a loopback server by another name.
+    def _check_host(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Against pages in a browser on this machine: none may reach a loopback server by another name (DNS rebinding),
+        nor from another origin (a browser sends a form, or a POST without a body, without asking first).
 
         A server on a public address is reached by names that it cannot know, so there, where every request needs a key,
         only an explicit `allowed_hosts` limits them.
         """
-        if host is None:
+        if not is_loopback(self._settings.host) and not self._settings.allowed_hosts:
             return
-        name = (
-            host.decode("latin-1").rsplit(":", 1)[0]
-            if not host.endswith(b"]")
-            else host.decode("latin-1")
-        )
-        limited = is_loopback(self._settings.host) or bool(self._settings.allowed_hosts)
-        if limited and name.lower() not in self._hosts:
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+            raise ApiError("host_not_allowed", "a request has one Host")
+        host = headers.get(b"host")
+        if host is not None and _host_name(host) not in self._hosts:
             raise ApiError(
                 "host_not_allowed", "this Host is not served here (see LATHE_ALLOWED_HOSTS)"
+            )
+        origin = headers.get(b"origin")
+        if origin is None:
+            return
+        source = origin.partition(b"://")[2].lower()
+        if source != (host or b"").lower() and _host_name(source) not in self._allowed_hosts:
+            raise ApiError(
+                "origin_not_allowed",
+                "pages of this origin are not served (see LATHE_ALLOWED_HOSTS)",
             )
 
 
@@ -160,6 +179,12 @@ class _Exchange:
                 "key_id": getattr(identity, "key_id", None),
             },
         )
+
+
+def _host_name(host: bytes) -> str:
+    """Without the port, in lower case."""
+    text = host.decode("latin-1").lower()
+    return text if text.endswith("]") else text.rsplit(":", 1)[0]
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

@@ -120,9 +120,10 @@ class FrozenReader:
         device = context_BTH.device
         inputs_BTH = torch.cat([context_BTH, self._embed(ids_BT[:, :-1].to(device))], dim=1)
         hidden_BTH = self._run(inputs_BTH, self._cache(prompt, len(answers)))
-        logits_BTV = self._model.lm_head(hidden_BTH[:, -longest:])
+        # Flat, since a batched product with a slice would copy the head once per example.
+        logits_RV = self._model.lm_head(hidden_BTH[:, -longest:].flatten(0, 1))
         return functional.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), targets_BT.flatten().to(device), ignore_index=IGNORED
+            logits_RV.float(), targets_BT.flatten().to(device), ignore_index=IGNORED
         )
 
     @torch.no_grad()

@@ -64,33 +64,6 @@ def hop_weights(
     return everyone, table
 
 
-def hop_features(
-    graph: Graph,
-    features: npt.NDArray[np.float32],
-    centres: Int64s,
-    *,
-    hops: int,
-    operator: HopOperator,
-    hidden: Int64s | None = None,
-) -> tuple[npt.NDArray[np.float32], list[Int64s]]:
-    """Vectors (C, hops + 1, D) of centres (C,), in float32, and of each centre the nodes that they are made of.
-
-    Args:
-        features: (nodes, D).
-        hidden: for each centre a node that is not there, or PAD.
-    """
-    rows = np.empty((len(centres), hops + 1, features.shape[1]), dtype=np.float32)
-    reached = []
-    for index, centre in enumerate(centres):
-        left_out = PAD if hidden is None else int(hidden[index])
-        nodes, weights = hop_weights(
-            graph, int(centre), hops=hops, operator=operator, hidden=left_out
-        )
-        rows[index] = weights.astype(np.float32) @ features[nodes]
-        reached.append(nodes)
-    return rows, reached
-
-
 def _entries(
     operator: HopOperator,
     own_degrees: Float64s,

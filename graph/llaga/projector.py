@@ -17,24 +17,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from graph.llaga.hops import OPERATORS, HopOperator, hop_features
+from graph.llaga.filling import Bools, Float32s, Template
 from graph.llaga.prompts import PROMPT_VERSION, TASKS, Task
-from graph.llaga.templates import MAX_TREE_NODES, PAD, neighborhood_trees, tree_length
-from graph.store import Graph, Int64s
 
 PROJECTOR_ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,95}$"
 _PROJECTOR_ID = re.compile(PROJECTOR_ID_PATTERN[:-1] + r"\Z")
 MANIFEST_NAME, TENSORS_NAME = "projector.json", "projector.safetensors"
 FORMAT_VERSION = 1
-MAX_HOPS = 8
 
-Float32s = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
 JsonObject = dict[str, Any]
 _erf = np.frompyfunc(math.erf, 1, 1)
 
@@ -61,58 +55,13 @@ class ProjectorExistsError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
-    """How a node's surroundings become vectors.
-
-    Attributes:
-        kind: "nd" is the tree, "ho" the hops.
-        fanout: children of a tree's node; of "nd" alone.
-        operator: of "ho" alone.
-    """
-
-    kind: Literal["nd", "ho"]
-    hops: int
-    fanout: int | None = None
-    operator: HopOperator | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("nd", "ho"):
-            raise ValueError(f"template kind must be nd or ho, got {self.kind!r}")
-        if not 1 <= self.hops <= MAX_HOPS:
-            raise ValueError(f"hops must be 1 to {MAX_HOPS}, got {self.hops}")
-        if self.kind == "ho":
-            if self.operator not in OPERATORS:
-                raise ValueError(
-                    f"operator must be one of {', '.join(OPERATORS)}, got {self.operator!r}"
-                )
-            if self.fanout is not None:
-                raise ValueError("fanout is for the nd template only")
-            return
-        if self.operator is not None:
-            raise ValueError("operator is for the ho template only")
-        if self.fanout is None or self.fanout < 1:
-            raise ValueError(f"fanout must be at least 1, got {self.fanout}")
-        if tree_length(self.hops, self.fanout) > MAX_TREE_NODES:
-            raise ValueError(f"a tree has at most {MAX_TREE_NODES} places")
-
-    @property
-    def num_rows(self) -> int:
-        if self.fanout is None:
-            return self.hops + 1
-        return tree_length(self.hops, self.fanout)
-
-    def width(self, encoder_dim: int) -> int:
-        """Width of one vector."""
-        return encoder_dim + (self.num_rows if self.kind == "nd" else 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectorManifest:
     """What `projector.json` says.
 
     Attributes:
         model_hash, encoder_hash: `checkpoint_hash` of each.
-        encoder_dim: of the encoder's vectors.
+        encoder: whose vectors of the nodes' texts it was trained with; None: the graph's own features.
+        encoder_dim: of those vectors.
         hidden_size: of the LLM.
         classes: the answers that node classification was trained with.
         training: provenance, as the job tells it.
@@ -122,8 +71,8 @@ class ProjectorManifest:
     created_at: float = field(default_factory=time.time)
     model: str
     model_hash: str
-    encoder: str
-    encoder_hash: str
+    encoder: str | None
+    encoder_hash: str | None
     encoder_dim: int
     hidden_size: int
     num_layers: int
@@ -154,7 +103,12 @@ class ProjectorManifest:
             raise ProjectorError(f"{MANIFEST_NAME} is malformed: {error}") from None
 
     def check_use(
-        self, *, task: Task, model_hash: str, encoder_hash: str, operator: str | None = None
+        self,
+        *,
+        task: Task,
+        model_hash: str,
+        encoder_hash: str | None,
+        operator: str | None = None,
     ) -> None:
         """Whether it may be used so. `operator`: what the caller believes it to be; None asks for nothing.
 
@@ -172,8 +126,8 @@ class ProjectorManifest:
             if got != known:
                 wanted = getattr(self, name)
                 raise ProjectorError(
-                    f"the projector was trained with the {name} {wanted!r} of hash {known[:12]},"
-                    f" this one has {got[:12]}",
+                    f"the projector was trained with the {name} {wanted!r} of hash {str(known)[:12]},"
+                    f" this one has {str(got)[:12]}",
                     name,
                 )
         if operator is not None and operator != self.template.operator:
@@ -188,54 +142,6 @@ class ProjectorManifest:
                 f" this is version {PROMPT_VERSION}",
                 "projector",
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilledTemplate:
-    """Attributes: vectors: (C, N, D); is_pad: (C, N); nodes: of each centre, the nodes that reached it, ascending."""
-
-    vectors: Float32s
-    is_pad: Bools
-    nodes: list[Int64s]
-
-
-def fill_template(
-    template: Template,
-    graph: Graph,
-    features: Float32s,
-    centres: Int64s,
-    *,
-    hidden: Int64s | None = None,
-    laplacian: Float32s | None = None,
-) -> FilledTemplate:
-    """Vectors of several centres, ready to be projected.
-
-    Args:
-        features: (nodes, encoder_dim).
-        hidden: for each centre a node that is not to be seen, or PAD (C,).
-        laplacian: the projector's own, for "nd".
-    """
-    if template.kind == "ho":
-        assert template.operator is not None
-        vectors, nodes = hop_features(
-            graph, features, centres, hops=template.hops, operator=template.operator, hidden=hidden
-        )
-        return FilledTemplate(
-            vectors=vectors, is_pad=np.zeros(vectors.shape[:2], dtype=bool), nodes=nodes
-        )
-    assert template.fanout is not None
-    assert laplacian is not None
-    trees = neighborhood_trees(
-        graph, centres, hops=template.hops, fanout=template.fanout, hidden=hidden
-    )
-    is_pad = trees == PAD
-    text = np.where(is_pad[..., None], np.float32(0), features[trees])
-    places = np.broadcast_to(laplacian, (len(trees), *laplacian.shape))
-    return FilledTemplate(
-        vectors=np.concatenate([text, places], axis=2),
-        is_pad=is_pad,
-        nodes=[np.unique(tree[tree != PAD]) for tree in trees],
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,14 @@ questions of a task share their beginning and its KV cache. An answer ends with 
 answer begins another one and the log-probabilities of complete answers can be compared.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 PROMPT_VERSION = 1
+MAX_DESCRIPTION_CHARS = 160
+MAX_DESCRIPTION_TOKENS = 64
 Task = Literal["node_classification", "link_prediction", "node_description"]
 TASKS: tuple[Task, ...] = ("node_classification", "link_prediction", "node_description")
 LINK_ANSWERS = ("yes", "no")
@@ -52,3 +55,15 @@ def build_prompt(task: Task, classes: Sequence[str] = ()) -> Prompt:
 def answer_text(answer: str) -> str:
     """An answer as it follows the prompt."""
     return f" {answer}"
+
+
+def description(text: str, label: str | None) -> str:
+    """What the projector learns to say of a node: its label and how its text begins; empty where it has neither.
+
+    The beginning is the first sentence of the first line, which is the title where a text has one.
+    """
+    first_line = text.strip().split("\n", maxsplit=1)[0]
+    sentence = " ".join(re.split(r"(?<=[.!?])\s", first_line, maxsplit=1)[0].split())
+    if len(sentence) > MAX_DESCRIPTION_CHARS:
+        sentence = sentence[:MAX_DESCRIPTION_CHARS].rsplit(" ", maxsplit=1)[0]
+    return ": ".join(part for part in (label, sentence) if part)

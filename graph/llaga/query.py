@@ -1,132 +1,202 @@
-"""Asks a frozen LLM about nodes of a graph: rows of a projector inside the prompt, answers by their log-probability.
+"""Asks a frozen LLM about nodes of a graph: rows of a projector inside the prompt, answers chosen or written.
 
-An answer's log-probability is the sum over its tokens and the end mark: how likely the LLM is to give exactly this
-answer, which is what training raised. It is not divided by the length: the end mark makes the answers exclusive, so
-their shares are the LLM's own probabilities, restricted to the classes. Nothing is sampled, and the text is the
-likeliest class.
+A chosen answer's log-probability is the sum over its tokens and the end mark: how likely the LLM is to give exactly
+this answer, which is what training raised. It is not divided by the length: the end mark makes the answers exclusive,
+so their shares are the LLM's own probabilities, restricted to the choices. Nothing is sampled: the text is the
+likeliest choice, and a description is written greedily.
 
-Imports no torch; the rows are made here and cross the engine's socket as embedding rows.
+Imports no torch; the rows are made here and cross the engine's socket as embedding rows. Questions are several calls
+at once, so that the engine always has one to work on; an engine scores all choices of a question in one pass.
 """
 
+import asyncio
 import math
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from engines.protocol import ROW_PLACEHOLDER, AsyncEngine, ScoreRequest
-from graph.llaga.projector import FilledTemplate, Float32s, LoadedProjector, fill_template
-from graph.llaga.prompts import LINK_ANSWERS, NUM_CENTRES, Task, answer_text, build_prompt
-from graph.store import Graph, Int64s
+from engines.protocol import (
+    ROW_PLACEHOLDER,
+    AsyncEngine,
+    EngineError,
+    GenerateRequest,
+    SamplingParams,
+    ScoreRequest,
+)
+from graph.llaga.filling import Filling, Float32s
+from graph.llaga.projector import LoadedProjector
+from graph.llaga.prompts import (
+    LINK_ANSWERS,
+    MAX_DESCRIPTION_TOKENS,
+    Task,
+    answer_text,
+    build_prompt,
+)
+from graph.store import Int64s
 
-Encode = Callable[[str], Sequence[int]]
-"""Token ids of a text, without special tokens."""
+CALLS_AT_ONCE = 8
+"""Of one query; what waits in an engine's queue is work of others as well."""
+
+T = TypeVar("T")
+
+
+class Text(Protocol):
+    """The LLM's tokenizer; `engines.text.TextTokenizer` is one."""
+
+    @property
+    def special_prefix(self) -> tuple[int, ...]:
+        """What the model expects before a text (a Llama's BOS)."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Attributes: text: the likeliest of the classes; template_nodes: of each centre, indices of what filled it;
-    num_tokens: that the LLM read."""
+    """Attributes: text: the likeliest choice, or the description; probabilities, logprobs: of all choices, empty for a
+    description; template_nodes: of each centre, indices of what filled it; num_tokens: that the LLM read;
+    num_generated: that it wrote."""
 
     text: str
-    probabilities: dict[str, float]
-    logprobs: dict[str, float]
+    probabilities: dict[str, float] = field(default_factory=dict)
+    logprobs: dict[str, float] = field(default_factory=dict)
     template_nodes: tuple[Int64s, ...]
     num_tokens: int
+    num_generated: int = 0
 
 
-def partners(task: Task, questions: Int64s) -> Int64s | None:
-    """Of every question's centres (Q, C) the node that is hidden from each; None where there are no pairs."""
-    if NUM_CENTRES[task] == 1:
-        return None
-    return questions[:, ::-1]
-
-
-def fill_questions(
-    projector: LoadedProjector, graph: Graph, features: Float32s, task: Task, questions: Int64s
-) -> list[FilledTemplate]:
-    """One filled template per centre of a question, for all questions (Q, C)."""
-    hidden = partners(task, questions)
-    return [
-        fill_template(
-            projector.manifest.template,
-            graph,
-            features,
-            questions[:, centre],
-            hidden=None if hidden is None else hidden[:, centre],
-            laplacian=projector.laplacian,
-        )
-        for centre in range(NUM_CENTRES[task])
-    ]
-
-
-def template_nodes(
-    projector: LoadedProjector, graph: Graph, task: Task, questions: Int64s
-) -> Int64s:
-    """All nodes whose features the questions need, ascending."""
-    nothing = np.empty((graph.info.num_nodes, 0), dtype=np.float32)
-    filled = fill_questions(projector, graph, nothing, task, questions)
-    return np.unique(np.concatenate([nodes for part in filled for nodes in part.nodes]))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    token_ids: tuple[int, ...]
+    rows: bytes
+    template_nodes: tuple[Int64s, ...]
 
 
 async def answer_questions(
     engine: AsyncEngine,
-    encode: Encode,
+    text: Text,
     projector: LoadedProjector,
-    graph: Graph,
-    features: Float32s,
     task: Task,
-    questions: Int64s,
+    fillings: Sequence[Filling],
+    features: Float32s,
     *,
-    beginning: Sequence[int] = (),
     end_token_id: int,
     tenant: str = "",
 ) -> list[Answer]:
     """Answer several questions of one task, each as it would be alone.
 
     Args:
-        features: (nodes, encoder_dim); rows of `template_nodes` must be there.
-        questions: node indices (Q, C).
-        beginning: what the model expects before a text (a Llama's BOS).
+        fillings: of each centre of a question, as `plan_questions` makes them.
+        features: (nodes, encoder_dim); rows of `needed_nodes` must be there.
         end_token_id: ends an answer; the one trained with.
 
     Raises:
         EngineError
     """
-    assert task != "node_description", "its answer is generated, not chosen"
-    classes = projector.manifest.classes if task == "node_classification" else LINK_ANSWERS
+    classes = projector.manifest.classes if task == "node_classification" else ()
     prompt = build_prompt(task, classes)
-    continuations = tuple((*encode(answer_text(name)), end_token_id) for name in classes)
-    before, after = encode(prompt.before), [encode(text) for text in prompt.after]
-    filled = fill_questions(projector, graph, features, task, questions)
-    rows = [projector.project(part.vectors, part.is_pad) for part in filled]
-    ids = [*beginning, *before]
-    for text in after:
-        ids += [ROW_PLACEHOLDER] * projector.manifest.template.num_rows + list(text)
-    answers = []
-    for index in range(len(questions)):
-        given = np.concatenate([part[index] for part in rows]).astype("<f4")
-        result = await engine.score(
-            ScoreRequest(
-                request_id=f"query-{secrets.token_hex(12)}",
-                context_ids=tuple(ids),
-                continuation_ids=continuations,
-                embedding_rows=given.tobytes(),
-                tenant=tenant,
-            )
+    ids = [*text.special_prefix, *text.encode(prompt.before)]
+    for part in prompt.after:
+        ids += [ROW_PLACEHOLDER] * projector.manifest.template.num_rows + list(text.encode(part))
+    rows = []
+    for filling in fillings:
+        vectors, is_pad = filling.vectors(features, projector.laplacian)
+        rows.append(projector.project(vectors, is_pad))
+    questions = [
+        _Question(
+            token_ids=tuple(ids),
+            rows=np.concatenate([part[index] for part in rows]).astype("<f4").tobytes(),
+            template_nodes=tuple(filling.nodes[index] for filling in fillings),
         )
-        logprobs = [score.logprob for score in result.scores]
-        highest = max(logprobs)
-        weights = [math.exp(logprob - highest) for logprob in logprobs]
-        total = sum(weights)
-        answers.append(
-            Answer(
-                text=classes[logprobs.index(highest)],
-                probabilities={n: w / total for n, w in zip(classes, weights, strict=True)},
-                logprobs=dict(zip(classes, logprobs, strict=True)),
-                template_nodes=tuple(part.nodes[index] for part in filled),
-                num_tokens=result.num_tokens,
-            )
+        for index in range(len(fillings[0].nodes))
+    ]
+    if task == "node_description":
+        return await _together(
+            partial(_describe, engine, text, one, end_token_id, tenant) for one in questions
         )
-    return answers
+    choices = classes if task == "node_classification" else LINK_ANSWERS
+    continuations = {name: (*text.encode(answer_text(name)), end_token_id) for name in choices}
+    return await _together(
+        partial(_choose, engine, one, continuations, tenant) for one in questions
+    )
+
+
+async def _choose(
+    engine: AsyncEngine, question: _Question, choices: dict[str, tuple[int, ...]], tenant: str
+) -> Answer:
+    result = await engine.score(
+        ScoreRequest(
+            request_id=_request_id(),
+            context_ids=question.token_ids,
+            continuation_ids=tuple(choices.values()),
+            embedding_rows=question.rows,
+            tenant=tenant,
+        )
+    )
+    logprobs = [score.logprob for score in result.scores]
+    highest = max(logprobs)
+    weights = [math.exp(logprob - highest) for logprob in logprobs]
+    total = sum(weights)
+    return Answer(
+        text=list(choices)[logprobs.index(highest)],
+        probabilities={name: w / total for name, w in zip(choices, weights, strict=True)},
+        logprobs=dict(zip(choices, logprobs, strict=True)),
+        template_nodes=question.template_nodes,
+        num_tokens=result.num_tokens,
+    )
+
+
+async def _describe(
+    engine: AsyncEngine, text: Text, question: _Question, end_token_id: int, tenant: str
+) -> Answer:
+    stream = await engine.generate(
+        GenerateRequest(
+            request_id=_request_id(),
+            token_ids=question.token_ids,
+            params=SamplingParams(
+                max_tokens=MAX_DESCRIPTION_TOKENS, temperature=0.0, stop_token_ids=(end_token_id,)
+            ),
+            embedding_rows=question.rows,
+            tenant=tenant,
+        )
+    )
+    written: list[int] = []
+    async with aclosing(stream):  # leaving early aborts the request
+        async for output in stream:
+            written += output.token_ids
+            if output.finish_reason in ("error", "abort"):
+                raise EngineError(
+                    output.error_code or "internal_error", output.error or "the request was aborted"
+                )
+    return Answer(
+        text=text.decode(written, skip_special_tokens=True).strip(),
+        template_nodes=question.template_nodes,
+        num_tokens=len(question.token_ids),
+        num_generated=len(written),
+    )
+
+
+async def _together(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Results in order; `CALLS_AT_ONCE` run at once, and a failure ends them all."""
+    gate = asyncio.Semaphore(CALLS_AT_ONCE)
+
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await call()
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _request_id() -> str:
+    return f"query-{secrets.token_hex(12)}"

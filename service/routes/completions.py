@@ -29,6 +29,7 @@ from service.generation import (
 from service.generation_body import (
     MAX_COUNT,
     MAX_LOGPROBS,
+    MAX_PROMPT_TOKENS,
     MAX_TOKEN_ID,
     GenerationBody,
     check_fits,
@@ -58,6 +59,8 @@ def parse_prompts(value: object, *, name: str, most: int) -> Prompts:
     """A string, a list of strings, a list of token ids or a list of such lists, as a tuple of prompts."""
     if isinstance(value, str):
         prompts: list[Any] = [value]
+    elif isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:
+        raise invalid(f"{name} has at most {MAX_PROMPT_TOKENS} token ids, got {len(value)}")
     elif isinstance(value, list) and value and all(is_token_id(item) for item in value):
         prompts = [value]
     elif isinstance(value, list):
@@ -69,6 +72,8 @@ def parse_prompts(value: object, *, name: str, most: int) -> Prompts:
     kinds = {type(prompt) for prompt in prompts}
     if kinds == {str} and all(prompts):
         return tuple(check_text(prompt, name) for prompt in prompts)
+    if kinds == {list} and sum(map(len, prompts)) > MAX_PROMPT_TOKENS:
+        raise invalid(f"{name} has at most {MAX_PROMPT_TOKENS} token ids")
     if kinds == {list} and all(p and all(map(is_token_id, p)) for p in prompts):
         return tuple(tuple(prompt) for prompt in prompts)
     raise invalid(

@@ -1,6 +1,7 @@
 """LLaGA over HTTP: POST /v1/graphs/{id}/query, and the projectors that it may name.
 
-What a request costs is the encoding of every node in reach, so their number is limited; nothing of it is kept.
+A first question about a part of a graph costs the encoding of every node in reach, so their number is limited; vectors
+are kept in the enrichment cache, and later questions read them there.
 """
 
 import asyncio
@@ -14,10 +15,10 @@ from fastapi.responses import Response
 from pydantic import ConfigDict, Field, model_validator
 
 from engines.protocol import AsyncEngine, EmbedRequest, EngineError
+from graph.llaga.filling import Float32s, needed_nodes, plan_questions
 from graph.llaga.hops import HopOperator
 from graph.llaga.projector import (
     PROJECTOR_ID_PATTERN,
-    Float32s,
     LoadedProjector,
     ProjectorError,
     ProjectorManifest,
@@ -25,8 +26,9 @@ from graph.llaga.projector import (
     ProjectorRegistry,
     load_projector,
 )
-from graph.llaga.prompts import Task
-from graph.llaga.query import Answer, answer_questions, template_nodes
+from graph.llaga.prompts import NUM_CENTRES, Task
+from graph.llaga.query import Answer, answer_questions
+from graph.llaga.vectors import ENCODE_BATCH, NodeVectors, cut_text, frame_tokens
 from graph.store import Graph, GraphNotFoundError, Int64s, NodeId, UnknownNodeError
 from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
@@ -45,15 +47,14 @@ router = APIRouter(
 )
 MAX_QUESTIONS = 256
 MAX_TEMPLATE_NODES = 8192
-_EMBED_TEXTS = 64
 
 
 Pair = Annotated[list[NodeIdField], Field(min_length=2, max_length=2)]
 
 
 class QueryBody(RequestModel):
-    """`node_ids` for node classification, `pairs` for link prediction. `operator` is refused where it is not the one
-    that the projector was trained with."""
+    """`node_ids` for node classification and description, `pairs` for link prediction. `operator` is refused where it
+    is not the one that the projector was trained with."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -74,12 +75,8 @@ class QueryBody(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> "QueryBody":
-        if self.task == "node_description":
-            raise ApiError(
-                "unsupported_parameter", "node_description is not available in this version", "task"
-            )
         wanted, other = ("pairs", "node_ids")
-        if self.task == "node_classification":
+        if NUM_CENTRES[self.task] == 1:
             wanted, other = other, wanted
         if getattr(self, wanted) is None:
             raise ApiError("invalid_value", f"{self.task} needs {wanted}", wanted)
@@ -89,13 +86,15 @@ class QueryBody(RequestModel):
 
 
 class QueryAnswer(ResponseModel):
-    """`text` is the likeliest answer; `template_nodes` has a list for each of `node_ids`."""
+    """`text` is the likeliest answer, or the description; `template_nodes` has a list for each of `node_ids`."""
 
     index: int
     node_ids: list[str | int]
     text: str
-    probabilities: dict[str, float] = Field(description="Of all answers; they sum to 1.")
-    logprobs: dict[str, float] = Field(
+    probabilities: dict[str, float] | None = Field(
+        description="Of all answers; they sum to 1. Null for a description, which is written freely."
+    )
+    logprobs: dict[str, float] | None = Field(
         description="Sum over the answer's tokens and the end mark, natural logarithm."
     )
     template_nodes: list[list[str | int]]
@@ -109,7 +108,9 @@ class QueryResponse(ResponseModel):
     model: str
     task: Task
     data: list[QueryAnswer]
-    num_encoded_nodes: int
+    num_encoded_nodes: int = Field(
+        description="Nodes whose text was encoded now; the vectors of the others were there."
+    )
 
 
 class ProjectorObject(ResponseModel):
@@ -117,7 +118,7 @@ class ProjectorObject(ResponseModel):
     object: Literal["projector"] = "projector"
     created_at: int
     model: str
-    encoder: str
+    encoder: str | None = Field(description="Null: the graph's own features.")
     template: Literal["nd", "ho"]
     hops: int
     fanout: int | None
@@ -142,7 +143,7 @@ class ProjectorDeleted(ResponseModel):
 async def query_graph(
     graph_id: str, body: QueryBody, request: Request, state: StateDep, identity: IdentityDep
 ) -> Response:
-    """Ask a projector's LLM for the class of nodes, or whether pairs of nodes are linked.
+    """Ask a projector's LLM for the class or a description of nodes, or whether pairs of nodes are linked.
 
     Of a pair, each node is taken out of the graph before the other's surroundings are looked at.
     """
@@ -182,18 +183,21 @@ async def _query(graph_id: str, body: QueryBody, state: AppState, identity: Iden
     manifest = projector.manifest
     graph, questions = await asyncio.to_thread(_open, graph_id, body, state, identity)
     engine = await state.engines.get(manifest.model)
-    encoder = await state.engines.get(manifest.encoder)
+    encoder = None if manifest.encoder is None else await state.engines.get(manifest.encoder)
     try:
         manifest.check_use(
             task=body.task,
             model_hash=engine.info.checkpoint_hash,
-            encoder_hash=encoder.info.checkpoint_hash,
+            encoder_hash=None if encoder is None else encoder.info.checkpoint_hash,
             operator=body.operator,
         )
     except ProjectorError as error:
         param = error.param if error.param in ("task", "operator") else "projector"
         raise ApiError("invalid_value", error.message, param) from error
-    nodes = await asyncio.to_thread(template_nodes, projector, graph, body.task, questions)
+    fillings = await asyncio.to_thread(
+        plan_questions, manifest.template, graph, body.task, questions
+    )
+    nodes = needed_nodes(fillings)
     if len(nodes) > MAX_TEMPLATE_NODES:
         raise ApiError(
             "invalid_value",
@@ -202,16 +206,14 @@ async def _query(graph_id: str, body: QueryBody, state: AppState, identity: Iden
         )
     text = await state.tokenizers.get(state.engines.entry(manifest.model))
     try:
-        features = await _encode_nodes(state, manifest, encoder, graph, nodes, identity)
+        features, num_encoded = await _features(state, manifest, encoder, graph, nodes, identity)
         answers = await answer_questions(
             engine,
-            text.tokenizer.encode,
+            text.tokenizer,
             projector,
-            graph,
-            features,
             body.task,
-            questions,
-            beginning=text.tokenizer.special_prefix,
+            fillings,
+            features,
             end_token_id=engine.info.eos_token_ids[0],
             tenant=identity.tenant,
         )
@@ -222,7 +224,7 @@ async def _query(graph_id: str, body: QueryBody, state: AppState, identity: Iden
         "query",
         finish_reason="stop",
         prompt_tokens=sum(answer.num_tokens for answer in answers),
-        generation_tokens=0,
+        generation_tokens=sum(answer.num_generated for answer in answers),
         e2e_seconds=time.monotonic() - started_at,
     )
     return json_response(
@@ -236,7 +238,7 @@ async def _query(graph_id: str, body: QueryBody, state: AppState, identity: Iden
                 _answer(index, graph, question, answer)
                 for index, (question, answer) in enumerate(zip(questions, answers, strict=True))
             ],
-            num_encoded_nodes=len(nodes),
+            num_encoded_nodes=num_encoded,
         )
     )
 
@@ -289,19 +291,32 @@ def _indices(graph: Graph, node_ids: list[NodeId], place: str) -> list[int]:
         ) from None
 
 
-async def _encode_nodes(
+async def _features(
     state: AppState,
     manifest: ProjectorManifest,
-    encoder: AsyncEngine,
+    encoder: AsyncEngine | None,
     graph: Graph,
     nodes: Int64s,
     identity: Identity,
-) -> Float32s:
-    """Features (num_nodes, encoder_dim); only the rows of `nodes` are filled, so only their pages exist."""
+) -> tuple[Float32s, int]:
+    """Features (num_nodes, encoder_dim), and how many texts were encoded for them.
+
+    Of an encoder's, only the rows of `nodes` are filled, so only their pages exist.
+    """
+    assert encoder is not None
+    assert manifest.encoder is not None
+    dim = manifest.encoder_dim
     text = await state.tokenizers.get(state.engines.entry(manifest.encoder))
-    features = np.zeros((graph.info.num_nodes, manifest.encoder_dim), dtype=np.float32)
-    for first in range(0, len(nodes), _EMBED_TEXTS):
-        some = nodes[first : first + _EMBED_TEXTS]
+    kept = NodeVectors(
+        state.cache,
+        tenant=identity.tenant,
+        encoder_hash=encoder.info.checkpoint_hash,
+        dim=dim,
+    )
+    features = np.zeros((graph.info.num_nodes, dim), dtype=np.float32)
+    missing = await asyncio.to_thread(kept.load, graph, nodes, features)
+    for first in range(0, len(missing), ENCODE_BATCH):
+        some = missing[first : first + ENCODE_BATCH]
         texts = await asyncio.to_thread(graph.texts, some)
         ids = [await _token_ids(text, given, encoder.info.max_model_len) for given in texts]
         result = await encoder.embed(
@@ -311,21 +326,21 @@ async def _encode_nodes(
                 tenant=identity.tenant,
             )
         )
-        if result.dim != manifest.encoder_dim:
+        if result.dim != dim:
             raise ApiError(
                 "invalid_value",
-                f"the projector takes vectors of {manifest.encoder_dim}, the encoder gives {result.dim}",
+                f"the projector takes vectors of {dim}, the encoder gives {result.dim}",
                 "projector",
             )
         features[some] = np.frombuffer(result.vectors, dtype="<f4").reshape(len(some), -1)
-    return features
+        await asyncio.to_thread(kept.keep, texts, features[some])
+    return features, len(missing)
 
 
 async def _token_ids(text: ModelText, given: str, limit: int) -> tuple[int, ...]:
     """The beginning of a text that the encoder takes, with what goes around it."""
-    before, after = text.tokenizer.special_prefix, text.tokenizer.special_suffix
-    ids = await text.encode(given[: limit * text.tokenizer.max_token_chars], None, None)
-    return (*before, *ids[: limit - len(before) - len(after)], *after)
+    cut = cut_text(given, text.tokenizer, limit)
+    return frame_tokens(await text.encode(cut, None, None), text.tokenizer, limit)
 
 
 def _answer(index: int, graph: Graph, question: Int64s, answer: Answer) -> QueryAnswer:
@@ -333,8 +348,8 @@ def _answer(index: int, graph: Graph, question: Int64s, answer: Answer) -> Query
         index=index,
         node_ids=graph.ids(question),
         text=answer.text,
-        probabilities=answer.probabilities,
-        logprobs=answer.logprobs,
+        probabilities=answer.probabilities or None,
+        logprobs=answer.logprobs or None,
         template_nodes=[graph.ids(nodes) for nodes in answer.template_nodes],
     )
 

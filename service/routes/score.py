@@ -21,6 +21,7 @@ from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, Sta
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import finite, json_response
 from service.generation_body import (
+    MAX_PROMPT_TOKENS,
     MAX_TOKEN_ID,
     ModelField,
     absent,
@@ -48,6 +49,8 @@ TextOrIds = str | tuple[int, ...]
 def _text_or_ids(value: object) -> TextOrIds:
     if isinstance(value, str) and value:
         return check_text(value)
+    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:
+        raise invalid(f"at most {MAX_PROMPT_TOKENS} token ids, got {len(value)}")
     if isinstance(value, list) and value and all(map(is_token_id, value)):
         return tuple(value)
     raise invalid("must be a string or a list of token ids, and not empty")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from jobs.usage import Counters, UsageOperation, UsageRow, total
+from jobs.usage import Counters, UsageOperation, seconds_per_token, total
 from service.deps import IdentityDep, ResponseModel, StateDep
 from service.errors import ApiError, error_responses
 
@@ -72,7 +72,10 @@ async def get_usage(
     everything = await asyncio.to_thread(store.read, None, since)
     rows = everything if all_keys else [r for r in everything if r.key_id == identity.key_id]
     counters = total(rows)
-    saved = sum(row.counters.cached_tokens * _speed(everything, row.model) for row in rows)
+    saved = sum(
+        row.counters.cached_tokens * (seconds_per_token(everything, row.model) or 0.0)
+        for row in rows
+    )
     price = state.settings.cost_per_million_tokens
 
     def cost(num_tokens: int) -> float | None:
@@ -94,13 +97,6 @@ async def get_usage(
             for row in rows
         ],
     )
-
-
-def _speed(rows: list[UsageRow], model: str) -> float:
-    """Device seconds that a token of a model's generations took; 0 where there were none."""
-    found = total([row for row in rows if row.model == model and row.operation == "generate"])
-    num_tokens = found.prompt_tokens + found.completion_tokens
-    return found.device_seconds / num_tokens if num_tokens else 0.0
 
 
 def _json(counters: Counters) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def test_contents_and_template_together_make_no_control_token() -> None:
         "{{ ('a' * 9999) | list | join('b' * 9999) }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ [1] | tojson(indent=1000000000) }}",
+        "{{ lipsum(n=10000000) }}",
     ],
 )
 def test_a_template_that_does_too_much_is_stopped(source: str) -> None:

@@ -104,6 +104,7 @@ class Service:
             metrics=self.metrics,
             tokenizers=TokenizerCache(),
             graphs=cast(Any, None),
+            cache=cast(Any, None),
             enricher=cast(Any, None),
             text_vectors=cast(Any, None),
         )

@@ -12,11 +12,12 @@ from transformers import LlamaForCausalLM
 
 from engines.protocol import EmbedRequest, EmbedResult
 from engines.transformers_engine import TransformersEngine
-from graph.llaga.projector import ProjectorRegistry, Template, write_projector
+from graph.llaga.filling import Template
+from graph.llaga.projector import ProjectorRegistry, write_projector
 from service.errors import ApiError
 from service.routes import graph_query
 from tests.graph.llaga.test_projector import manifest_of, tensors_of
-from tests.graph.llaga.test_query import Awaited, encode
+from tests.graph.llaga.test_query import Awaited, Words, encode
 from tests.service.test_graph_routes import Service, error_of
 
 DIM = 5
@@ -33,9 +34,7 @@ class Engines:
 
     async def get(self, name: str) -> Any:
         if name == "m":
-            engine = Awaited(self.decoder)
-            engine.info = self.decoder.info  # type: ignore[attr-defined]
-            return engine
+            return Awaited(self.decoder)
         if name == "e":
             info = SimpleNamespace(checkpoint_hash=self.encoder_hash, max_model_len=8)
             return SimpleNamespace(info=info, embed=self.embed)
@@ -52,9 +51,11 @@ class Engines:
 
 class Texts:
     async def get(self, entry: str) -> Any:
+        words = Words()
         tokenizer = SimpleNamespace(
-            encode=encode, special_prefix=(1,), special_suffix=(2,), max_token_chars=9
-        )
+            encode=encode, decode=words.decode, special_prefix=(1,), special_suffix=(2,),
+            max_token_chars=9,
+        )  # fmt: skip
 
         async def encode_text(text: str, limit: Any, param: Any) -> list[int]:
             return encode(text)
@@ -140,6 +141,53 @@ def test_only_nodes_in_reach_are_encoded(service: Service) -> None:
     assert engines.embedded == [(1, 2)]  # its text is empty
 
 
+def test_vectors_are_kept(service: Service) -> None:
+    """A node is encoded once for a tenant, and its kept vector gives the same answer."""
+    register(service)
+    engines = cast(Engines, service.state.engines)
+    graph_id = service.graph_id()
+    first = query(service, CLASSIFY | {"node_ids": ["b"]}, graph_id).json()
+    assert (first["num_encoded_nodes"], len(engines.embedded)) == (3, 3)
+    again = query(service, CLASSIFY | {"node_ids": ["b", "d"]}, graph_id).json()
+    assert (again["num_encoded_nodes"], len(engines.embedded)) == (1, 4)
+    assert again["data"][0] == first["data"][0]
+    engines.encoder_hash = "c" * 64  # another encoder's vectors are not found under this name
+    register(service, "second", encoder_hash="c" * 64)
+    other = query(service, CLASSIFY | {"projector": "second", "node_ids": ["b"]}, graph_id).json()
+    assert other["num_encoded_nodes"] == 3
+
+
+def test_description(service: Service) -> None:
+    register(service, tasks=("node_description", "node_classification"))
+    response = query(service, CLASSIFY | {"task": "node_description"})
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert [item["node_ids"] for item in answer["data"]] == [["b"], ["a"], ["d"]]
+    for item in answer["data"]:
+        assert isinstance(item["text"], str)
+        assert (item["probabilities"], item["logprobs"]) == (None, None)
+    assert answer["data"][2]["template_nodes"] == [["d"]]
+
+
+def test_a_graph_that_is_deleted_meanwhile(service: Service) -> None:
+    """What is open stays readable; who comes later is told."""
+    register(service)
+    graph_id = service.graph_id()
+    engines = cast(Engines, service.state.engines)
+    embed = engines.embed
+
+    async def delete_and_embed(request: EmbedRequest) -> EmbedResult:
+        service.state.graphs.delete(graph_id, "local")
+        engines.embed = embed  # type: ignore[method-assign]
+        return await embed(request)
+
+    engines.embed = delete_and_embed  # type: ignore[method-assign]
+    response = query(service, CLASSIFY, graph_id)
+    assert response.status_code == 200, response.text
+    assert response.json()["data"][0]["template_nodes"] == [["a", "b", "c"]]
+    assert error_of(query(service, CLASSIFY, graph_id), 404)[0] == "graph_not_found"
+
+
 @pytest.mark.parametrize(
     ("change", "code", "param"),
     [
@@ -147,7 +195,7 @@ def test_only_nodes_in_reach_are_encoded(service: Service) -> None:
         ({"projector": "../mine"}, "projector_not_found", "projector"),
         ({"node_ids": ["a", "zzz"]}, "invalid_value", "node_ids[1]"),
         ({"operator": "sym"}, "invalid_value", "operator"),
-        ({"task": "node_description"}, "unsupported_parameter", "task"),
+        ({"task": "node_description"}, "invalid_value", "task"),
         ({"node_ids": None}, "invalid_value", "node_ids"),
         ({"pairs": [["a", "b"]]}, "invalid_value", "pairs"),
         ({"task": "link_prediction", "node_ids": None, "pairs": [["a", "b"]]}, "invalid_value", "task"),

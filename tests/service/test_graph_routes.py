@@ -93,6 +93,7 @@ class Service:
         registry = ModelRegistry(settings.models_dir)
         supervisor = SupervisorClient(settings.supervisor_socket)
         metrics = Metrics()
+        cache = EnrichmentCache(settings.cache_database)
         self.state = AppState(
             settings=settings,
             registry=registry,
@@ -103,10 +104,11 @@ class Service:
             metrics=metrics,
             tokenizers=TokenizerCache(),
             graphs=GraphStore(settings.graphs_dir),
+            cache=cache,
             enricher=Enricher(
                 engine_for=self._engine_for,
                 text_for=self._text_for,
-                cache=EnrichmentCache(settings.cache_database),
+                cache=cache,
                 observer=metrics,
             ),
             text_vectors=TextVectors(

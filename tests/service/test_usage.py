@@ -94,6 +94,17 @@ def test_enrichments_and_what_the_cache_saved(http: TestClient) -> None:
     assert counted["total"]["saved_device_seconds"] > 0
 
 
+def test_estimates_know_the_speed_that_was_counted(http: TestClient) -> None:
+    body = {"prompt": "summary@1", "model": "tiny", "nodes": [{"id": 1, "text": "ab"}]}
+    assert http.post("/v1/enrich/estimate", json=body).json()["seconds"] is None
+    text = {"model": "tiny", "prompt": "abc", "max_tokens": 4}
+    http.post("/v1/completions", json=text)
+    counted = by_operation(usage(http))["generate"]
+    estimate = http.post("/v1/enrich/estimate", json=body).json()
+    per_token = counted["device_seconds"] / counted["total_tokens"]
+    assert estimate["seconds"] == pytest.approx(estimate["total_tokens"] * per_token)
+
+
 def test_a_key_sees_its_own_and_an_admin_all(http: TestClient, state: AppState) -> None:
     roles: dict[str, tuple[Role, ...]] = {
         "one": ("inference",),

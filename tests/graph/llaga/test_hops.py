@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graph.llaga.hops import OPERATORS, HopOperator, hop_features, hop_weights
+from graph.llaga.filling import Template, plan_filling
+from graph.llaga.hops import OPERATORS, HopOperator, hop_weights
 from graph.llaga.templates import PAD
 from graph.store import Graph
 from tests.graph.graphs import stored
@@ -35,7 +36,8 @@ def dense_operator(graph: Graph, operator: HopOperator, hidden: int = PAD) -> np
 def test_against_dense_powers(tmp_path: Path, operator: HopOperator) -> None:
     graph = random_graph(tmp_path)
     features = np.random.default_rng(1).normal(size=(60, 7)).astype(np.float32)
-    rows, _ = hop_features(graph, features, everyone(graph), hops=4, operator=operator)
+    template = Template(kind="ho", hops=4, operator=operator)
+    rows, _ = plan_filling(template, graph, everyone(graph)).vectors(features, None)
     expected = features.astype(np.float64)
     for hop in range(5):
         assert np.allclose(rows[:, hop], expected, atol=1e-5)
@@ -46,13 +48,12 @@ def test_against_dense_powers(tmp_path: Path, operator: HopOperator) -> None:
 def test_the_hidden_node_leaks_at_no_hop(tmp_path: Path, operator: HopOperator) -> None:
     graph = random_graph(tmp_path)
     features = np.random.default_rng(1).normal(size=(60, 7)).astype(np.float32)
+    template = Template(kind="ho", hops=4, operator=operator)
     for centre, partner in graph.edges[:20].astype(np.int64):
-        rows, plain = (
-            hop_features(
-                graph, features, np.array([centre]), hops=4, operator=operator, hidden=hidden
-            )[0][0]
-            for hidden in (np.array([partner]), None)
-        )
+        hidden = np.array([partner])
+        filling = plan_filling(template, graph, np.array([centre]), hidden=hidden)
+        rows = filling.vectors(features, None)[0][0]
+        plain = plan_filling(template, graph, np.array([centre])).vectors(features, None)[0][0]
         matrix = dense_operator(graph, operator, partner)
         expected = np.stack(
             [(np.linalg.matrix_power(matrix, t) @ features)[centre] for t in range(5)]
@@ -61,12 +62,9 @@ def test_the_hidden_node_leaks_at_no_hop(tmp_path: Path, operator: HopOperator) 
         assert not np.allclose(rows, plain, atol=1e-3)
         poisoned = features.copy()
         poisoned[partner] = 1e6  # whatever it says reaches no hop
-        hidden = np.array([partner])
-        again, reached = hop_features(
-            graph, poisoned, np.array([centre]), hops=4, operator=operator, hidden=hidden
-        )
+        again, _ = filling.vectors(poisoned, None)
         assert np.array_equal(again[0], rows)
-        assert partner not in reached[0]
+        assert partner not in filling.nodes[0]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from graph.llaga.filling import Template, plan_filling
 from graph.llaga.projector import (
     MANIFEST_NAME,
     TENSORS_NAME,
@@ -18,8 +19,6 @@ from graph.llaga.projector import (
     ProjectorManifest,
     ProjectorNotFoundError,
     ProjectorRegistry,
-    Template,
-    fill_template,
     load_laplacian,
     load_projector,
     write_projector,
@@ -61,41 +60,38 @@ def test_rows_are_those_of_torch(tmp_path: Path, template: Template, num_layers:
     assert loaded.manifest == manifest
     graph = random_graph(tmp_path / "graphs")
     features = np.random.default_rng(0).normal(size=(60, DIM)).astype(np.float32)
-    filled = fill_template(
-        template, graph, features, everyone(graph), laplacian=tensors.get("laplacian")
+    vectors, is_pad = plan_filling(template, graph, everyone(graph)).vectors(
+        features, tensors.get("laplacian")
     )
-    rows = loaded.project(filled.vectors, filled.is_pad)
+    rows = loaded.project(vectors, is_pad)
     with torch.no_grad():
-        expected = module(torch.from_numpy(filled.vectors), torch.from_numpy(filled.is_pad))
+        expected = module(torch.from_numpy(vectors), torch.from_numpy(is_pad))
     assert np.allclose(rows, expected.numpy(), atol=1e-5)
-    assert np.all(rows[filled.is_pad] == 0)
-    assert filled.is_pad.any() == (template.kind == "nd")
-    alone = fill_template(
-        template, graph, features, np.array([7]), laplacian=tensors.get("laplacian")
-    )
-    assert np.allclose(loaded.project(alone.vectors, alone.is_pad)[0], rows[7], atol=1e-6)
+    assert np.all(rows[is_pad] == 0)
+    assert is_pad.any() == (template.kind == "nd")
+    alone = plan_filling(template, graph, np.array([7]))
+    alone_rows = loaded.project(*alone.vectors(features, tensors.get("laplacian")))
+    assert np.allclose(alone_rows[0], rows[7], atol=1e-6)
 
 
 def test_vectors_of_the_tree(tmp_path: Path) -> None:
     graph = random_graph(tmp_path)
     features = np.random.default_rng(0).normal(size=(60, DIM)).astype(np.float32)
     places = laplacian_embedding(2, 3)
-    filled = fill_template(ND, graph, features, np.array([0, 59]), laplacian=places)
-    assert np.array_equal(filled.vectors[0, 0], np.concatenate([features[0], places[0]]))
-    assert np.array_equal(filled.vectors[1, 4, :DIM], np.zeros(DIM))  # 59 is isolated
-    assert np.array_equal(filled.vectors[1, 4, DIM:], places[4])
-    assert filled.nodes[1].tolist() == [59]
+    filling = plan_filling(ND, graph, np.array([0, 59]))
+    vectors, _ = filling.vectors(features, places)
+    assert np.array_equal(vectors[0, 0], np.concatenate([features[0], places[0]]))
+    assert np.array_equal(vectors[1, 4, :DIM], np.zeros(DIM))  # 59 is isolated
+    assert np.array_equal(vectors[1, 4, DIM:], places[4])
+    assert filling.nodes[1].tolist() == [59]
 
 
 @pytest.mark.parametrize("template", [ND, HO])
 def test_the_partner_fills_no_template(tmp_path: Path, template: Template) -> None:
     graph = random_graph(tmp_path)
-    features = np.zeros((60, DIM), dtype=np.float32)
     centres, partners = graph.edges.astype(np.int64).T
-    filled = fill_template(
-        template, graph, features, centres, hidden=partners, laplacian=laplacian_embedding(2, 3)
-    )
-    for centre, partner, nodes in zip(centres, partners, filled.nodes, strict=True):
+    filling = plan_filling(template, graph, centres, hidden=partners)
+    for centre, partner, nodes in zip(centres, partners, filling.nodes, strict=True):
         assert centre in nodes
         assert partner not in nodes
 

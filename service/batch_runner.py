@@ -163,7 +163,7 @@ class _Batch:
         self._files = FileStore(self._settings.files_dir)
         self._state = BatchState()
         self._ledger = BatchLedger(context.folder / "ledger.jsonl")
-        self._used = UsageStore(context.home / "usage.db")
+        self._used = UsageStore(self._settings.usage_database)
         self._told: str | None = None
 
     async def run(self) -> JsonObject:

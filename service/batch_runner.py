@@ -54,7 +54,7 @@ from service.tokenizers import TokenizerCache
 WATCH_SECONDS = 0.5
 MAX_ERRORS = 100
 """Of an input file, that are named."""
-MAX_WAIT_SECONDS = 30.0
+MAX_WAIT_SECONDS = 5.0
 """Between two tries at an engine that is away."""
 AWAY = frozenset(
     {

@@ -13,6 +13,8 @@ from typing import Any
 
 from engines.origin import caused_by, current_origin
 
+EXPORT_SECONDS = 3.0
+"""For a collector to take what has gathered; a process that ends waits no longer for one that is away."""
 Attributes = Mapping[str, str | int | float | bool]
 _provider: Any = None
 """OpenTelemetry's TracerProvider; None while nothing is traced."""
@@ -70,7 +72,7 @@ def set_up_tracing(process: str, endpoint: str | None) -> None:
         ) from None
     resource = Resource.create({"service.name": "lathe", "lathe.process": process})
     _provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
+    exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_SECONDS)
     _provider.add_span_processor(BatchSpanProcessor(exporter))
 
 

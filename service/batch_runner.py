@@ -54,7 +54,7 @@ from service.tokenizers import TokenizerCache
 WATCH_SECONDS = 0.5
 MAX_ERRORS = 100
 """Of an input file, that are named."""
-MAX_WAIT_SECONDS = 30.0
+MAX_WAIT_SECONDS = 5.0
 """Between two tries at an engine that is away."""
 AWAY = frozenset(
     {
@@ -140,6 +140,7 @@ def build_routes(settings: Settings, owner: str, used: UsageStore) -> FastAPI:
         graphs=GraphStore(settings.graphs_dir),
         cache=absent,
         enricher=absent,
+        cache=absent,
         text_vectors=absent,
         usage=used,
     )
@@ -163,7 +164,7 @@ class _Batch:
         self._files = FileStore(self._settings.files_dir)
         self._state = BatchState()
         self._ledger = BatchLedger(context.folder / "ledger.jsonl")
-        self._used = UsageStore(context.home / "usage.db")
+        self._used = UsageStore(self._settings.usage_database)
         self._told: str | None = None
 
     async def run(self) -> JsonObject:

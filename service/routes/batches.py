@@ -160,6 +160,7 @@ async def create_batch(
         owner=identity.tenant,
         spec=_spec(body),
         request_hash=digest,
+        deadline_seconds=state.settings.max_job_seconds,
     )
     files = {body.input_file_id: "input_file_id"}
     job, created = await anyio.to_thread.run_sync(create_job, new, files, state, identity)

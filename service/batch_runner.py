@@ -140,7 +140,6 @@ def build_routes(settings: Settings, owner: str, used: UsageStore) -> FastAPI:
         graphs=GraphStore(settings.graphs_dir),
         cache=absent,
         enricher=absent,
-        cache=absent,
         text_vectors=absent,
         usage=used,
     )

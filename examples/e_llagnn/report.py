@@ -38,13 +38,16 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def _against_raw(rows: Sequence[Row], group: Sequence[Row], field: str) -> str:
-    """Mean and deviation of a field, and the mean and deviation of its paired difference to raw features."""
+    """Mean and deviation of a field; mean and standard error of its paired difference to raw features."""
     pairs = [(row[field], raw[field]) for row in group if (raw := raw_row(rows, row)) is not None]
     text = mean_and_deviation([row[field] for row in group])
     if not pairs:
         return text
-    differences = [enriched - raw for enriched, raw in pairs]
-    return f"{text} ({np.mean(differences):+.2f})"
+    differences = np.array([enriched - raw for enriched, raw in pairs])
+    if len(pairs) == 1:
+        return f"{text} ({differences[0]:+.2f})"
+    error = differences.std(ddof=1) / np.sqrt(len(pairs))
+    return f"{text} ({differences.mean():+.2f} ±{error:.2f})"
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -252,7 +255,9 @@ def _save(figure: Any, path: Path) -> None:
 
 def _plot_budgets(axis: Any, rows: Sequence[Row], group: Sequence[Row], title: str) -> None:
     raws = [raw["with_llm"] for row in group if (raw := raw_row(rows, row)) is not None]
-    axis.axhline(np.mean(raws), color="black", linestyle=":", label="raw")
+    mean, deviation = np.mean(raws), np.std(raws)
+    axis.axhline(mean, color="black", linestyle=":", label="raw, ± one deviation")
+    axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.08, linewidth=0)
     for strategy in _distinct(group, lambda row: row["strategy"]):
         points = []
         for budget in sorted(_distinct(group, lambda row: row["budget"])):
@@ -265,6 +270,8 @@ def _plot_budgets(axis: Any, rows: Sequence[Row], group: Sequence[Row], title: s
                 points.append((100 * budget, np.mean(values)))
         axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=strategy)
     axis.set(xscale="log", title=title, xlabel="% of nodes enriched", ylabel="test accuracy, %")
+    budgets = sorted(_distinct(group, lambda row: row["budget"]))
+    _set_ticks(axis, [100 * budget for budget in budgets])
 
 
 def _plot_depth(axes: Any, depth: Sequence[Row]) -> None:
@@ -283,7 +290,15 @@ def _plot_depth(axes: Any, depth: Sequence[Row]) -> None:
         axes[2].plot(range(1, layers[-1] + 1), norms[-1], label=name)
     axes[0].set(title="GCN by depth", xscale="log", xlabel="layers", ylabel="test accuracy, %")
     axes[1].set(title="first layer's gradient", xscale="log", yscale="log", xlabel="layers")
+    _set_ticks(axes[0], layers)
+    _set_ticks(axes[1], layers)
     axes[1].set(ylabel="‖∂L/∂W₁‖")
     axes[2].set(title=f"gradients of {layers[-1]} layers", yscale="log", xlabel="layer l")
     axes[2].set(ylabel="‖∂L/∂W_l‖")
     axes[0].legend(fontsize=7)
+
+
+def _set_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis where there are points, and nowhere else."""
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.minorticks_off()

@@ -306,16 +306,17 @@ def scorers(options: Options) -> Iterator[Run]:
 
 
 def modes(options: Options) -> Iterator[Run]:
-    run = Run(
-        study="modes",
-        split=options.splits[0],
-        budget=options.ablation_budget,
-        strategy="random",
-        recipe=options.recipe,
-        seed=options.seeds[0],
-    )
-    yield replace(run, overlap=True)
-    yield run
+    """Different nodes for the two, so that neither finds the other's in the service's cache."""
+    for seed, overlap in enumerate((True, False)):
+        yield Run(
+            study="modes",
+            split=options.splits[0],
+            budget=options.ablation_budget,
+            strategy="random",
+            recipe=options.recipe,
+            overlap=overlap,
+            seed=seed,
+        )
 
 
 STUDIES: dict[str, Callable[[Options], Iterator[Run]]] = {

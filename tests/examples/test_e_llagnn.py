@@ -282,5 +282,5 @@ def test_tables_pair_each_run_with_the_raw_one_of_its_seed() -> None:
             rows.append({"key": run.key(), **run.parameters(), **more})
     table = report.markdown(rows)
     assert "| raw | 85.00 ±7.07 |" in table
-    assert "| random | 85.75 ±6.72 (+0.75) |" in table
-    assert "| random, LLM-free | 84.75 ±6.72 (-0.25) |" in table
+    assert "| random | 85.75 ±6.72 (+0.75 ±0.25) |" in table
+    assert "| random, LLM-free | 84.75 ±6.72 (-0.25 ±0.25) |" in table

@@ -14,11 +14,11 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
 from examples.e_llagnn.__main__ import main
-from tests.conftest import REPOSITORY
 from tests.processes.conftest import Service
 
 pytestmark = pytest.mark.processes
 
+REPOSITORY = Path(__file__).parents[2]
 NUM_NODES = 30
 
 

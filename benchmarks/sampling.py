@@ -1,9 +1,9 @@
 """Whether judged neighbours are better ones: the share of chosen neighbours with their centre's label; as Markdown.
 
     lathe up &
-    python -m benchmarks.sampling --cora DIR [--url http://127.0.0.1:8000] [--nodes 300] [--scorers embed llm_pair]
+    python -m benchmarks.sampling --cora DIR [--url http://127.0.0.1:8000] [--runs embed:900 llm_pair:120]
 
-DIR has nodes.jsonl.gz and edges.csv.gz. All labels are used to look at the result; the scorers see texts only. Nodes
+A run is a scorer and the number of first nodes that it judges for. DIR has nodes.jsonl.gz and edges.csv.gz. All labels are used to look at the result; the scorers see texts only. Nodes
 with at most FANOUT neighbours choose nothing and are left out. Noise 100 drowns every score: a uniform sample.
 """
 
@@ -29,22 +29,22 @@ def main() -> None:
     )
     parser.add_argument("--cora", type=Path, required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--nodes", type=int, default=300)
-    parser.add_argument("--scorers", nargs="+", default=["embed", "llm_rank", "llm_pair"])
+    parser.add_argument("--runs", nargs="+", default=["embed:900", "llm_rank:120", "llm_pair:120"])
     args = parser.parse_args()
     graph, labels = read_cora(args.cora)
     rows = []
     with httpx.Client(base_url=args.url, timeout=3600) as client:
         key = {"Idempotency-Key": f"benchmarks.sampling {len(labels)}"}
         made = client.post("/v1/graphs", json=graph, headers=key).raise_for_status().json()
-        node_ids = [node["id"] for node in graph["nodes"][: args.nodes]]
-        for scorer in args.scorers:
+        for run in args.runs:
+            scorer, _, number = run.partition(":")
+            node_ids = [node["id"] for node in graph["nodes"][: int(number)]]
             for noise in NOISES:
                 rows.append(measure(client, made["id"], node_ids, labels, scorer, noise))
                 print(rows[-1], flush=True)
     date = datetime.date.today().isoformat()
     page = RESULTS / f"sampling_cora_{platform.machine()}_{date}.md"
-    page.write_text(report(rows, args.nodes, made["num_nodes"], date))
+    page.write_text(report(rows, date))
     print(page)
 
 
@@ -87,6 +87,7 @@ def measure(
             ]
     return {
         "scorer": scorer,
+        "nodes": len(node_ids),
         "noise": noise,
         "judged": num_judged,
         "chosen": len(equal),
@@ -94,18 +95,18 @@ def measure(
     }
 
 
-def report(rows: list[dict[str, Any]], num_asked: int, num_nodes: int, date: str) -> str:
+def report(rows: list[dict[str, Any]], date: str) -> str:
     lines = [
         f"# Judged neighbours on Cora, {date}",
         "",
-        f"{platform.machine()}, `python -m benchmarks.sampling --nodes {num_asked}` of {num_nodes}, fanout {FANOUT},",
+        f"{platform.machine()}, `python -m benchmarks.sampling --cora DIR`, fanout {FANOUT},",
         "SmolLM2-135M-Instruct and all-MiniLM-L6-v2. Noise 100 is a uniform sample.",
         "",
-        "| scorer | noise | judged | chosen | with their centre's label |",
-        "|---|---|---|---|---|",
+        "| scorer | first nodes | noise | judged | chosen | with their centre's label |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['scorer']} | {r['noise']:g} | {r['judged']} | {r['chosen']} | {100 * r['equal']:.1f} % |"
+        f"| {r['scorer']} | {r['nodes']} | {r['noise']:g} | {r['judged']} | {r['chosen']} | {100 * r['equal']:.1f} % |"
         for r in rows
     ]
     return "\n".join([*lines, ""])

@@ -3,8 +3,9 @@
     lathe up &
     python -m benchmarks.sampling --cora DIR [--url http://127.0.0.1:8000] [--runs embed:900 llm_pair:120]
 
-A run is a scorer and the number of first nodes that it judges for. DIR has nodes.jsonl.gz and edges.csv.gz. All labels are used to look at the result; the scorers see texts only. Nodes
-with at most FANOUT neighbours choose nothing and are left out. Noise 100 drowns every score: a uniform sample.
+A run is a scorer and the number of first nodes that it judges for. DIR has nodes.jsonl.gz and edges.csv.gz. All labels
+are used to look at the result; the scorers see texts only. Nodes with at most FANOUT neighbours choose nothing and are
+left out. Noise 100 drowns every score: a uniform sample.
 """
 
 import argparse

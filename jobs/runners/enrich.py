@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -82,12 +82,21 @@ async def _watched(context: RunnerContext) -> JsonObject:
     try:
         while not work.done():
             await asyncio.wait({work}, timeout=WATCH_SECONDS)
-            context.check_cancelled()
-            await asyncio.to_thread(_find_graph, context)
+            if not work.done():
+                context.check_cancelled()
+                await asyncio.to_thread(_check_graph, context)
         return work.result()
     finally:
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
+
+
+def _check_graph(context: RunnerContext) -> None:
+    """Raises: JobFailedError: the job has a graph, which was deleted."""
+    graph_id = context.spec.get("graph")
+    if graph_id is not None:
+        with _graph_not_found(graph_id):
+            GraphStore(context.home / "graphs").info(graph_id, context.owner)
 
 
 def _find_graph(context: RunnerContext) -> Graph | None:
@@ -95,8 +104,14 @@ def _find_graph(context: RunnerContext) -> Graph | None:
     graph_id = context.spec.get("graph")
     if graph_id is None:
         return None
-    try:
+    with _graph_not_found(graph_id):
         return GraphStore(context.home / "graphs").get(graph_id, context.owner)
+
+
+@contextmanager
+def _graph_not_found(graph_id: str) -> Iterator[None]:
+    try:
+        yield
     except GraphNotFoundError:
         raise JobFailedError("graph_not_found", f"the graph {graph_id!r} was deleted") from None
 
@@ -194,7 +209,6 @@ class _Job:
         self._ledger = Ledger(context.folder / "ledger.db")
         self._totals = _Totals(**self._ledger.fact("totals", {}))
         self._used = UsageStore(context.home / "usage.db")
-        self._cache = EnrichmentCache(context.home / "cache.db")
         self._engines = _Engines(context, self._used.used)
         self._cache = EnrichmentCache(context.home / "cache.db")
         self._enricher = Enricher(

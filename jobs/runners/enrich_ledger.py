@@ -19,7 +19,11 @@ _decoder = msgspec.msgpack.Decoder(EnrichRow)
 
 
 class Ledger:
-    """One job's. What `add` has written survives the end of the process, however it comes."""
+    """One job's. What `add` has written survives the end of the process, however it comes.
+
+    Attributes:
+        num_rows: that are there.
+    """
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path)
@@ -27,18 +31,20 @@ class Ledger:
         # A power cut may lose the newest rows, which the next attempt then finds in the cache.
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.executescript(_SCHEMA)
+        self.num_rows = int(self._db.execute("SELECT count(*) FROM rows").fetchone()[0])
 
     def add(self, rows: Sequence[tuple[int, EnrichRow]], facts: dict[str, Any]) -> None:
-        """Finished rows by their node's place, and facts that change with them, in one transaction."""
+        """Finished rows by their node's place, each once, and facts that change with them, in one transaction."""
         with self._db:
             self._db.executemany(
-                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?)",
+                "INSERT INTO rows VALUES (?, ?, ?)",
                 [(place, row.tokens_spent, msgspec.msgpack.encode(row)) for place, row in rows],
             )
             self._db.executemany(
                 "INSERT OR REPLACE INTO facts VALUES (?, ?)",
                 [(name, msgspec.json.encode(value).decode()) for name, value in facts.items()],
             )
+        self.num_rows += len(rows)
 
     def fact(self, name: str, default: Any) -> Any:
         found = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -48,10 +54,6 @@ class Ledger:
         """Of the rows that are there."""
         query = "SELECT place FROM rows WHERE place >= ? AND place < ?"
         return {place for (place,) in self._db.execute(query, (start, stop))}
-
-    @property
-    def num_rows(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM rows").fetchone()[0])
 
     @property
     def tokens_spent(self) -> int:

@@ -30,6 +30,7 @@ from graph.llaga.filling import Template
 from graph.llaga.hops import HopOperator
 from graph.llaga.projector import PROJECTOR_ID_PATTERN
 from graph.llaga.prompts import Task
+from graph.selection.request import SelectRequest
 from graph.store import GRAPH_ID_PATTERN, GraphInfo
 from jobs.files import FILE_ID_PATTERN
 from jobs.store import JsonObject
@@ -252,8 +253,8 @@ class EnrichBudgetSpec(_Spec):
 
 
 class EnrichSpec(_Spec):
-    """Enrich any number of nodes: of `graph`, which are named by `node_ids`, or all of them; or of an uploaded `file`
-    of purpose `enrich`.
+    """Enrich any number of nodes: of `graph`, which `node_ids` name or `select` chooses, or all of them; or of an
+    uploaded `file` of purpose `enrich`.
 
     Artefacts: `enriched.arrow`, an Arrow stream as POST /v1/enrich answers with, and `enriched.jsonl`, whose vectors
     are base64; both in the order of the nodes.
@@ -277,6 +278,9 @@ class EnrichSpec(_Spec):
     node_ids: list[str | int] | None = Field(
         default=None, min_length=1, max_length=MAX_ENRICH_NODE_IDS
     )
+    select: SelectRequest | None = Field(
+        default=None, description="As in POST /v1/graphs/{id}/select; results are best first."
+    )
     file: str | None = Field(default=None, pattern=FILE_ID_PATTERN)
     prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")
     model: str | None = Field(
@@ -286,6 +290,12 @@ class EnrichSpec(_Spec):
     return_: list[Output] = Field(default=["text"], alias="return", min_length=1, max_length=2)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_ENRICH_ANSWER_TOKENS)
     long_text: LongText = "head"
+    classes: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        default=None, min_length=1, max_length=256, description="As in POST /v1/enrich."
+    )
+    variables: dict[
+        Annotated[str, Field(max_length=32)], Annotated[str, Field(max_length=20_000)]
+    ] = {}
     priority: Priority = "bulk"
     budget: EnrichBudgetSpec = EnrichBudgetSpec()
     embedding_dtype: EmbeddingDtype = "float16"
@@ -427,8 +437,11 @@ def _check_enrich(spec: EnrichSpec) -> None:
     """Raises: SpecError."""
     if (spec.graph is None) == (spec.file is None):
         raise SpecError("graph", "needs either a graph or a file")
-    if spec.file is not None and spec.node_ids is not None:
-        raise SpecError("node_ids", "they are of a graph")
+    for param in ("node_ids", "select"):
+        if spec.file is not None and getattr(spec, param) is not None:
+            raise SpecError(param, f"{param} is for a graph")
+    if spec.node_ids is not None and spec.select is not None:
+        raise SpecError("select", "needs either node_ids or select")
     if len(set(spec.return_)) < len(spec.return_):
         raise SpecError("return", "return names a part twice")
 

@@ -59,7 +59,7 @@ async def submit(
         ApiError
     """
     digest = request_hash(request)
-    existing = await _existing(job_id, digest, state)
+    existing = await existing_job(job_id, digest, state)
     if existing is not None:
         return existing, False
     try:
@@ -86,7 +86,7 @@ async def submit(
         memory=memory,
         deadline_seconds=state.settings.max_job_seconds,
     )
-    return await anyio.to_thread.run_sync(_create, new, files, state, identity)
+    return await anyio.to_thread.run_sync(create_job, new, files, state, identity)
 
 
 def read_config(entry: ModelEntry) -> JsonObject:
@@ -94,7 +94,7 @@ def read_config(entry: ModelEntry) -> JsonObject:
     return config
 
 
-async def _existing(job_id: str, digest: str, state: AppState) -> Job | None:
+async def existing_job(job_id: str, digest: str, state: AppState) -> Job | None:
     try:
         job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
     except JobNotFoundError:
@@ -168,7 +168,7 @@ async def _check_files(
     ):
         named[spec.calibration.file] = ("calibration.file", "calibration")
     for file_id, (param, purpose) in named.items():
-        info = await _find(file_id, param, state, identity)
+        info = await find_file(file_id, param, state, identity)
         if info.purpose != purpose:
             raise ApiError(
                 "invalid_value",
@@ -184,7 +184,7 @@ async def _check_files(
     return {file_id: param for file_id, (param, _) in named.items()}
 
 
-async def _find(file_id: str, param: str, state: AppState, identity: Identity) -> FileInfo:
+async def find_file(file_id: str, param: str, state: AppState, identity: Identity) -> FileInfo:
     try:
         return await anyio.to_thread.run_sync(state.files.get, file_id, identity.sees)
     except UploadNotFoundError as error:
@@ -228,7 +228,7 @@ def _memory(spec: Spec, entry: ModelEntry, config: JsonObject) -> JsonObject | N
     return ledger.to_json()
 
 
-def _create(
+def create_job(
     new: NewJob, files: dict[str, str], state: AppState, identity: Identity
 ) -> tuple[Job, bool]:
     try:

@@ -1,0 +1,211 @@
+"""What the example asks the service for, kept in a folder: raw vectors, rankings of nodes, enriched vectors, samples.
+
+Enriched vectors lie in an `EnrichmentStore` per recipe, and a `Prefetcher` fills it in the background: to wait for it
+before training is blocking mode, to train meanwhile is overlap mode. What is in the folder is not asked for again.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+from lathe_client import EnrichmentClient, EnrichmentStore, LatheError
+from lathe_client.prefetch import Fetch, Prefetcher
+
+from examples.e_llagnn.graphs import Indices, TextGraph
+
+ENCODER = "all-minilm-l6-v2"
+TEXTS_PER_REQUEST = 128
+NODES_PER_REQUEST = 64
+SAMPLED_PER_REQUEST = 256
+
+Join = Literal["append", "separate", "replace"]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a node is enriched.
+
+    Attributes:
+        prompt: an id of the catalog with its version.
+        join: of the node's text t and the LLM's text e. "append" encodes t and e as one text, of which the encoder
+            reads the first 256 tokens; "separate" takes the direction halfway between the vectors of t and e;
+            "replace" encodes e alone.
+    """
+
+    prompt: str
+    model: str
+    join: Join
+    max_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.prompt}-{self.max_tokens}-{self.join}".replace("@", ".v")
+
+
+class Source:
+    """A graph at the service, and what is known of it on this machine."""
+
+    def __init__(
+        self, url: str, graph: TextGraph, folder: Path, api_key: str | None = None
+    ) -> None:
+        self.graph = graph
+        self.client = EnrichmentClient(url, api_key)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=600, trust_env=False)
+        self._folder = folder / graph.name.split(" ", maxsplit=1)[0]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._index = {node_id: index for index, node_id in enumerate(graph.ids)}
+        self._graph_id: str | None = None
+        self._raw: Floats | None = None
+
+    def close(self) -> None:
+        self.client.close()
+        self._http.close()
+
+    @property
+    def graph_id(self) -> str:
+        """Uploaded when first needed; the same graph again is the same one. It carries no label: none can leak."""
+        if self._graph_id is None:
+            graph = self.graph
+            nodes = [
+                {"id": i, "text": text} for i, text in zip(graph.ids, graph.texts, strict=True)
+            ]
+            edges = [(graph.ids[a], graph.ids[b]) for a, b in graph.edges.tolist()]
+            digest = hashlib.sha256(json.dumps([graph.name, nodes, edges]).encode()).hexdigest()
+            self._graph_id = self.client.create_graph(
+                graph.name, nodes, edges, idempotency_key=f"e-llagnn-{digest[:32]}"
+            ).id
+        return self._graph_id
+
+    def raw(self) -> Floats:
+        """x: vectors of the nodes' own texts (N, D)."""
+        if self._raw is None:
+            file = self._folder / "raw.npy"
+            if not file.is_file():
+                np.save(file, self.embed(self.graph.texts), allow_pickle=False)
+            self._raw = np.load(file, allow_pickle=False)
+        return self._raw
+
+    def embed(self, texts: list[str]) -> Floats:
+        """Vectors of length 1 of the beginnings of texts."""
+        parts = []
+        for first in range(0, len(texts), TEXTS_PER_REQUEST):
+            body = {
+                "model": ENCODER,
+                "input": texts[first : first + TEXTS_PER_REQUEST],
+                "truncate": True,
+            }
+            answer = self._http.post("/v1/embeddings", json=body).raise_for_status().json()
+            parts.append(np.array([item["embedding"] for item in answer["data"]], np.float32))
+        return np.concatenate(parts)
+
+    def ranking(self, strategy: str, **options: Any) -> Indices:
+        """All nodes, those first that are most worth an LLM call: a budget takes the first so many."""
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+        file = self._folder / f"ranking-{strategy}-{digest}.npy"
+        if not file.is_file():
+            chosen = self.client.select(
+                self.graph_id, strategy, budget={"fraction": 1.0}, **options
+            )
+            order = np.array([self._index[node_id] for node_id in chosen.node_ids], np.int64)
+            np.save(file, order, allow_pickle=False)
+        ranking: Indices = np.load(file, allow_pickle=False)
+        return ranking
+
+    def store(self, recipe: Recipe) -> EnrichmentStore:
+        raw = self.raw()
+        return EnrichmentStore(
+            self._folder / recipe.name,
+            num_nodes=len(self.graph),
+            dim=raw.shape[1],
+            encoder=ENCODER,
+            origin=recipe.name,
+            dtype="float32",
+        )
+
+    def prefetcher(self, recipe: Recipe, only: Indices | None = None) -> Prefetcher:
+        """Fills the recipe's store with the nodes that it is told of."""
+        return Prefetcher(
+            self.store(recipe), self._fetch(recipe), only=only, batch_size=NODES_PER_REQUEST
+        )
+
+    def enriched(self, recipe: Recipe, nodes: Indices) -> EnrichmentStore:
+        """The recipe's store when all of these nodes are in it that the LLM could write about."""
+        store = self.store(recipe)
+        if not store.has(nodes).all():
+            with self.prefetcher(recipe) as prefetcher:
+                prefetcher.want(nodes)
+                prefetcher.drain()
+        return store
+
+    def _fetch(self, recipe: Recipe) -> Fetch:
+        def fetch(nodes: Indices) -> tuple[Floats, npt.NDArray[np.bool_]]:
+            rows = self.client.enrich_graph(
+                self.graph_id,
+                [self.graph.ids[node] for node in nodes],
+                prompt=recipe.prompt,
+                model=recipe.model,
+                embedding_model=ENCODER,
+                max_tokens=recipe.max_tokens,
+                returns=["text", "embedding"],
+                embedding_dtype="float32",
+            )
+            if set(rows.statuses) == {"failed"}:  # of one node it would be the node's fault
+                reason = next(rows.rows()).error_message
+                raise LatheError(f"none of {len(nodes)} nodes could be enriched: {reason}")
+            there = np.array([status in ("ok", "cached") for status in rows.statuses])
+            there &= np.array([bool(text) for text in rows.texts])
+            if recipe.join == "append":
+                return rows.embeddings, there & rows.has_embedding
+            vectors = np.zeros((len(nodes), self.raw().shape[1]), np.float32)
+            texts = rows.texts
+            if there.any():
+                vectors[there] = self.embed([texts[place] or "" for place in np.flatnonzero(there)])
+            if recipe.join == "separate":
+                vectors[there] = halfway(self.raw()[nodes[there]], vectors[there])
+            return vectors, there
+
+        return fetch
+
+    def sample(self, scorer: str, *, fanout: int, seed: int) -> tuple[Indices, dict[str, Any]]:
+        """Edges (2, E) to every node from those neighbours that the scorer keeps, and what the judging cost.
+
+        "even" is no judge: as many neighbours, drawn evenly.
+        """
+        file = self._folder / f"sample-{scorer}-{fanout}-{seed}.npz"
+        if not file.is_file():
+            edges, cost = self._judge(scorer, fanout, seed)
+            np.savez(file, edges=edges, cost=json.dumps(cost))
+        with np.load(file, allow_pickle=False) as kept:
+            return kept["edges"], json.loads(str(kept["cost"]))
+
+    def _judge(self, scorer: str, fanout: int, seed: int) -> tuple[Indices, dict[str, float]]:
+        options: dict[str, Any] = {"scorer": scorer, "fanout": fanout, "seed": seed}
+        if scorer == "even":
+            options |= {"scorer": "embed", "num_random": fanout}
+        pairs: list[tuple[int, int]] = []
+        cost: dict[str, float] = {}
+        for first in range(0, len(self.graph), SAMPLED_PER_REQUEST):
+            wanted = self.graph.ids[first : first + SAMPLED_PER_REQUEST]
+            answer = self.client.sample(self.graph_id, node_ids=wanted, **options)
+            pairs += [
+                (self._index[kept["node_id"]], self._index[row["node_id"]])
+                for row in answer["data"]
+                for kept in row["kept"]
+            ]
+            for key, value in answer["usage"].items():
+                cost[key] = cost.get(key, 0) + value
+        return np.array(pairs, np.int64).reshape(-1, 2).T, cost
+
+
+def halfway(first: Floats, second: Floats) -> Floats:
+    """Vectors of length 1 between two of length 1 each."""
+    total = first + second
+    result: Floats = total / np.linalg.norm(total, axis=1, keepdims=True)
+    return result

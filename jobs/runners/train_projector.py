@@ -28,6 +28,7 @@ from graph.llaga.projector import (
     ProjectorRegistry,
     write_projector,
 )
+from graph.llaga.prompts import Task
 from graph.llaga.questions import QuestionError, TaskQuestions, make_questions
 from graph.llaga.templates import laplacian_embedding
 from graph.llaga.vectors import NodeVectors
@@ -141,7 +142,7 @@ def _train(context: RunnerContext, projectors: ProjectorRegistry) -> JsonObject:
         laplacian = laplacian_embedding(template.hops, template.fanout)
     model = load_model(source.path, dtype=dtype, device=device)
     text = AnswerText(source.path, model)
-    examples = {
+    examples: dict[Task, dict[str, Examples]] = {
         task.task: {
             split: build_examples(
                 task,
@@ -172,23 +173,7 @@ def _train(context: RunnerContext, projectors: ProjectorRegistry) -> JsonObject:
         stop_requested=context.cancelled,
     )
     trained = time.monotonic()
-    results: JsonObject = {task.task: {} for task in tasks}
-    for task in tasks:
-        for split in JUDGED:
-            part = examples[task.task][split]
-            found = judge(
-                reader,
-                projector,
-                task,
-                split,
-                part,
-                text,
-                encoder,
-                lambda _: context.check_cancelled(),
-            )
-            results[task.task][split] = found
-            shown = ", ".join(f"{k} {v:.4f}" for k, v in (found or {}).items() if v is not None)
-            context.event(f"{task.task}, {split}: {shown or 'no questions'}", data={"found": found})
+    results = _judge(context, tasks, examples, reader, projector, text, encoder)
     report: JsonObject = {
         "template": spec["template"],
         "settings": spec["settings"],
@@ -298,6 +283,35 @@ class _Progress:
             kind="metrics",
             data=dataclasses.asdict(progress),
         )
+
+
+def _judge(
+    context: RunnerContext,
+    tasks: list[TaskQuestions],
+    examples: dict[Task, dict[str, Examples]],
+    reader: FrozenReader,
+    projector: Projector,
+    text: AnswerText,
+    encoder: TextEncoder | None,
+) -> JsonObject:
+    """What the projector makes of held-out questions, by task and split."""
+    results: JsonObject = {task.task: {} for task in tasks}
+    for task in tasks:
+        for split in JUDGED:
+            found = judge(
+                reader,
+                projector,
+                task,
+                split,
+                examples[task.task][split],
+                text,
+                encoder,
+                lambda _: context.check_cancelled(),
+            )
+            results[task.task][split] = found
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in (found or {}).items() if v is not None)
+            context.event(f"{task.task}, {split}: {shown or 'no questions'}", data={"found": found})
+    return results
 
 
 def _write_report(context: RunnerContext, report: JsonObject) -> None:

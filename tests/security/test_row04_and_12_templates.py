@@ -1,5 +1,5 @@
 """Rows 4 and 12: a template is the model's, never a request's; and a user's text makes no control token, whatever it
-spells. The sandbox and its caps: tests/service/test_openai_chat_template.py; the tokenizer: tests/engines/test_text.py.
+spells. The sandbox and its caps: tests/engines/test_chat_template.py; the tokenizer: tests/engines/test_text.py.
 """
 
 from typing import Any

@@ -39,7 +39,7 @@ def test_one_nodes_text_changes_no_other_row_and_no_schema(tmp_path: Path, text:
     assert poisoned[0] == plain[0]
     assert [row["node_id"] for row in poisoned] == ["n1", "n2"]
     assert poisoned[1].keys() == plain[1].keys()
-    assert {type(v) for v in poisoned[1].values()} <= {str, int, type(None), list}
+    assert {type(v) for v in poisoned[1].values()} <= {str, int, bool, list, type(None)}
     assert poisoned[1]["content_hash"] != plain[1]["content_hash"]
     assert poisoned[1]["prompt_hash"] == plain[1]["prompt_hash"]
     assert poisoned_table.schema.equals(plain_table.schema)

@@ -23,6 +23,7 @@ from pathlib import Path
 import httpx
 
 from conformance.expected import write_expected
+from engines.process import set_openmp_environment
 from service.settings import DEFAULT_MODEL, Settings
 
 HERE = Path(__file__).parent
@@ -68,7 +69,7 @@ CHECKS: dict[str, Check] = {
     ),
     "litellm": Check(packages=["litellm>=1.80"], command=python("litellm_check.py")),
     "lm_eval": Check(
-        packages=["lm-eval[api]>=0.4.9"],
+        packages=["lm-eval[api]>=0.4.9", "transformers>=5"],
         command=python("lm_eval_check.py"),
         prepare=write_expected,
     ),
@@ -146,6 +147,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.checks) - CHECKS.keys():
         parser.error(f"there is no {', '.join(sorted(unknown))}")
+    set_openmp_environment()  # before anything imports torch
     url = f"http://127.0.0.1:{arguments.port}"
     up = [sys.executable, "-m", "service.cli", "up", "--home", str(arguments.home)]
     process = subprocess.Popen(

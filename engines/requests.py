@@ -28,6 +28,7 @@ from engines.protocol import (
     num_placeholders,
 )
 from engines.sampling import SamplingState, build_generator, choose_tokens, token_logprobs
+from engines.structured import UnkeptConstraintError
 
 MAX_LOGITS_ROWS = 256
 """Positions whose logits are held at once for log-probabilities: a float32 row of 50,000 words is 200 KB."""
@@ -273,6 +274,8 @@ def sample(generations: Sequence[Generation], logits_SV: Tensor) -> list[TokenOu
 
 
 def _sampling_failure(generation: Generation, error: Exception) -> TokenOutput:
+    if isinstance(error, UnkeptConstraintError):
+        return generation.error_output("invalid_value", str(error))
     if isinstance(error, ValueError):  # it says what is wrong with the request
         return generation.error_output("internal_error", str(error))
     if is_out_of_memory(error):

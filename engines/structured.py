@@ -25,12 +25,17 @@ if TYPE_CHECKING:
 
 MAX_CONSTRAINT_CHARS = 65536
 MAX_CACHED = 32
+MAX_REASON_CHARS = 400
 PARAMS = {
     "json_schema": "response_format.json_schema",
     "json_object": "response_format",
     "regex": "regex",
 }
 """The request field that a constraint of a kind comes from."""
+
+
+class UnkeptConstraintError(ValueError):
+    """No next token keeps to the constraint, or finding one asks for too much work: the request's own fault."""
 
 
 def check_constraint(constraint: Constraint) -> None:
@@ -71,7 +76,8 @@ def _limits() -> "LLParserLimits":
 
 def _refusal(constraint: Constraint, message: str) -> EngineError:
     param = PARAMS[constraint.kind]
-    return EngineError("invalid_value", f"{param} cannot be enforced: {message.strip()}", param)
+    reason = message.strip()[:MAX_REASON_CHARS]  # it may quote the whole expression
+    return EngineError("invalid_value", f"{param} cannot be enforced: {reason}", param)
 
 
 class TokenMatcher:
@@ -85,7 +91,7 @@ class TokenMatcher:
         """(vocab_size,): which tokens may come next; EOS only where the text may end.
 
         Raises:
-            ValueError: the step asks for too much work.
+            UnkeptConstraintError: the step asks for too much work.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
@@ -94,13 +100,13 @@ class TokenMatcher:
         return allowed
 
     def take(self, token_id: int) -> None:
-        """Raises: ValueError: no token of the vocabulary can spell what must follow."""
+        """Raises: UnkeptConstraintError: no token of the vocabulary can spell what must follow."""
         if not self._matcher.consume_token(token_id):
             raise self._failure()
 
-    def _failure(self) -> ValueError:
-        reason = self._matcher.get_error().partition("\n")[0]
-        return ValueError(f"the output's constraint cannot be kept: {reason}")
+    def _failure(self) -> UnkeptConstraintError:
+        reason = self._matcher.get_error().partition("\n")[0][:MAX_REASON_CHARS]
+        return UnkeptConstraintError(f"the output's constraint cannot be kept: {reason}")
 
     @property
     def is_finished(self) -> bool:

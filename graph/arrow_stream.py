@@ -5,6 +5,8 @@ Columns, `text` and the two of the embedding only where they were asked for:
     node_id                     string or int64, as in the request
     status                      dictionary<int8, string>: ok, cached, skipped_budget, invalid_output, failed
     text                        string, nullable
+    fields, label               string, nullable: a JSON answer as it was written, and the class in it; these and
+    repaired                    bool: whether the LLM was asked twice; of prompts that ask for JSON only
     embedding                   fixed_size_list<float32 or float16>[dim], nullable
     embedding_source            dictionary<int8, string>, nullable: enriched, raw
     tokens_in, tokens_out       int32
@@ -78,6 +80,7 @@ class ArrowWriter:
         import pyarrow as pa
 
         self._outputs = request.outputs
+        self._has_fields = _has_fields(request)
         self._dim = dim
         self._dtype: EmbeddingDtype = dtype
         self._schema = _schema(request, node_id, dim, dtype, usage)
@@ -101,6 +104,12 @@ class ArrowWriter:
         ]
         if "text" in self._outputs:
             columns.append(pa.array([row.text for row in rows], pa.string()))
+        if self._has_fields:
+            columns += [
+                pa.array([_json(row.fields) for row in rows], pa.string()),
+                pa.array([row.label for row in rows], pa.string()),
+                pa.array([row.repaired for row in rows], pa.bool_()),
+            ]
         if "embedding" in self._outputs:
             assert self._dim is not None
             columns.append(_embeddings(rows, self._dim, self._dtype))
@@ -135,6 +144,8 @@ def _schema(
     ]
     if "text" in request.outputs:
         fields.append(("text", pa.string()))
+    if _has_fields(request):
+        fields += [("fields", pa.string()), ("label", pa.string()), ("repaired", pa.bool_())]
     if "embedding" in request.outputs:
         value = pa.float16() if dtype == "float16" else pa.float32()
         fields += [("embedding", pa.list_(value, dim)), ("embedding_source", dictionary)]
@@ -161,6 +172,14 @@ def _schema(
     if "embedding" in request.outputs:
         metadata["lathe.embedding_model"] = request.embedding_model
     return pa.schema(fields, metadata)
+
+
+def _has_fields(request: EnrichRequest) -> bool:
+    return bool(request.prompt.output["type"] == "json")
+
+
+def _json(fields: dict[str, Any] | None) -> str | None:
+    return None if fields is None else msgspec.json.encode(fields).decode()
 
 
 def _dictionary(values: Sequence[str | None], known: Sequence[str]) -> Any:

@@ -382,7 +382,13 @@ class EnrichStream:
         dim: of the embeddings; None without.
     """
 
-    def __init__(self, run: _Run, work: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        run: _Run,
+        work: Callable[[], Awaitable[None]],
+        ended: "Callable[[EnrichRequest, EnrichUsage], None] | None",
+    ) -> None:
+        self._ended = ended
         self.request = run.request
         self.dim = None if run.encoder is None else run.encoder.info.hidden_size
         self._run = run
@@ -410,10 +416,12 @@ class EnrichStream:
                     batch += more
                 yield batch
             await task
-            self._usage = _usage(self._run)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self._usage = _usage(self._run)
+            if self._ended is not None:
+                self._ended(self.request, self._usage)
 
 
 class Enricher:
@@ -424,6 +432,7 @@ class Enricher:
             of `enrich` is to see where there is none.
         text_for: the same for its tokenizer.
         observer: told of every row and every cache hit.
+        ended: told what a request cost, or what one that was left had cost by then.
     """
 
     def __init__(
@@ -433,7 +442,9 @@ class Enricher:
         text_for: Callable[[str, str], Awaitable[TextModel]],
         cache: EnrichmentCache,
         observer: EnrichObserver | None = None,
+        ended: Callable[[EnrichRequest, EnrichUsage], None] | None = None,
     ) -> None:
+        self._ended = ended
         self._engine_for = engine_for
         self._text_for = text_for
         self._cache = cache
@@ -442,12 +453,8 @@ class Enricher:
         self._embeddings: SingleFlight[Embedding] = SingleFlight()
         self._pace = _Pace()
 
-    @property
-    def cache(self) -> EnrichmentCache:
-        return self._cache
-
     async def model(self, model_id: str, param: str) -> tuple[AsyncEngine, TextModel]:
-        """What serves a model; for sampling, which shares engines and cache with enrichment."""
+        """What serves a model; for sampling, which shares the engines with enrichment."""
         return await self._engine_for(model_id, param), await self._text_for(model_id, param)
 
     async def enrich(self, request: EnrichRequest) -> EnrichResult:
@@ -474,7 +481,7 @@ class Enricher:
             UnsuitableModelError
         """
         run = await self._prepare(request)
-        return EnrichStream(run, lambda: self._complete(run))
+        return EnrichStream(run, lambda: self._complete(run), self._ended)
 
     async def estimate(self, request: EnrichRequest) -> EnrichEstimate:
         """What it would cost. Tokenizes, and asks no engine for anything but what it is.
@@ -510,9 +517,6 @@ class Enricher:
             max_completion_tokens=len(lengths) * run.max_tokens,
             seconds=self._pace.seconds(run, prompt_tokens + completion) if lengths else 0.0,
         )
-
-    def close(self) -> None:
-        self._cache.close()
 
     async def _prepare(self, request: EnrichRequest) -> _Run:
         engine = await self._engine_for(request.model, "model")
@@ -649,6 +653,7 @@ class Enricher:
             run.request.prompt,
             prompt.messages,
             run.request.classes,
+            run.max_tokens,
             lambda messages, constraint: self._ask(run, prompt, messages, constraint),
         )
         answer = answered.answer or Answer(text="")

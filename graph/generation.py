@@ -1,8 +1,9 @@
 """From a prompt's messages to a checked answer: constrain, parse, repair once, and keep labels out of the text.
 
 A prompt with a JSON schema is generated under that schema, so an answer can hardly be anything but JSON that was cut by
-max_tokens. Then the LLM is shown what it wrote and asked again, under the same schema with half the lengths; if that
-does not validate either, the answer is invalid, and the node keeps its raw feature.
+max_tokens. Then the LLM is shown what it wrote and asked again, under the same schema with strings of half the length;
+if that does not validate either, the answer is invalid, and the node keeps its raw feature. A request that allows fewer
+tokens than the prompt does gets shorter strings from the start.
 
 Labels. An explanation often begins with the label that it explains, and encoding that would mostly encode the label:
 so sentences that state one are taken out of the text, and the chosen label travels in a field of its own. Labels of
@@ -16,7 +17,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from engines.protocol import Constraint, FinishReason
@@ -89,10 +89,11 @@ Ask = Callable[[Sequence[Message], Constraint | None], Awaitable[Written | None]
 
 
 async def answer_prompt(
-    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], ask: Ask
+    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], max_tokens: int, ask: Ask
 ) -> Answered:
     """Have a filled prompt answered. An empty text is for the caller to judge; JSON is repaired once."""
-    first = await ask(messages, constraint_of(prompt, classes))
+    share = min(1.0, max_tokens / prompt.max_tokens)
+    first = await ask(messages, constraint_of(prompt, classes, share))
     assert first is not None, "the prompt was fitted to the context"
     try:
         answer = parse_answer(prompt, first.text, classes)
@@ -101,7 +102,7 @@ async def answer_prompt(
         fault = str(error)
     again = await ask(
         repair_messages(messages, first.text, fault),
-        constraint_of(prompt, classes, shortened=True),
+        constraint_of(prompt, classes, share / 2),
     )
     if again is None:
         return Answered(answer=None, fault=fault, calls=(first,))
@@ -146,22 +147,18 @@ def max_calls(prompt: Prompt) -> int:
     return 1 if prompt.output["type"] == "text" else 2
 
 
-def constraint_of(
-    prompt: Prompt, classes: Sequence[str], *, shortened: bool = False
-) -> Constraint | None:
-    """What the engine is to keep the answer to; None for text."""
+def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) -> Constraint | None:
+    """What the engine is to keep the answer to, with a share of the strings' lengths; None for text."""
     if prompt.output["type"] == "text":
         return None
-    schema = with_classes(prompt.output["schema"], classes)
-    if shortened:
-        schema = shorten(schema)
+    schema = shorten(with_classes(prompt.output["schema"], classes), share)
     return Constraint(kind="json_schema", text=json.dumps(schema))
 
 
 def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer:
     """Raises: InvalidAnswerError: no JSON, or not of the prompt's schema."""
     if prompt.output["type"] == "text":
-        return Answer(text=read_answer(written))
+        return Answer(text=_without_labels(prompt, read_answer(written), classes))
     try:
         fields = json.loads(written)
     except ValueError:
@@ -171,8 +168,7 @@ def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer
         raise InvalidAnswerError(fault)
     parts = [_as_text(fields[name]) for name in prompt.output["text"]]
     text = "\n".join(part for part in parts if part)
-    if "classes" in prompt.inputs:
-        text = strip_label_statements(text, classes)
+    text = _without_labels(prompt, text, classes)
     return Answer(text=text, label=_label(fields, prompt.output.get("label")), fields=fields)
 
 
@@ -184,10 +180,15 @@ def repair_messages(messages: Sequence[Message], written: str, fault: str) -> li
     ]
 
 
+def _without_labels(prompt: Prompt, text: str, classes: Sequence[str]) -> str:
+    """What is encoded: an LLM that knows the classes may have stated one."""
+    return strip_label_statements(text, classes) if "classes" in prompt.inputs else text
+
+
 def _as_text(value: Any) -> str:
-    """A list one line per item, an object its values after one another: "term: meaning"."""
+    """A list one line per item, each once; an object its values after one another: "term: meaning"."""
     if isinstance(value, list):
-        return "\n".join(map(_as_text, value))
+        return "\n".join(dict.fromkeys(map(_as_text, value)))
     if isinstance(value, dict):
         return ": ".join(map(_as_text, value.values()))
     return value.strip() if isinstance(value, str) else json.dumps(value)
@@ -210,7 +211,7 @@ _HEAD = re.compile(
 )
 """Begins a sentence that states a label, whatever follows."""
 _FRAME = re.compile(
-    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict\w+|assigned)\b",
+    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict(?:ed|ion)|assigned)\b",
     re.IGNORECASE,
 )
 """Makes a sentence that names a class a statement of it."""
@@ -270,19 +271,11 @@ def training_labels(
     graph: Graph, indices: Sequence[int] | npt.NDArray[Any]
 ) -> tuple[str | None, ...]:
     """Labels of those nodes that are in the training split; None for all others."""
-    rows = np.asarray(indices, dtype=np.int64)
-    labels = graph.nodes.column("label").take(rows).to_pylist()
-    splits = graph.nodes.column("split").take(rows).to_pylist()
-    return tuple(
-        str(label) if split == "train" and label is not None else None
-        for label, split in zip(labels, splits, strict=True)
-    )
+    labels = graph.training_labels(indices).to_pylist()
+    return tuple(None if label is None else str(label) for label in labels)
 
 
 def training_classes(graph: Graph) -> tuple[str, ...]:
     """The distinct labels of the training split, sorted; a class that only others have is not among them."""
-    import pyarrow.compute as pc
-
-    trained = pc.fill_null(pc.equal(graph.nodes.column("split"), "train"), False)
-    labels = pc.unique(graph.nodes.column("label").filter(trained)).drop_null().to_pylist()
+    labels = graph.training_labels().drop_null().unique().to_pylist()
     return tuple(str(label) for label in sorted(labels))

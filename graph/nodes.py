@@ -41,16 +41,17 @@ def nodes_of_graph(
     for place, (index, node_id, text) in enumerate(
         zip(indices, graph.ids(indices), graph.texts(indices), strict=True)
     ):
-        near = [int(i) for i in graph.neighbors(index)]
-        if neighbors is not None:
-            near = _named(graph, near, neighbors[place], place)
-        near = near[: prompt.max_neighbors]
+        if neighbors is None:
+            near: list[int] = graph.neighbors(index)[: prompt.max_neighbors].tolist()
+        else:
+            named = _named(graph, set(graph.neighbors(index).tolist()), neighbors[place], place)
+            near = named[: prompt.max_neighbors]
         labels = training_labels(graph, near) if "neighbor_labels" in prompt.inputs else ()
         nodes.append(
             EnrichNode(
                 id=node_id,
                 text=text,
-                neighbors=tuple(graph.texts(near)),
+                neighbors=tuple(graph.texts(near)) if near else (),
                 neighbor_labels=labels,
                 variables={} if variables is None else variables[place],
             )
@@ -63,14 +64,13 @@ def classes_of_graph(graph: Graph, prompt: Prompt) -> tuple[str, ...]:
     return training_classes(graph) if "classes" in prompt.inputs else ()
 
 
-def _named(graph: Graph, near: Sequence[int], named: Sequence[NodeId], place: int) -> list[int]:
+def _named(graph: Graph, allowed: set[int], named: Sequence[NodeId], place: int) -> list[int]:
     try:
         chosen = graph.indices_of(named)
     except UnknownNodeError as error:
         raise NodeInputError(
             f"neighbors[{place}][{error.position}]", f"the graph has no node {error.node_id!r:.80}"
         ) from None
-    allowed = set(near)
     for position, index in enumerate(chosen):
         if index not in allowed:
             raise NodeInputError(

@@ -62,16 +62,16 @@ def with_classes(schema: Any, classes: Sequence[str]) -> Any:
     return schema
 
 
-def shorten(schema: Any) -> Any:
-    """The same with strings and arrays of half the greatest length: what is valid by it is valid by the schema."""
+def shorten(schema: Any, share: float) -> Any:
+    """The same with strings of a share of the greatest length: what is valid by it is valid by the schema."""
     kind = schema.get("type")
     if kind == "object":
-        return {**schema, "properties": {k: shorten(v) for k, v in schema["properties"].items()}}
+        properties = {k: shorten(v, share) for k, v in schema["properties"].items()}
+        return {**schema, "properties": properties}
     if kind == "array":
-        longest = max(schema.get("minItems", 0), 1, schema["maxItems"] // 2)
-        return {**schema, "items": shorten(schema["items"]), "maxItems": longest}
+        return {**schema, "items": shorten(schema["items"], share)}
     if kind == "string":
-        longest = max(schema.get("minLength", 0), 1, schema["maxLength"] // 2)
+        longest = max(schema.get("minLength", 0), 1, int(schema["maxLength"] * share))
         return {**schema, "maxLength": longest}
     return schema
 
@@ -79,8 +79,11 @@ def shorten(schema: Any) -> Any:
 def find_fault(value: Any, schema: Any, path: str = "answer") -> str | None:
     """What is wrong with an answer, by a schema without `$classes`; None if it is valid."""
     if "enum" in schema:
-        same = any(type(value) is type(item) and value == item for item in schema["enum"])
-        return None if same else f"{path} is none of the allowed values"
+        same = (
+            value == item and isinstance(value, bool) == isinstance(item, bool)
+            for item in schema["enum"]
+        )
+        return None if any(same) else f"{path} is none of the allowed values"
     kind = schema["type"]
     if not _is_of(value, kind):
         return f"{path} is not of type {kind}"

@@ -30,7 +30,6 @@ import numpy.typing as npt
 from engines.protocol import (
     AsyncEngine,
     Constraint,
-    EmbedRequest,
     EngineError,
     GenerateRequest,
     SamplingParams,
@@ -50,7 +49,8 @@ from graph.enrich import (
 )
 from graph.generation import Written, answer_prompt, training_labels
 from graph.nodes import classes_of_graph, nodes_of_graph
-from graph.store import Graph
+from graph.store import Graph, Int64s
+from graph.text_vectors import TextVectors, VectorUsage
 
 ScorerName = Literal["embed", "llm_rank", "llm_pair"]
 ChosenBy = Literal["score", "random", "all"]
@@ -59,7 +59,6 @@ MAX_CANDIDATES = 256
 RANK_CHUNK = 16
 """Neighbours in one call of `llm_rank`, halved until the prompt fits the context."""
 KEY_VERSION = 1
-_EMBED_TEXTS = 64
 
 Float64s = npt.NDArray[np.float64]
 
@@ -290,21 +289,33 @@ def choose(
 
 def homophily(graph: Graph, samples: Sequence[NodeSample]) -> Homophily:
     """Of the kept edges and of all edges of the sampled nodes. Other labels than the training nodes' are not read."""
-    kept = [(s.centre, edge.index) for s in samples for edge in s.kept]
-    every = [(s.centre, int(i)) for s in samples for i in graph.neighbors(s.centre)]
-    kept_share, num_kept = _share_equal(graph, kept)
-    all_share, num_all = _share_equal(graph, every)
+    kept = [np.array([edge.index for edge in sample.kept], dtype=np.int64) for sample in samples]
+    every = [np.asarray(graph.neighbors(sample.centre), dtype=np.int64) for sample in samples]
+    centres = [sample.centre for sample in samples]
+    kept_share, num_kept = _share_equal(graph, centres, kept)
+    all_share, num_all = _share_equal(graph, centres, every)
     return Homophily(kept=kept_share, num_kept_edges=num_kept, all=all_share, num_all_edges=num_all)
 
 
-def _share_equal(graph: Graph, edges: Sequence[tuple[int, int]]) -> tuple[float | None, int]:
-    nodes = sorted({node for edge in edges for node in edge})
-    labels = dict(zip(nodes, training_labels(graph, nodes), strict=True))
-    pairs = [(labels[a], labels[b]) for a, b in edges]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if not known:
-        return None, 0
-    return sum(a == b for a, b in known) / len(known), len(known)
+def _share_equal(
+    graph: Graph, centres: Sequence[int], neighbors: Sequence[Int64s]
+) -> tuple[float | None, int]:
+    sources = np.repeat(np.array(centres, dtype=np.int64), list(map(len, neighbors)))
+    targets = np.concatenate(neighbors)
+    nodes, places = np.unique(np.concatenate([sources, targets]), return_inverse=True)
+    numbers: dict[str, int] = {}
+    codes = np.array(
+        [
+            -1 if label is None else numbers.setdefault(label, len(numbers))
+            for label in training_labels(graph, nodes)
+        ],
+        dtype=np.int64,
+    )
+    ends_2E = codes[places].reshape(2, -1)
+    known = (ends_2E >= 0).all(axis=0)
+    num_known = int(known.sum())
+    equal = int((ends_2E[0] == ends_2E[1])[known].sum())
+    return (equal / num_known if num_known else None), num_known
 
 
 class EmbedScorer:
@@ -313,24 +324,17 @@ class EmbedScorer:
     name: ScorerName = "embed"
 
     def __init__(
-        self,
-        graph: Graph,
-        engine: AsyncEngine,
-        text: TextModel,
-        cache: EnrichmentCache,
-        *,
-        tenant: str = "",
+        self, graph: Graph, text_vectors: TextVectors, encoder: str, *, tenant: str = ""
     ) -> None:
         self._graph = graph
-        self._engine = engine
-        self._text = text
-        self._cache = cache
+        self._text_vectors = text_vectors
+        self._encoder = encoder
         self._tenant = tenant
         self._enriched: dict[int, Float64s | None] = {}
         self.usage = ScorerUsage()
 
     async def enrich_centres(
-        self, enricher: Enricher, centres: Sequence[int], prompt: Prompt, model: str, encoder: str
+        self, enricher: Enricher, centres: Sequence[int], prompt: Prompt, model: str
     ) -> None:
         """Have centres judged by their enriched vectors. One that cannot be enriched is not judged.
 
@@ -345,7 +349,7 @@ class EmbedScorer:
                 nodes=await asyncio.to_thread(nodes_of_graph, self._graph, centres, prompt),
                 prompt=prompt,
                 model=model,
-                embedding_model=encoder,
+                embedding_model=self._encoder,
                 outputs=frozenset({"embedding"}),
                 tenant=self._tenant,
                 classes=classes_of_graph(self._graph, prompt),
@@ -381,46 +385,21 @@ class EmbedScorer:
     async def _raw_vectors(self, indices: Sequence[int]) -> dict[int, Float64s | None]:
         """Unit vectors of the nodes' own texts; None of an empty text."""
         texts = await asyncio.to_thread(self._graph.texts, indices)
+        nodes = [i for i, text in zip(indices, texts, strict=True) if normalise(text)]
+        usage = VectorUsage()
+        vectors = await self._text_vectors.encode(
+            self._graph,
+            np.array(nodes, dtype=np.int64),
+            model=self._encoder,
+            tenant=self._tenant,
+            usage=usage,
+        )
+        self.usage.num_calls += usage.num_calls
+        self.usage.num_cached += usage.num_cached
+        self.usage.embedding_tokens += usage.num_tokens
         found: dict[int, Float64s | None] = dict.fromkeys(indices)
-        keys = {
-            index: self._key(normalise(text))
-            for index, text in zip(indices, texts, strict=True)
-            if normalise(text)
-        }
-        cached = await asyncio.to_thread(self._cache.get_many, "embedding", keys.values())
-        size = 4 * self._engine.info.hidden_size
-        missing: dict[bytes, str] = {}
-        for index, text in zip(indices, texts, strict=True):
-            if index in keys and len(cached.get(keys[index], b"")) != size:
-                missing[keys[index]] = normalise(text)
-        self.usage.num_cached += len(set(keys.values())) - len(missing)
-        todo = list(missing.items())
-        for start in range(0, len(todo), _EMBED_TEXTS):
-            cached |= await self._embed(todo[start : start + _EMBED_TEXTS])
-        for index, key in keys.items():
-            found[index] = _unit(np.frombuffer(cached[key], "<f4"))
+        found.update((node, _unit(vector)) for node, vector in zip(nodes, vectors, strict=True))
         return found
-
-    async def _embed(self, texts: Sequence[tuple[bytes, str]]) -> dict[bytes, bytes]:
-        limit = self._engine.info.max_model_len - len(self._text.add_special_tokens([]))
-        ids = await asyncio.to_thread(
-            lambda: [
-                tuple(self._text.add_special_tokens(self._text.encode_text(text)[:limit]))
-                for _, text in texts
-            ]
-        )
-        result = await self._engine.embed(
-            EmbedRequest(request_id=_request_id(), token_ids=tuple(ids), tenant=self._tenant)
-        )
-        size = 4 * result.dim
-        rows = {key: result.vectors[i * size : (i + 1) * size] for i, (key, _) in enumerate(texts)}
-        self.usage.num_calls += 1
-        self.usage.embedding_tokens += result.num_tokens
-        await asyncio.to_thread(self._cache.put_many, "embedding", rows)
-        return rows
-
-    def _key(self, text: str) -> bytes:
-        return _digest("raw", self._tenant, self._engine, [text])
 
 
 class _LlmScorer:
@@ -511,16 +490,21 @@ class RankScorer(_LlmScorer):
     """An integer from 0 to 10 for each of up to `RANK_CHUNK` neighbours at once, a tenth of it as score.
 
     Texts are cut to the prompt's limits. More neighbours than one call takes are judged in several; if they do not fit
-    the context, in smaller ones.
+    the context, in smaller ones. A small LLM also goes by the place in the list, so neighbours are listed in the order
+    of a hash, which favours none.
     """
 
     name: ScorerName = "llm_rank"
     needs_schema = True
 
     async def _scores(self, centre: str, neighbors: Sequence[str]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(neighbors), RANK_CHUNK):
-            scores += await self._rank(centre, neighbors[start : start + RANK_CHUNK])
+        order = sorted(range(len(neighbors)), key=lambda i: _hash(f"{centre}\n{neighbors[i]}"))
+        scores = [0.0] * len(neighbors)
+        for start in range(0, len(order), RANK_CHUNK):
+            places = order[start : start + RANK_CHUNK]
+            ratings = await self._rank(centre, [neighbors[i] for i in places])
+            for place, rating in zip(places, ratings, strict=True):
+                scores[place] = rating
         return scores
 
     async def _rank(self, centre: str, neighbors: Sequence[str]) -> list[float]:
@@ -542,7 +526,11 @@ class RankScorer(_LlmScorer):
                 *await self._rank(centre, neighbors[half:]),
             ]
         answered = await answer_prompt(
-            prompt, messages, (), lambda given, constraint: self._ask(prompt, given, constraint)
+            prompt,
+            messages,
+            (),
+            prompt.max_tokens,
+            lambda given, constraint: self._ask(prompt, given, constraint),
         )
         if answered.answer is None or answered.answer.fields is None:
             raise _JudgementError(f"the LLM's ratings are not valid: {answered.fault}")
@@ -642,9 +630,13 @@ def _unit(vector: npt.NDArray[Any]) -> Float64s:
 def _digest(what: str, tenant: str, engine: AsyncEngine, texts: Sequence[str]) -> bytes:
     """A cache key: all that shapes a judgement."""
     info = engine.info
-    hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+    hashes = list(map(_hash, texts))
     parts = ("sampling", KEY_VERSION, what, tenant, info.checkpoint_hash, info.dtype, info.max_model_len)  # fmt: skip
     return hashlib.sha256(msgspec.msgpack.encode((*parts, hashes))).digest()
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _request_id() -> str:

@@ -179,24 +179,36 @@ class Graph:
     def texts(self, indices: Sequence[int] | npt.NDArray[Any]) -> list[str]:
         return self._take("text", indices)
 
+    def training_labels(self, indices: Sequence[int] | npt.NDArray[Any] | None = None) -> Any:
+        """Labels of those nodes (None: of all) whose split is `train`, as an Arrow array; null for the others.
+
+        Whoever lets labels reach a prompt or a selection reads them here.
+        """
+        import pyarrow.compute as pc
+
+        labels, splits = self.nodes.column("label"), self.nodes.column("split")
+        if indices is not None:
+            rows = np.asarray(indices, dtype=np.int64)
+            labels, splits = labels.take(rows), splits.take(rows)
+        return pc.if_else(pc.fill_null(pc.equal(splits, "train"), False), labels, None)
+
     def indices_of(self, node_ids: Sequence[NodeId]) -> list[int]:
         """Node index of each id.
 
         Raises:
             UnknownNodeError: at the first id that the graph does not have.
         """
-        return [self._index_of(position, node_id) for position, node_id in enumerate(node_ids)]
-
-    def _index_of(self, position: int, node_id: NodeId) -> int:
+        order = np.asarray(self.id_order)  # a map itself is slow to index one by one
         column = self.nodes.column("id")
+        return [self._index_of(n, node_id, order, column) for n, node_id in enumerate(node_ids)]
+
+    def _index_of(self, position: int, node_id: NodeId, order: Int32s, column: Any) -> int:
         kind = str if self.info.id_type == "string" else int
         if type(node_id) is kind:
             # Strings are sorted by UTF-8 bytes, which is the order of Python's strings.
-            place = bisect.bisect_left(
-                self.id_order, node_id, key=lambda index: column[int(index)].as_py()
-            )
-            if place < len(self.id_order):
-                index = int(self.id_order[place])
+            place = bisect.bisect_left(order, node_id, key=lambda index: column[int(index)].as_py())
+            if place < len(order):
+                index = int(order[place])
                 if column[index].as_py() == node_id:
                     return index
         raise UnknownNodeError(position, node_id)
@@ -537,10 +549,8 @@ def _check_features(features: Any, ids: Any) -> Float32s | None:
     if len(ragged):
         row = int(ragged[0])
         raise refuse(row, f"are {lengths[row]} numbers, those of the first node are {dim}")
-    with np.errstate(
-        over="ignore"
-    ):  # a double that float32 cannot hold becomes inf, which is refused
-        numbers = features.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused
+        numbers = features.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     values: Float32s = numbers.reshape(len(ids), dim)
     finite = np.isfinite(values)  # a null within a list reads as NaN
     if not finite.all():

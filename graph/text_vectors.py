@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -20,6 +21,15 @@ from graph.store import Float32s, Graph, Int64s
 KEY_VERSION = 1
 """Raise it when the way from a key's parts to its vector changes."""
 BATCH = 64
+
+
+@dataclass(slots=True)
+class VectorUsage:
+    """What encoding cost. Attributes: num_cached: vectors that needed no call; equal texts of a call count once."""
+
+    num_calls: int = 0
+    num_cached: int = 0
+    num_tokens: int = 0
 
 
 class TextVectors:
@@ -40,30 +50,48 @@ class TextVectors:
         self._text_for = text_for
         self._cache = cache
 
-    async def encode(self, graph: Graph, nodes: Int64s, *, model: str, tenant: str) -> Float32s:
+    async def encode(
+        self,
+        graph: Graph,
+        nodes: Int64s,
+        *,
+        model: str,
+        tenant: str,
+        usage: VectorUsage | None = None,
+    ) -> Float32s:
         """Vectors (len(nodes), dim) of nodes, in their order. What is done stays in the cache if it is cancelled.
+
+        Args:
+            usage: counts on.
 
         Raises:
             EngineError
         """
+        usage = usage or VectorUsage()
         engine = await self._engine_for(model, "embedding_model")
         text = await self._text_for(model, "embedding_model")
         vectors = np.zeros((len(nodes), engine.info.hidden_size), dtype=np.float32)
         for first in range(0, len(nodes), BATCH):
             some = nodes[first : first + BATCH]
             texts = [normalise(t) for t in await asyncio.to_thread(graph.texts, some)]
-            rows = await self._encode_some(engine, text, texts, tenant)
+            rows = await self._encode_some(engine, text, texts, tenant, usage)
             vectors[first : first + len(some)] = rows
         return vectors
 
     async def _encode_some(
-        self, engine: AsyncEngine, text: TextModel, texts: list[str], tenant: str
+        self,
+        engine: AsyncEngine,
+        text: TextModel,
+        texts: list[str],
+        tenant: str,
+        usage: VectorUsage,
     ) -> Float32s:
         keys = [_key(engine.info, given, tenant) for given in texts]
         known = await asyncio.to_thread(self._cache.get_many, "embedding", keys)
         missing = {
             key: given for key, given in zip(keys, texts, strict=True) if key not in known
         }  # equal texts once
+        usage.num_cached += len(known)
         tokens = await asyncio.to_thread(_tokens, text, list(missing.values()), engine.info)
         asked = {key: ids for key, ids in zip(missing, tokens, strict=True) if ids}
         dim = engine.info.hidden_size
@@ -76,6 +104,8 @@ class TextVectors:
                     tenant=tenant,
                 )
             )
+            usage.num_calls += 1
+            usage.num_tokens += result.num_tokens
             size = 4 * result.dim
             for place, key in enumerate(asked):
                 found[key] = result.vectors[place * size : (place + 1) * size]

@@ -28,6 +28,7 @@ RUNNERS = {
     "enrich": "jobs.runners.enrich:run",
     "export": "jobs.runners.export:run",
     "finetune": "jobs.runners.finetune:run",
+    "train_projector": "jobs.runners.train_projector:run",
 }
 MAX_MESSAGE_CHARS = 500
 

@@ -30,6 +30,9 @@ class _NodeLine(msgspec.Struct, forbid_unknown_fields=True):
     )
     text: Annotated[str, msgspec.Meta(max_length=2**20)]
     neighbors: Annotated[list[str], msgspec.Meta(max_length=1000)] = []
+    variables: dict[
+        Annotated[str, msgspec.Meta(max_length=32)], Annotated[str, msgspec.Meta(max_length=20_000)]
+    ] = {}
 
 
 class FileContentError(ValueError):
@@ -72,7 +75,8 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def read_nodes(path: Path) -> Iterator[EnrichNode]:
-    """The nodes of a file for enrichment: per line `id`, `text` and optionally `neighbors`, texts, best first.
+    """The nodes of a file for enrichment: per line `id`, `text` and optionally `neighbors`, texts, best first, and
+    `variables` of the prompt.
 
     Raises:
         FileContentError: also for a node with another field, or an id that was there before.
@@ -92,7 +96,12 @@ def read_nodes(path: Path) -> Iterator[EnrichNode]:
         if len(seen) == MAX_NODES:
             raise FileContentError(f"a file has at most {MAX_NODES} nodes", number)
         seen.add(node.id)
-        yield EnrichNode(id=node.id, text=node.text, neighbors=tuple(node.neighbors))
+        yield EnrichNode(
+            id=node.id,
+            text=node.text,
+            neighbors=tuple(node.neighbors),
+            variables=node.variables,
+        )
 
 
 def _line_texts(path: Path) -> Iterator[Any]:
@@ -162,7 +171,12 @@ def _check_calibration(path: Path) -> None:
         raise FileContentError("no line has any text")
 
 
-def _check_batch(path: Path) -> None:
+def read_batch(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and request of each line of a batch: `custom_id`, `method`, `url`, `body`.
+
+    Raises:
+        FileContentError
+    """
     seen: set[str] = set()
     for number, row in _json_lines(path):
         custom_id = row.get("custom_id")
@@ -173,8 +187,14 @@ def _check_batch(path: Path) -> None:
         if custom_id in seen:
             raise FileContentError("its custom_id was on a line before", number)
         seen.add(custom_id)
+        yield number, row
     if not seen:
         raise FileContentError("the file has no line")
+
+
+def _check_batch(path: Path) -> None:
+    for _ in read_batch(path):
+        pass
 
 
 def _check_fine_tune(path: Path) -> None:

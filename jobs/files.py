@@ -27,7 +27,7 @@ from jobs.store import JobStore, JsonObject
 FILE_ID_PATTERN = r"^file-[a-z0-9]{1,64}$"
 _FILE_ID = re.compile(FILE_ID_PATTERN[:-1] + r"\Z")
 UploadPurpose = Literal["fine-tune", "batch", "user_data", "calibration", "enrich"]
-Purpose = UploadPurpose | Literal["fine-tune-results"]
+Purpose = UploadPurpose | Literal["fine-tune-results", "batch_output"]
 """What a file is for; jobs write the results."""
 Order = Literal["asc", "desc"]
 BUSY_SECONDS = 30
@@ -385,7 +385,7 @@ def _load(document: str) -> FileInfo:
 def files_of(spec: JsonObject) -> list[str]:
     """Ids of the files that a job's specification names."""
     calibration = spec.get("calibration") or {}
-    own = (spec.get(name) for name in ("training_file", "validation_file", "file"))
+    own = (spec.get(name) for name in ("training_file", "validation_file", "file", "input_file_id"))
     named = (*own, calibration.get("file"))
     return [file_id for file_id in named if file_id is not None]
 

@@ -26,12 +26,18 @@ from compression.registry import MODEL_ID_PATTERN
 from evaluation.corpora import CorpusName
 from graph.arrow_stream import EmbeddingDtype
 from graph.enrich import LongText, Output, Priority
+from graph.llaga.filling import Template
+from graph.llaga.hops import HopOperator
+from graph.llaga.projector import PROJECTOR_ID_PATTERN
+from graph.llaga.prompts import Task
+from graph.selection.request import SelectRequest
+from graph.store import GRAPH_ID_PATTERN, GraphInfo
 from jobs.files import FILE_ID_PATTERN
 from jobs.store import JsonObject
 from training.spec import METHODS, FinetuneSettings, SettingsError, parse_settings
 from training.spec import check_source as check_finetune_source
 
-PLANNED_TYPES = ("evaluate", "train_projector")
+PLANNED_TYPES = ("evaluate",)
 MAX_STAGES = 16
 MAX_TARGETS = 8
 MAX_METADATA = 16
@@ -247,8 +253,8 @@ class EnrichBudgetSpec(_Spec):
 
 
 class EnrichSpec(_Spec):
-    """Enrich any number of nodes: of `graph`, which are named by `node_ids`, or all of them; or of an uploaded `file`
-    of purpose `enrich`.
+    """Enrich any number of nodes: of `graph`, which `node_ids` name or `select` chooses, or all of them; or of an
+    uploaded `file` of purpose `enrich`.
 
     Artefacts: `enriched.arrow`, an Arrow stream as POST /v1/enrich answers with, and `enriched.jsonl`, whose vectors
     are base64; both in the order of the nodes.
@@ -272,6 +278,9 @@ class EnrichSpec(_Spec):
     node_ids: list[str | int] | None = Field(
         default=None, min_length=1, max_length=MAX_ENRICH_NODE_IDS
     )
+    select: SelectRequest | None = Field(
+        default=None, description="As in POST /v1/graphs/{id}/select; results are best first."
+    )
     file: str | None = Field(default=None, pattern=FILE_ID_PATTERN)
     prompt: str = Field(max_length=100, description="An id of the catalog, or id@version.")
     model: str | None = Field(
@@ -281,18 +290,103 @@ class EnrichSpec(_Spec):
     return_: list[Output] = Field(default=["text"], alias="return", min_length=1, max_length=2)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_ENRICH_ANSWER_TOKENS)
     long_text: LongText = "head"
+    classes: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        default=None, min_length=1, max_length=256, description="As in POST /v1/enrich."
+    )
+    variables: dict[
+        Annotated[str, Field(max_length=32)], Annotated[str, Field(max_length=20_000)]
+    ] = {}
     priority: Priority = "bulk"
     budget: EnrichBudgetSpec = EnrichBudgetSpec()
     embedding_dtype: EmbeddingDtype = "float16"
 
 
-Spec = CompressSpec | CalibrateSkipSpec | EnrichSpec | ExportSpec | FinetuneSpec
+class ProjectorTemplate(_Spec):
+    """How a node's surroundings become vectors: `ho` (Hop-Field Overview) is one per hop, averaged by `operator`; `nd`
+    (Neighborhood Detail) is a tree in which every node has `fanout` children."""
+
+    kind: Literal["ho", "nd"] = "ho"
+    hops: int | None = Field(default=None, description="4 of ho, 2 of nd.")
+    operator: HopOperator | None = Field(default=None, description="Of ho: sym_selfloop.")
+    fanout: int | None = Field(default=None, description="Of nd: 5.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "ho":
+            self.hops = 4 if self.hops is None else self.hops
+            self.operator = self.operator or "sym_selfloop"
+        else:
+            self.hops = 2 if self.hops is None else self.hops
+            self.fanout = 5 if self.fanout is None else self.fanout
+        Template(kind=self.kind, hops=self.hops, operator=self.operator, fanout=self.fanout)
+        return self
+
+
+class ProjectorTraining(_Spec):
+    """Attributes: num_layers: 1 is linear; more have a GELU between layers; dtype: of the frozen LLM."""
+
+    num_layers: int = Field(default=1, ge=1, le=8)
+    learning_rate: float = Field(default=2e-3, gt=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    epochs: int = Field(default=3, ge=1, le=1000)
+    batch_size: int = Field(default=16, ge=1, le=1024)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class TrainProjectorSpec(_Spec):
+    """Train a projector by which `model`, unchanged, reads nodes of a graph, and register it as `output` (LLaGA).
+
+    Attributes:
+        encoder: whose vectors of the nodes' texts the projector reads; without, the graph's own features.
+        tasks: learnt together by one projector.
+        max_questions: of each task and split; drawn by the seed.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "train_projector",
+                    "graph_id": "graph-0123456789abcdef01234567",
+                    "model": "smollm2-135m",
+                    "encoder": "all-minilm-l6-v2",
+                    "output": "cora-ho",
+                    "template": {"kind": "ho", "hops": 4, "operator": "sym_selfloop"},
+                    "tasks": ["node_classification"],
+                }
+            ]
+        }
+    )
+
+    type: Literal["train_projector"]
+    graph_id: str = Field(pattern=GRAPH_ID_PATTERN)
+    model: str = Field(max_length=96)
+    encoder: str | None = Field(default=None, max_length=96)
+    output: str = Field(pattern=PROJECTOR_ID_PATTERN)
+    template: ProjectorTemplate = ProjectorTemplate()
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)] = ("node_classification",)
+    settings: ProjectorTraining = ProjectorTraining()
+    max_questions: int | None = Field(default=None, ge=1)
+
+    @field_validator("tasks")
+    @classmethod
+    def _differ(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("tasks must differ")
+        return tasks
+
+
+Spec = (
+    CompressSpec | CalibrateSkipSpec | EnrichSpec | ExportSpec | FinetuneSpec | TrainProjectorSpec
+)
 SPECS: dict[str, type[Spec]] = {
     "compress": CompressSpec,
     "calibrate_skip": CalibrateSkipSpec,
     "enrich": EnrichSpec,
     "export": ExportSpec,
     "finetune": FinetuneSpec,
+    "train_projector": TrainProjectorSpec,
 }
 JOB_TYPES = tuple(SPECS)
 
@@ -343,8 +437,11 @@ def _check_enrich(spec: EnrichSpec) -> None:
     """Raises: SpecError."""
     if (spec.graph is None) == (spec.file is None):
         raise SpecError("graph", "needs either a graph or a file")
-    if spec.file is not None and spec.node_ids is not None:
-        raise SpecError("node_ids", "they are of a graph")
+    for param in ("node_ids", "select"):
+        if spec.file is not None and getattr(spec, param) is not None:
+            raise SpecError(param, f"{param} is for a graph")
+    if spec.node_ids is not None and spec.select is not None:
+        raise SpecError("select", "needs either node_ids or select")
     if len(set(spec.return_)) < len(spec.return_):
         raise SpecError("return", "return names a part twice")
 
@@ -383,6 +480,20 @@ def check_source(spec: Spec, manifest: Manifest, config: JsonObject) -> None:
         raise SpecError(error.param, error.message) from None
     except SettingsError as error:
         raise _settings_error(error) from None
+
+
+def check_graph(spec: TrainProjectorSpec, info: GraphInfo) -> None:
+    """Whether the graph has what the job asks about.
+
+    Raises:
+        SpecError
+    """
+    if spec.encoder is None and info.feature_dim is None:
+        raise SpecError("encoder", "the graph has no features of its own: name an encoder")
+    if "node_classification" in spec.tasks and not info.has_labels:
+        raise SpecError("tasks", "node_classification needs a graph with labels")
+    if "link_prediction" in spec.tasks and info.num_edges == 0:
+        raise SpecError("tasks", "link_prediction needs a graph with edges")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

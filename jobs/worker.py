@@ -48,7 +48,7 @@ _PIPE_SECONDS = 5.0
 logger = logging.getLogger("lathe.worker")
 
 
-TRAINING_TYPES = frozenset({"finetune"})
+TRAINING_TYPES = frozenset({"finetune", "train_projector"})
 """Jobs that take the GPU, and that write a checkpoint before they stop."""
 
 
@@ -515,8 +515,12 @@ def run_until_signal(store: JobStore, config: WorkerConfig) -> None:
     store.close()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one worker until SIGTERM or SIGINT. Redis is used where LATHE_REDIS_URL is set."""
+def main(argv: list[str] | None = None, runners: Mapping[str, str] | None = None) -> int:
+    """Run one worker until SIGTERM or SIGINT. Redis is used where LATHE_REDIS_URL is set.
+
+    Args:
+        runners: of job types that rooms above this one bring along.
+    """
     parser = argparse.ArgumentParser(prog="lathe worker")
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--lease-seconds", type=float, default=60.0)
@@ -537,6 +541,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint_grace_seconds=arguments.checkpoint_grace_seconds,
         gpu_policy=arguments.gpu_policy,
         log_level=arguments.log_level,
+        runners={**RUNNERS, **(runners or {})},
     )
     store = open_job_store(arguments.home / "lathe.db", os.environ.get("LATHE_REDIS_URL"))
     run_until_signal(store, config)

@@ -23,21 +23,24 @@ from starlette.routing import Match, Route
 from compression.registry import ModelNotFoundError, ModelRegistry
 from compression.safetensors_header import CheckpointError
 from engines.logs import set_up_logging
+from engines.metering import EngineUse
 from engines.protocol import EngineError
 from engines.tracing import set_up_tracing, shut_down_tracing
 from graph.cache import EnrichmentCache
 from graph.store import GraphStore
 from jobs.files import FileStore
 from jobs.open import open_job_store
+from jobs.usage import FLUSH_SECONDS, UsageStore
 from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
 from service.enrichment import build_enricher, build_text_vectors
 from service.errors import ApiError, from_engine_error
 from service.limits import RateLimits, open_buckets
-from service.metrics import EngineCollector, JobCollector, Metrics
+from service.metrics import DiskCollector, EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
 from service.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -53,6 +56,7 @@ from service.routes import (
     prompts,
     score,
     tokenize,
+    usage,
 )
 from service.settings import Settings
 from service.supervisor_client import SupervisorClient
@@ -70,11 +74,13 @@ ROUTERS = (
     jobs.router,
     files.router,
     fine_tuning.router,
+    batches.router,
     graphs.router,
     graph_query.router,
     graph_sampling.router,
     enrich.router,
     prompts.router,
+    usage.router,
 )
 _ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 OPEN_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
@@ -92,7 +98,13 @@ def build_state(settings: Settings) -> AppState:
         tokens_per_minute=settings.tokens_per_minute,
     )
     supervisor = SupervisorClient(settings.supervisor_socket)
-    engines = EnginePool(settings, registry, supervisor, limits.charge)
+    used = UsageStore(settings.usage_database)
+
+    def meter(use: EngineUse) -> None:
+        limits.charge(use.tenant, use.prompt_tokens + use.completion_tokens)
+        used.used(use)
+
+    engines = EnginePool(settings, registry, supervisor, meter)
     metrics = Metrics()
     tokenizers = TokenizerCache()
     cache = EnrichmentCache(settings.cache_database)
@@ -107,9 +119,10 @@ def build_state(settings: Settings) -> AppState:
         tokenizers=tokenizers,
         graphs=GraphStore(settings.graphs_dir),
         cache=cache,
-        enricher=build_enricher(engines, tokenizers, cache, metrics),
+        enricher=build_enricher(engines, tokenizers, cache, metrics, used),
         text_vectors=build_text_vectors(engines, tokenizers, cache),
         limits=limits,
+        usage=used,
         started_at=time.time(),
     )
 
@@ -123,7 +136,10 @@ def build_state(settings: Settings) -> AppState:
             for entry in registry.list_models()
         }
 
-    metrics.registry.register(EngineCollector(engines.snapshot, sizes, engines.restarts))
+    metrics.registry.register(
+        EngineCollector(engines.snapshot, sizes, engines.restarts, engines.readiness)
+    )
+    metrics.registry.register(DiskCollector(settings.home))
     metrics.registry.register(JobCollector(state.jobs.counts, state.jobs.worker_ages))
     return state
 
@@ -131,8 +147,9 @@ def build_state(settings: Settings) -> AppState:
 def build_app(settings: Settings) -> FastAPI:
     """The application. Its state is at `app.state.lathe`; nothing runs before the lifespan starts."""
     state = build_state(settings)
-    limits = state.limits
+    limits, used = state.limits, state.usage
     assert limits is not None, "build_state made them"
+    assert used is not None, "build_state made it"
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -143,13 +160,16 @@ def build_app(settings: Settings) -> FastAPI:
             logger.warning(notice)
         await asyncio.to_thread(check_default_skips, settings, state.registry)
         await state.engines.start()
+        flushing = asyncio.create_task(_flush_for_ever(used), name="usage")
         try:
             yield
         finally:
+            flushing.cancel()
             await state.engines.aclose()
             await asyncio.to_thread(state.cache.close)
             state.jobs.close()
             await asyncio.to_thread(limits.close)
+            await asyncio.to_thread(used.close)
             await asyncio.to_thread(shut_down_tracing)
 
     app = FastAPI(
@@ -166,10 +186,16 @@ def build_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
-    _handle_errors(app)
+    handle_errors(app)
     app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+async def _flush_for_ever(used: UsageStore) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.to_thread(used.flush)
 
 
 def check_default_skips(settings: Settings, registry: ModelRegistry) -> None:
@@ -202,7 +228,7 @@ def _respond(error: ApiError, extra: dict[str, str] | None = None) -> JSONRespon
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
-def _handle_errors(app: FastAPI) -> None:
+def handle_errors(app: FastAPI) -> None:
     """Turn every exception that can leave a route into the one error shape."""
 
     def api_error(_: Request, error: Any) -> JSONResponse:
@@ -236,7 +262,12 @@ def _handle_errors(app: FastAPI) -> None:
         logger.error("unsound checkpoint", exc_info=error)
         return _respond(ApiError("model_load_failed", "the model's checkpoint is unsound"))
 
+    def recursion_error(_: Request, error: Any) -> JSONResponse:
+        logger.warning("a body nested too deep", exc_info=error)
+        return _respond(ApiError("invalid_json", "the body is nested too deep"))
+
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RecursionError, recursion_error)
     app.add_exception_handler(EngineError, engine_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)

@@ -165,9 +165,11 @@ def worker(home: Path | None) -> None:
     """
     from engines.process import set_openmp_environment
     from jobs import worker as jobs_worker
+    from service.batches import JOB_TYPE, RUNNER
 
     set_openmp_environment()
-    sys.exit(jobs_worker.main(worker_arguments(load_settings(home=home))))
+    arguments = worker_arguments(load_settings(home=home))
+    sys.exit(jobs_worker.main(arguments, {JOB_TYPE: RUNNER}))
 
 
 def worker_arguments(settings: "Settings") -> list[str]:

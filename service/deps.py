@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from compression.registry import ModelRegistry
 from jobs.files import FileStore
 from jobs.store import JobStore
+from jobs.usage import UsageStore
 from service.auth import Identity, KeyStore, Role, authenticate
 from service.engine_pool import EnginePool
 from service.errors import ApiError
@@ -42,6 +43,7 @@ class AppState:
     enricher: "Enricher"
     text_vectors: "TextVectors"
     limits: RateLimits | None = None
+    usage: UsageStore | None = None
     started_at: float = field(default=0.0)
 
 

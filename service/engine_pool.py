@@ -12,11 +12,12 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from compression.registry import ModelEntry, ModelNotFoundError, ModelRegistry
 from engines.client import EngineClient
+from engines.metering import DeviceClock, EngineUse, MeteredEngine
 from engines.protocol import (
     AsyncEngine,
     EmbedRequest,
@@ -27,7 +28,6 @@ from engines.protocol import (
     SamplingParams,
 )
 from service.errors import ApiError
-from service.limits import MeteredEngine
 from service.settings import Settings
 from service.supervisor_client import (
     EngineProcess,
@@ -74,13 +74,14 @@ class _Loaded:
     client: AsyncEngine
     stats: EngineStats | None = None
     proved_at: float | None = None
+    clock: DeviceClock = field(default_factory=DeviceClock)
 
 
 class EnginePool:
     """The engines that this process can reach. Belongs to one event loop.
 
     Args:
-        charge: told, with a tenant, how many tokens an engine read or wrote for it.
+        meter: told what engines do for whom.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class EnginePool:
         settings: Settings,
         registry: ModelRegistry,
         supervisor: SupervisorClient,
-        charge: Callable[[str, int], None] | None = None,
+        meter: Callable[[EngineUse], None] | None = None,
     ) -> None:
         self._settings = settings
-        self._charge = charge
+        self._meter = meter
         self._registry = registry
         self._supervisor = supervisor
         self._loaded: dict[str, _Loaded] = {}
@@ -143,7 +144,9 @@ class EnginePool:
             loaded = await self._connect(model_id)
         if loaded is None:
             raise self._why_not(model_id)
-        return loaded.client if self._charge is None else MeteredEngine(loaded.client, self._charge)
+        if self._meter is None:
+            return loaded.client
+        return MeteredEngine(loaded.client, model_id, self._meter, loaded.clock)
 
     async def _load_on_request(self, model_id: str) -> None:
         """Have a model loaded that nobody loaded yet, and wait for it together with all who ask for it meanwhile.
@@ -285,6 +288,9 @@ class EnginePool:
     async def wanted(self) -> set[str]:
         """Models that ought to be served now: the supervisor's, else those of the settings that are registered."""
         await self._refresh_processes()
+        return self._wanted()
+
+    def _wanted(self) -> set[str]:
         if self._supervised:
             return {m for m, p in self._processes.items() if p.state != "stopping"}
         return set(self._loaded) | set(self._settings.models)
@@ -296,6 +302,10 @@ class EnginePool:
             for model, loaded in self._loaded.items()
             if loaded.stats is not None
         }
+
+    def readiness(self) -> dict[str, bool]:
+        """Whether each wanted model is ready, as the last poll saw it; for the metrics."""
+        return {model: self._status_of(model).ready for model in sorted(self._wanted())}
 
     def restarts(self) -> dict[str, int]:
         return {model: process.restarts for model, process in self._processes.items()}

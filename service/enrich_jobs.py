@@ -2,7 +2,12 @@
 
 import asyncio
 
-from graph.enrich import EnrichRequest, UnsuitableModelError
+from graph.enrich import EnrichNode, EnrichRequest, UnsuitableModelError
+from graph.generation import PromptInputError
+from graph.nodes import classes_of_graph
+from graph.selection.request import SelectError, SelectRequest
+from graph.selection.select import check_selection
+from graph.store import Graph
 from jobs.spec import EnrichSpec
 from service.auth import Identity
 from service.deps import AppState
@@ -18,26 +23,48 @@ async def complete_enrich(spec: EnrichSpec, state: AppState, identity: Identity)
         ApiError: no such prompt, graph or node; a model cannot do it or is not served.
     """
     prompt = find_prompt(spec.prompt, state, identity)
+    classes = tuple(spec.classes or ())
     if spec.graph is not None:
         graph = await asyncio.to_thread(open_graph, state, identity, spec.graph, "graph")
         if spec.node_ids is not None:
             await asyncio.to_thread(find_nodes, graph, spec.node_ids)
+        if spec.select is not None:
+            await _check_selection(graph, spec.select, state)
+        classes = classes or await asyncio.to_thread(classes_of_graph, graph, prompt)
     model = spec.model or DEFAULT_MODEL
     embedding_model = spec.embedding_model or state.settings.embedding_model
-    request = EnrichRequest(
-        nodes=(),
-        prompt=prompt,
-        model=model,
-        embedding_model=embedding_model,
-        outputs=frozenset(spec.return_),
-        max_tokens=spec.max_tokens,
-    )
+    # A file's nodes may give variables of their own, which the job finds out; a graph's have none.
+    probe = () if spec.graph is None else (EnrichNode(id=0, text=""),)
     try:
+        request = EnrichRequest(
+            nodes=probe,
+            prompt=prompt,
+            model=model,
+            embedding_model=embedding_model,
+            outputs=frozenset(spec.return_),
+            max_tokens=spec.max_tokens,
+            classes=classes,
+            variables=spec.variables,
+        )
         await state.enricher.stream(
             request
         )  # refuses what cannot begin; nothing is asked of a model
-    except UnsuitableModelError as error:
+    except (PromptInputError, UnsuitableModelError) as error:
         raise ApiError("invalid_value", error.message, error.param) from error
     return spec.model_copy(
         update={"prompt": prompt.ref, "model": model, "embedding_model": embedding_model}
     )
+
+
+async def _check_selection(graph: Graph, select: SelectRequest, state: AppState) -> None:
+    """What can be told before the job makes the selection. Raises: ApiError."""
+    try:
+        await asyncio.to_thread(check_selection, graph, select)
+    except SelectError as error:
+        code = "unsupported_parameter" if error.unsupported else "invalid_value"
+        raise ApiError(code, error.message, f"select.{error.param}") from error
+    if select.embedding_model is not None:
+        try:
+            await state.engines.get(select.embedding_model)
+        except ApiError as error:
+            raise ApiError(error.code, error.message, "select.embedding_model") from error

@@ -4,7 +4,7 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -37,6 +37,7 @@ from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.text_vectors import TextVectors
 from graph.user_prompts import UserPrompts
+from jobs.usage import UsageStore, seconds_per_token
 from service.auth import Identity
 from service.deps import AppState, RequestModel, ResponseModel
 from service.engine_pool import EnginePool
@@ -223,7 +224,8 @@ class EnrichEstimateBody(ResponseModel):
     max_completion_tokens: int
     total_tokens: int
     seconds: float | None = Field(
-        description="At the speed last seen of this model; null where none was seen."
+        description="At the speed last seen of this model, or by the device time of all its tokens so far; null where "
+        "there were none."
     )
     cost: float | None = Field(
         description="By the server's cost_per_million_tokens; null where it names none."
@@ -242,11 +244,21 @@ ENRICH_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_enricher(
-    engines: EnginePool, tokenizers: TokenizerCache, cache: EnrichmentCache, metrics: Metrics
+    engines: EnginePool,
+    tokenizers: TokenizerCache,
+    cache: EnrichmentCache,
+    metrics: Metrics,
+    usage: UsageStore,
 ) -> Enricher:
     """The enricher of one application."""
     engine_for, text_for = _lookups(engines, tokenizers)
-    return Enricher(engine_for=engine_for, text_for=text_for, cache=cache, observer=metrics)
+    return Enricher(
+        engine_for=engine_for,
+        text_for=text_for,
+        cache=cache,
+        observer=metrics,
+        ended=usage.enriched,
+    )
 
 
 def build_text_vectors(
@@ -370,6 +382,11 @@ async def estimate_enrich(
     except UnsuitableModelError as error:
         raise ApiError("invalid_value", error.message, error.param) from error
     total = estimate.prompt_tokens + estimate.completion_tokens
+    if (
+        estimate.seconds is None and state.usage is not None
+    ):  # other processes, or an earlier one, may have seen some
+        pace = seconds_per_token(await asyncio.to_thread(state.usage.read, None), body.model)
+        estimate = replace(estimate, seconds=None if pace is None else total * pace)
     price = state.settings.cost_per_million_tokens
     return EnrichEstimateBody(
         **asdict(estimate),

@@ -11,15 +11,15 @@ from pydantic import BaseModel, Field
 
 from engines.protocol import EngineError
 
-MAX_MESSAGE_CHARS = 2000
-"""An error body stays far under 8 KiB, whatever the request held."""
+MAX_MESSAGE_CHARS = 1000
+"""An error body stays under 8 KiB, whatever the request held: JSON writes a control character with six."""
 MAX_PARAM_CHARS = 200
 
 _INTERNALS = re.compile(
     r"0x[0-9a-fA-F]{6,}"
     r"|/(?:home|root|usr|var|tmp|opt|etc|proc|srv|mnt|data|work|lib|run|Users)(?:/[\w.@+-]+)+/?"
-    r"|[\w./-]*site-packages[\w./-]*"
-    r"|Traceback"
+    r"|[\w./-]{0,200}site-packages[\w./-]*"
+    r"|Traceback[\s\S]*"
 )
 
 # code: (HTTP status, OpenAI error type, seconds for Retry-After or None)
@@ -37,6 +37,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "not_found": (404, "invalid_request_error", None),
     "model_not_found": (404, "invalid_request_error", None),
     "job_not_found": (404, "invalid_request_error", None),
+    "batch_not_found": (404, "invalid_request_error", None),
     "file_not_found": (404, "invalid_request_error", None),
     "graph_not_found": (404, "invalid_request_error", None),
     "projector_not_found": (404, "invalid_request_error", None),
@@ -50,6 +51,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "job_not_pausable": (409, "conflict_error", None),
     "file_in_use": (409, "conflict_error", None),
     "model_exists": (409, "conflict_error", None),
+    "projector_exists": (409, "conflict_error", None),
     "model_in_use": (409, "conflict_error", None),
     "model_not_loaded": (409, "conflict_error", None),
     "model_sleeping": (409, "conflict_error", None),
@@ -121,6 +123,7 @@ class ApiError(Exception):
 
 def scrub(message: str) -> str:
     """Remove what describes our insides and what UTF-8 cannot carry, and cap the length."""
+    message = message[: 2 * MAX_MESSAGE_CHARS]  # before the search, whose time grows with it
     message = message.encode("utf-8", "replace").decode()
     message = _INTERNALS.sub("…", message)
     if len(message) > MAX_MESSAGE_CHARS:

@@ -11,24 +11,12 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from engines.protocol import (
-    AsyncEngine,
-    EmbedRequest,
-    EmbedResult,
-    EngineInfo,
-    EngineStats,
-    GenerateRequest,
-    ScoreRequest,
-    ScoreResult,
-    TokenOutput,
-    TokenStream,
-)
 from service.auth import Identity, KeyStore
 from service.errors import ApiError
 
@@ -253,70 +241,3 @@ def duration(seconds: float) -> str:
         return f"{max(0, milliseconds)}ms"
     minutes, rest = divmod(milliseconds, 60_000)
     return (f"{minutes}m" if minutes else "") + f"{rest / 1000:g}s"
-
-
-class MeteredEngine(AsyncEngine):
-    """An engine whose work is charged to the tenants that its requests name."""
-
-    def __init__(self, engine: AsyncEngine, charge: Callable[[str, int], None]) -> None:
-        self._engine = engine
-        self._charge = charge
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
-
-    async def generate(self, request: GenerateRequest) -> TokenStream:
-        stream = await self._engine.generate(request)
-        self._charge(request.tenant, len(request.token_ids))
-        return _MeteredStream(stream, lambda tokens: self._charge(request.tenant, tokens))
-
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        result = await self._engine.embed(request)
-        self._charge(request.tenant, result.num_tokens)
-        return result
-
-    async def score(self, request: ScoreRequest) -> ScoreResult:
-        result = await self._engine.score(request)
-        self._charge(request.tenant, result.num_tokens)
-        return result
-
-    async def sleep(self) -> None:
-        await self._engine.sleep()
-
-    async def wake(self) -> None:
-        await self._engine.wake()
-
-    async def stats(self) -> EngineStats:
-        return await self._engine.stats()
-
-
-class _MeteredStream(TokenStream):
-    """Charges what was generated when the stream ends, however it ends."""
-
-    def __init__(self, stream: TokenStream, charge: Callable[[int], None]) -> None:
-        self._stream = stream
-        self._charge = charge
-        self._num_tokens = 0
-
-    def __aiter__(self) -> AsyncIterator[TokenOutput]:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        try:
-            output = await anext(self._stream)
-        except BaseException:
-            self._settle()
-            raise
-        self._num_tokens += len(output.token_ids)
-        if output.finish_reason is not None:
-            self._settle()
-        return output
-
-    async def aclose(self) -> None:
-        self._settle()
-        await self._stream.aclose()
-
-    def _settle(self) -> None:
-        num_tokens, self._num_tokens = self._num_tokens, 0
-        self._charge(num_tokens)

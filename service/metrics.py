@@ -7,12 +7,15 @@ Labels come from
 the model registry and fixed sets, never from a request.
 """
 
+import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -57,6 +60,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one series more for each histogram, read by nothing
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._vllm_histograms()
         self._gen_ai()
         self._request_success = Counter(
@@ -208,6 +212,7 @@ class EngineCollector(Collector):
         engines: model id to its information and newest statistics.
         sizes: model id to (parameters, bytes on disk, bytes ratio to its source or None) of every registered model.
         restarts: model id to automatic restarts of its host.
+        readiness: model id to whether it is ready, of those that ought to be.
     """
 
     def __init__(
@@ -215,10 +220,12 @@ class EngineCollector(Collector):
         engines: Callable[[], dict[str, tuple[EngineInfo, EngineStats]]],
         sizes: Callable[[], dict[str, tuple[int, int, float | None]]],
         restarts: Callable[[], dict[str, int]],
+        readiness: Callable[[], dict[str, bool]],
     ) -> None:
         self._engines = engines
         self._sizes = sizes
         self._restarts = restarts
+        self._readiness = readiness
 
     def collect(self) -> Iterable[Metric]:
         engines = self._engines()
@@ -282,7 +289,26 @@ class EngineCollector(Collector):
         )
         for model, count in self._restarts().items():
             restarts.add_metric((model,), count)
-        yield from (resident, rss, parameters, size, ratio, loaded, restarts)
+        ready = GaugeMetricFamily(
+            "lathe_model_ready", "1 if it is ready, of models that ought to be.", labels=("model",)
+        )
+        for model, is_ready in self._readiness().items():
+            ready.add_metric((model,), float(is_ready))
+        yield from (resident, rss, parameters, size, ratio, loaded, restarts, ready)
+
+
+class DiskCollector(Collector):
+    """The disk under LATHE_HOME."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def collect(self) -> Iterable[Metric]:
+        if not self._home.is_dir():  # nothing was ever written
+            return
+        usage = shutil.disk_usage(self._home)
+        yield GaugeMetricFamily("lathe_disk_bytes", "Of the disk of LATHE_HOME.", value=usage.total)
+        yield GaugeMetricFamily("lathe_disk_free_bytes", "Free on it.", value=usage.free)
 
 
 class JobCollector(Collector):

@@ -12,11 +12,12 @@ import re
 import secrets
 import time
 from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engines.origin import Origin, caused_by, parse_traceparent
+from engines.origin import caused_by, current_origin, parse_traceparent
 from engines.tracing import Span, span
 from service.auth import KeyStore, authenticate, is_loopback
 from service.errors import ApiError
@@ -48,10 +49,12 @@ class RequestMiddleware:
         headers = _headers(scope)
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.match(given) else f"req-{secrets.token_hex(12)}"
-        traceparent = parse_traceparent(headers.get(b"traceparent", b"").decode("latin-1"))
+        caller = current_origin()  # of a job that asks our routes itself
+        given_trace = parse_traceparent(headers.get(b"traceparent", b"").decode("latin-1"))
+        traceparent = given_trace or caller.traceparent
         exchange = _Exchange(scope, send, request_id)
         with (
-            caused_by(Origin(request_id=request_id, traceparent=traceparent)),
+            caused_by(replace(caller, request_id=request_id, traceparent=traceparent)),
             span(scope["method"], serves=True) as traced,
         ):
             try:
@@ -144,7 +147,7 @@ class _Exchange:
         if self._status is not None:
             logger.error("the answer had begun: %s", error.code)
             raise error
-        body = json.dumps(error.body()).encode()
+        body = json.dumps(error.body(), ensure_ascii=False).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         headers += [(k.lower().encode(), v.encode()) for k, v in error.headers().items()]
         start = {"type": "http.response.start", "status": error.status, "headers": headers}

@@ -129,6 +129,11 @@ class Settings(BaseSettings):
         return self.home / "limits.db"
 
     @property
+    def usage_database(self) -> Path:
+        """What every key has used."""
+        return self.home / "usage.db"
+
+    @property
     def keys_file(self) -> Path:
         return self.api_keys_file or self.home / "keys.json"
 

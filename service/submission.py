@@ -9,15 +9,21 @@ import anyio
 import psutil
 
 from compression.registry import ModelEntry, ModelNotFoundError
+from graph.llaga.projector import ProjectorRegistry
+from graph.store import GraphNotFoundError
 from jobs.file_check import FileContentError, read_texts
 from jobs.files import FileInfo, Purpose, UploadNotFoundError
 from jobs.memory import has_nvidia_gpu, too_large
 from jobs.spec import (
+    CalibrateSkipSpec,
+    CompressSpec,
     EnrichSpec,
     ExportSpec,
     FinetuneSpec,
     Spec,
     SpecError,
+    TrainProjectorSpec,
+    check_graph,
     check_source,
     parse_spec,
     spec_json,
@@ -53,7 +59,7 @@ async def submit(
         ApiError
     """
     digest = request_hash(request)
-    existing = await _existing(job_id, digest, state)
+    existing = await existing_job(job_id, digest, state)
     if existing is not None:
         return existing, False
     try:
@@ -67,6 +73,8 @@ async def submit(
     except SpecError as error:
         raise ApiError(error.code, error.message, error.param) from None
     _check_output(spec, state)
+    if isinstance(spec, TrainProjectorSpec):
+        await anyio.to_thread.run_sync(_check_projector, spec, state, identity)
     files = await _check_files(spec, entry, state, identity)
     memory = await anyio.to_thread.run_sync(_memory, spec, entry, config)
     new = NewJob(
@@ -78,7 +86,7 @@ async def submit(
         memory=memory,
         deadline_seconds=state.settings.max_job_seconds,
     )
-    return await anyio.to_thread.run_sync(_create, new, files, state, identity)
+    return await anyio.to_thread.run_sync(create_job, new, files, state, identity)
 
 
 def read_config(entry: ModelEntry) -> JsonObject:
@@ -86,7 +94,7 @@ def read_config(entry: ModelEntry) -> JsonObject:
     return config
 
 
-async def _existing(job_id: str, digest: str, state: AppState) -> Job | None:
+async def existing_job(job_id: str, digest: str, state: AppState) -> Job | None:
     try:
         job = await anyio.to_thread.run_sync(state.jobs.get, job_id)
     except JobNotFoundError:
@@ -107,11 +115,36 @@ def _conflict() -> ApiError:
 def _check_output(spec: Spec, state: AppState) -> None:
     if isinstance(spec, EnrichSpec | ExportSpec):
         return
+    if isinstance(spec, TrainProjectorSpec):
+        if ProjectorRegistry(state.settings.projectors_dir).is_taken(spec.output):
+            raise ApiError(
+                "projector_exists", f"projector {spec.output!r} exists already", "output"
+            )
+        return
     try:
         state.registry.get(spec.output)
     except ModelNotFoundError:
         return
     raise ApiError("model_exists", f"model {spec.output!r} exists already", "output")
+
+
+def _check_projector(spec: TrainProjectorSpec, state: AppState, identity: Identity) -> None:
+    """The graph is the caller's and has what is asked about; the encoder is one."""
+    try:
+        check_graph(spec, state.graphs.info(spec.graph_id, identity.tenant))
+    except GraphNotFoundError:
+        message = f"the graph {spec.graph_id!r} does not exist"
+        raise ApiError("graph_not_found", message, "graph_id") from None
+    except SpecError as error:
+        raise ApiError(error.code, error.message, error.param) from None
+    if spec.encoder is None:
+        return
+    try:
+        encoder = state.engines.entry(spec.encoder)
+    except ApiError as error:
+        raise ApiError(error.code, error.message, "encoder") from None
+    if encoder.manifest.kind != "encoder":
+        raise ApiError("invalid_value", f"{spec.encoder!r} is no encoder", "encoder")
 
 
 async def _check_files(
@@ -128,10 +161,14 @@ async def _check_files(
     elif isinstance(spec, EnrichSpec):
         if spec.file is not None:
             named[spec.file] = ("file", "enrich")
-    elif not isinstance(spec, ExportSpec) and spec.calibration and spec.calibration.file:
+    elif (
+        isinstance(spec, CompressSpec | CalibrateSkipSpec)
+        and spec.calibration
+        and spec.calibration.file
+    ):
         named[spec.calibration.file] = ("calibration.file", "calibration")
     for file_id, (param, purpose) in named.items():
-        info = await _find(file_id, param, state, identity)
+        info = await find_file(file_id, param, state, identity)
         if info.purpose != purpose:
             raise ApiError(
                 "invalid_value",
@@ -142,12 +179,12 @@ async def _check_files(
             max_length = parse_settings(spec.settings).max_length
             path = state.files.path(info)
             await anyio.to_thread.run_sync(check_examples, entry, path, max_length, param)
-        elif not isinstance(spec, EnrichSpec | ExportSpec) and spec.calibration is not None:
+        elif isinstance(spec, CompressSpec | CalibrateSkipSpec) and spec.calibration is not None:
             await _check_length(info, spec.calibration.length, entry, state)
     return {file_id: param for file_id, (param, _) in named.items()}
 
 
-async def _find(file_id: str, param: str, state: AppState, identity: Identity) -> FileInfo:
+async def find_file(file_id: str, param: str, state: AppState, identity: Identity) -> FileInfo:
     try:
         return await anyio.to_thread.run_sync(state.files.get, file_id, identity.sees)
     except UploadNotFoundError as error:
@@ -191,7 +228,7 @@ def _memory(spec: Spec, entry: ModelEntry, config: JsonObject) -> JsonObject | N
     return ledger.to_json()
 
 
-def _create(
+def create_job(
     new: NewJob, files: dict[str, str], state: AppState, identity: Identity
 ) -> tuple[Job, bool]:
     try:

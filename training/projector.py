@@ -24,6 +24,8 @@ from compression.hf import cache_argument
 from training.checkpointing import CheckpointFolder, RunCheckpoint
 
 WARM_UP_RATIO = 0.03
+MAX_GRADIENT_NORM = 1.0
+EVALUATION_BATCH = 64
 IGNORED = -100
 
 Float32s = npt.NDArray[np.float32]
@@ -107,6 +109,11 @@ class FrozenReader:
         self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         self.hidden_size = int(model.config.hidden_size)
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._embed.weight.device
+        return device
+
     def loss(
         self, prompt: TaskPrompt, rows_BCNH: Tensor, answers: Sequence[tuple[int, ...]]
     ) -> Tensor:
@@ -151,6 +158,26 @@ class FrozenReader:
             scores.append(total_B)
         return torch.stack(scores, dim=1)
 
+    @torch.no_grad()
+    def write(
+        self, prompt: TaskPrompt, rows_BCNH: Tensor, *, max_tokens: int, end_token_id: int
+    ) -> list[list[int]]:
+        """The likeliest next token, again and again: what follows each prompt, without the end mark."""
+        cache = self._cache(prompt, len(rows_BCNH))
+        hidden_BTH = self._run(self._context(prompt, rows_BCNH), cache)
+        written: list[list[int]] = [[] for _ in rows_BCNH]
+        ended = [False] * len(written)
+        for _ in range(max_tokens):
+            next_B = self._model.lm_head(hidden_BTH[:, -1]).argmax(-1)
+            for index, token_id in enumerate(next_B.tolist()):
+                ended[index] = ended[index] or token_id == end_token_id
+                if not ended[index]:
+                    written[index].append(token_id)
+            if all(ended):
+                break
+            hidden_BTH = self._run(self._embed(next_B[:, None]), cache)
+        return written
+
     def _context(self, prompt: TaskPrompt, rows_BCNH: Tensor) -> Tensor:
         """Rows of each centre and the text behind them."""
         parts = []
@@ -171,8 +198,8 @@ class FrozenReader:
         if prompt.before not in self._prefixes:
             with torch.no_grad():
                 filled = DynamicCache()
-                device = self._embed.weight.device
-                self._run(self._embed(torch.tensor([prompt.before], device=device)), filled)
+                ids_1T = torch.tensor([prompt.before], device=self.device)
+                self._run(self._embed(ids_1T), filled)
             self._prefixes[prompt.before] = [(lay.keys, lay.values) for lay in filled.layers]
         cache = DynamicCache()
         for index, (keys, values) in enumerate(self._prefixes[prompt.before]):
@@ -192,12 +219,22 @@ class ProjectorProgress:
     learning_rate: float
 
 
+class LossNotFiniteError(Exception):
+    """The loss of a step is infinite or no number."""
+
+
 class ProjectorStoppedError(Exception):
     """Asked to stop; a checkpoint of `step` is kept."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
         self.step = step
+
+
+def num_steps(tasks: Sequence[Examples], settings: ProjectorSettings) -> int:
+    """Of the whole training."""
+    per_epoch = sum(math.ceil(len(task.answers) / settings.batch_size) for task in tasks)
+    return per_epoch * settings.epochs
 
 
 def train_projector(
@@ -216,14 +253,15 @@ def train_projector(
 
     Raises:
         ProjectorStoppedError
-        ValueError: there is no example, or the loss is not finite.
+        LossNotFiniteError
+        ValueError: there is no example.
     """
-    per_epoch = sum(math.ceil(len(task.answers) / settings.batch_size) for task in tasks)
-    if per_epoch == 0:
+    total = num_steps(tasks, settings)
+    if total == 0:
         raise ValueError("there is nothing to train on")
-    total = per_epoch * settings.epochs
+    per_epoch = total // settings.epochs
     torch.manual_seed(settings.seed)
-    projector = Projector(width, reader.hidden_size, settings.num_layers)
+    projector = Projector(width, reader.hidden_size, settings.num_layers).to(reader.device)
     optimizer = torch.optim.AdamW(
         projector.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -256,13 +294,13 @@ def train_projector(
             rate = settings.learning_rate * schedule(len(losses), total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            vectors, is_pad = task.vectors(numbers)
-            rows = projector(torch.from_numpy(vectors), torch.from_numpy(is_pad))
+            rows = _rows(reader, projector, task, numbers)
             loss = reader.loss(task.prompt, rows, [task.answers[number] for number in numbers])
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss of step {len(losses) + 1} is {float(loss)}")
+                raise LossNotFiniteError(f"the loss of step {len(losses) + 1} is {float(loss)}")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(projector.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             losses.append(float(loss.detach()))
             on_step(
@@ -282,16 +320,71 @@ def score_examples(
     examples: Examples,
     continuations: Sequence[tuple[int, ...]],
     *,
-    batch_size: int = 64,
+    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Float32s:
-    """Summed log-probabilities (examples, continuations)."""
-    scores = []
-    for first in range(0, len(examples.answers), batch_size):
-        numbers = np.arange(first, min(first + batch_size, len(examples.answers)))
-        vectors, is_pad = examples.vectors(numbers)
-        rows = projector(torch.from_numpy(vectors), torch.from_numpy(is_pad))
-        scores.append(reader.score(examples.prompt, rows, continuations).numpy())
+    """Summed log-probabilities (examples, continuations). `on_batch` is told how many examples are done."""
+    scores = [np.empty((0, len(continuations)), dtype=np.float32)]
+    for numbers in _evaluation_batches(examples):
+        rows = _rows(reader, projector, examples, numbers)
+        scores.append(reader.score(examples.prompt, rows, continuations).cpu().numpy())
+        on_batch(int(numbers[-1]) + 1)
     return np.concatenate(scores)
+
+
+@torch.no_grad()
+def mean_loss(
+    reader: FrozenReader,
+    projector: Projector,
+    examples: Examples,
+    *,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Cross-entropy per token of all answers. `on_batch` is told how many examples are done."""
+    total, num_tokens = 0.0, 0
+    for numbers in _evaluation_batches(examples):
+        answers = [examples.answers[number] for number in numbers]
+        rows = _rows(reader, projector, examples, numbers)
+        num_new = sum(map(len, answers))
+        total += float(reader.loss(examples.prompt, rows, answers)) * num_new
+        num_tokens += num_new
+        on_batch(int(numbers[-1]) + 1)
+    return total / num_tokens
+
+
+@torch.no_grad()
+def write_answers(
+    reader: FrozenReader,
+    projector: Projector,
+    examples: Examples,
+    *,
+    max_tokens: int,
+    end_token_id: int,
+) -> list[list[int]]:
+    """Token ids that follow each prompt, decoded greedily."""
+    written: list[list[int]] = []
+    for numbers in _evaluation_batches(examples):
+        rows = _rows(reader, projector, examples, numbers)
+        written += reader.write(
+            examples.prompt, rows, max_tokens=max_tokens, end_token_id=end_token_id
+        )
+    return written
+
+
+def _evaluation_batches(examples: Examples) -> list[npt.NDArray[np.int64]]:
+    numbers = np.arange(len(examples.answers))
+    return [numbers[i : i + EVALUATION_BATCH] for i in range(0, len(numbers), EVALUATION_BATCH)]
+
+
+def _rows(
+    reader: FrozenReader, projector: Projector, examples: Examples, numbers: npt.NDArray[np.int64]
+) -> Tensor:
+    """Projected rows of some examples (B, C, N, H)."""
+    vectors, is_pad = examples.vectors(numbers)
+    device = reader.device
+    rows: Tensor = projector(
+        torch.from_numpy(vectors).to(device), torch.from_numpy(is_pad).to(device)
+    )
+    return rows
 
 
 def schedule(step: int, total: int) -> float:

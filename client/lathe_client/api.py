@@ -1,7 +1,7 @@
 """The client for scripts and training loops that do not run an event loop. Thread-safe."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -85,7 +85,7 @@ class EnrichmentClient:
 
     def stream(
         self, nodes: Sequence[Mapping[str, Any]], **options: Unpack[EnrichOptions]
-    ) -> Iterator[Enriched]:
+    ) -> Generator[Enriched, None, None]:
         """Rows as they finish, in batches; the last has no rows and the usage. Closing it early ends the work.
 
         It is retried until the first byte. After that a broken connection is an error: ask again, what was finished is
@@ -96,7 +96,7 @@ class EnrichmentClient:
 
     def stream_graph(
         self, graph_id: str, node_ids: Sequence[NodeId], **options: Unpack[EnrichOptions]
-    ) -> Iterator[Enriched]:
+    ) -> Generator[Enriched, None, None]:
         """As `stream`, of a graph of the service."""
         for piece in calls.pieces(node_ids, options):
             yield from self._stream(calls.streamed(calls.enrich_graph(graph_id, piece, options)))
@@ -219,7 +219,7 @@ class EnrichmentClient:
         calls.check(response)
         return call.read(response)
 
-    def _stream(self, call: Call[Enriched]) -> Iterator[Enriched]:
+    def _stream(self, call: Call[Enriched]) -> Generator[Enriched, None, None]:
         response = self._request(call, stream=True)
         decoder = ArrowDecoder()
         try:

@@ -33,6 +33,7 @@ RESULT_NAME = "enriched.arrow"
 T = TypeVar("T")
 Priority = Literal["interactive", "training", "bulk"]
 Part = Literal["text", "embedding"]
+LongText = Literal["head", "head_tail", "chunk_mean"]
 
 
 class EnrichOptions(TypedDict, total=False):
@@ -44,6 +45,8 @@ class EnrichOptions(TypedDict, total=False):
         embedding_dtype: on the wire; float16 halves it and is the default here.
         budget: max_nodes, max_tokens, max_seconds.
         long_text: which part of a text that is too long the prompt shows.
+        classes: what a prompt that classifies may answer; by default the labels of a graph's training nodes.
+        variables: what a prompt of one's own asks for beside the text.
     """
 
     prompt: str
@@ -52,7 +55,9 @@ class EnrichOptions(TypedDict, total=False):
     returns: Sequence[Part]
     max_tokens: int
     budget: Mapping[str, float]
-    long_text: str
+    long_text: LongText
+    classes: Sequence[str]
+    variables: Mapping[str, str]
     priority: Priority
     embedding_dtype: Literal["float16", "float32"]
 

@@ -102,6 +102,9 @@ class Prefetcher:
         """
         if os.getpid() != self._pid:
             return
+        indices = indices[self._may[indices] & ~self._store.has(indices)]
+        if not indices.size:  # of a warm store: nobody need be woken
+            return
         with self._changed:
             if self._closed or self.failure is not None:
                 return

@@ -108,6 +108,10 @@ class EnrichHook(BaseTransform):  # type: ignore[misc]
         self.store = store
         self.prefetcher = prefetcher
 
+    def __call__(self, data: Data) -> Data:
+        """Writes into the batch, which is the loader's own; a copy would cost as much as the look-up."""
+        return self.forward(data)
+
     def forward(self, data: Data) -> Data:
         indices = data.n_id.cpu().numpy()
         vectors, mask = self.store.lookup(indices)
@@ -127,7 +131,9 @@ def _joined(data: Data, vectors: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) 
                 " the encoder that the service embeds with"
             )
         enriched, enriched_mask = enriched.to(x.device), enriched_mask.to(x.device)
-        enriched = torch.where(enriched_mask[:, None], enriched.to(x.dtype), x)
+        enriched = enriched.to(x.dtype)
+        if not mask.all():  # in a training loop with a warm store it mostly is
+            enriched = torch.where(enriched_mask[:, None], enriched, x)
     data.x_enriched, data.enriched_mask = enriched, enriched_mask
     return data
 

@@ -22,6 +22,7 @@ class Usage:
 
     Attributes:
         prompt_tokens, completion_tokens: of LLM calls made for it.
+        prefix_hit_tokens: of the prompt tokens, those that the engine found computed.
         cached_tokens: what its rows would have cost without the cache.
         stopped_by: the budget that ran out first.
     """
@@ -29,6 +30,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prefix_hit_tokens: int
     embedding_tokens: int
     cached_tokens: int
     num_nodes: int
@@ -48,11 +50,18 @@ class PromptRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnrichedNode:
-    """One row. Attributes: embedding: None where the row has none."""
+    """One row.
+
+    Attributes:
+        label, fields: of a prompt that answers in JSON: the class in it, and all of it.
+        embedding: None where the row has none.
+    """
 
     node_id: NodeId
     status: str
     text: str | None
+    label: str | None
+    fields: dict[str, Any] | None
     embedding: npt.NDArray[Any] | None
     error_code: str | None
     error_message: str | None
@@ -88,9 +97,17 @@ class Enriched:
     @property
     def texts(self) -> list[str | None]:
         """All None where no text was asked for."""
-        if "text" not in self.table.column_names:
+        return self._strings("text")
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The classes that the LLM chose; all None where the prompt asks for none."""
+        return self._strings("label")
+
+    def _strings(self, name: str) -> list[str | None]:
+        if name not in self.table.column_names:
             return [None] * len(self)
-        return list(self.table.column("text").to_pylist())
+        return list(self.table.column(name).to_pylist())
 
     @property
     def dim(self) -> int | None:
@@ -131,13 +148,17 @@ class Enriched:
         has_embedding = self.has_embedding
         codes = self.table.column("error_code").to_pylist()
         messages = self.table.column("error_message").to_pylist()
+        labels, fields = self.labels, self._strings("fields")
         for index, (node_id, status, text) in enumerate(
             zip(self.node_ids, self.statuses, self.texts, strict=True)
         ):
+            answer = fields[index]
             yield EnrichedNode(
                 node_id=node_id,
                 status=status,
                 text=text,
+                label=labels[index],
+                fields=None if answer is None else json.loads(answer),
                 embedding=(
                     embeddings[index] if embeddings is not None and has_embedding[index] else None
                 ),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from graph.llaga.hops import OPERATORS, Float64s, HopOperator, hop_weights
 from graph.llaga.prompts import NUM_CENTRES, Task
-from graph.llaga.templates import MAX_TREE_NODES, PAD, neighborhood_trees, tree_length
+from graph.llaga.templates import MAX_TREE_NODES, PAD, expand, neighborhood_trees, tree_length
 from graph.store import Graph, Int64s
 
 MAX_HOPS = 8
@@ -149,6 +149,19 @@ def plan_questions(
 def needed_nodes(fillings: Sequence[Filling]) -> Int64s:
     """All nodes whose features are read, ascending."""
     return np.unique(np.concatenate([nodes for filling in fillings for nodes in filling.nodes]))
+
+
+def nodes_within(graph: Graph, centres: Int64s, hops: int) -> Int64s:
+    """All nodes that some template of these centres may read, ascending."""
+    reached = np.zeros(graph.info.num_nodes, dtype=bool)
+    front = np.unique(centres)
+    reached[front] = True
+    for _ in range(hops):
+        _, neighbors = expand(graph.indptr, graph.indices, front)
+        front = np.unique(neighbors)
+        front = front[~reached[front]]
+        reached[front] = True
+    return np.flatnonzero(reached)
 
 
 def question_vectors(

@@ -257,6 +257,10 @@ class ProjectorRegistry:
                 continue
         return found
 
+    def is_taken(self, projector_id: str) -> bool:
+        """Whether the id is anybody's."""
+        return (self._dir / projector_id).exists()
+
     def new_folder(self) -> Path:
         """An empty folder on the registry's file system, for `register`."""
         path = self._dir / f".new-{secrets.token_hex(8)}"

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from graph.selection.request import Budget, BudgetName, Rates
 from graph.store import Graph, Int64s
@@ -31,7 +30,7 @@ def estimate_tokens(graph: Graph, rates: Rates) -> Int64s:
     return np.minimum(text, rates.max_text_tokens) + rates.tokens_per_node
 
 
-def price(tokens: int, rates: Rates) -> Cost:
+def estimate_cost(tokens: int, rates: Rates) -> Cost:
     per_second, per_million = rates.tokens_per_second, rates.cost_per_million_tokens
     return Cost(
         tokens=tokens,
@@ -40,9 +39,7 @@ def price(tokens: int, rates: Rates) -> Cost:
     )
 
 
-def affordable(
-    tokens_N: npt.NDArray[np.int64], budget: Budget, rates: Rates
-) -> tuple[int, BudgetName | None]:
+def affordable(tokens_N: Int64s, budget: Budget, rates: Rates) -> tuple[int, BudgetName | None]:
     """How many nodes from the front are paid for, and which limit stops there; None: all of them are.
 
     Nothing behind the first node that does not fit is looked at. Of limits that stop at one node the first in the
@@ -52,28 +49,29 @@ def affordable(
         tokens_N: of all nodes, best first.
     """
     total = len(tokens_N)
-    spent = np.cumsum(tokens_N)
-
-    def within(limit: float) -> int:
-        return int(np.searchsorted(spent, limit, side="right"))
-
     counts: dict[BudgetName, int] = {}
     if budget.fraction is not None:
-        counts["fraction"] = math.ceil(
-            round(budget.fraction * total, 9)
-        )  # 0.07 * 100 is a little above 7
+        # Rounded first, because 0.07 * 100 is a little above 7.
+        counts["fraction"] = math.ceil(round(budget.fraction * total, 9))
     if budget.nodes is not None:
         counts["nodes"] = budget.nodes
+    spent_N = np.cumsum(tokens_N)
+    for name, limit in _token_limits(budget, rates).items():
+        counts[name] = int(np.searchsorted(spent_N, limit, side="right"))
+    first = min(counts, key=lambda name: counts[name])
+    return (total, None) if counts[first] >= total else (counts[first], first)
+
+
+def _token_limits(budget: Budget, rates: Rates) -> dict[BudgetName, float]:
+    """What tokens, time and money each pay for, in tokens; rounded, because 0.29 * 100 is a little below 29."""
+    limits: dict[BudgetName, float] = {}
     if budget.tokens is not None:
-        counts["tokens"] = within(budget.tokens)
+        limits["tokens"] = budget.tokens
     if budget.seconds is not None:
         assert rates.tokens_per_second is not None
-        counts["seconds"] = within(budget.seconds * rates.tokens_per_second)
+        limits["seconds"] = round(budget.seconds * rates.tokens_per_second, 6)
     if budget.cost is not None:
-        assert rates.cost_per_million_tokens is not None
-        free = rates.cost_per_million_tokens == 0
-        counts["cost"] = (
-            total if free else within(budget.cost * 1e6 / rates.cost_per_million_tokens)
-        )
-    name = min(counts, key=lambda limit: counts[limit])
-    return (total, None) if counts[name] >= total else (counts[name], name)
+        price = rates.cost_per_million_tokens
+        assert price is not None
+        limits["cost"] = round(budget.cost * 1e6 / price, 6) if price > 0 else math.inf
+    return limits

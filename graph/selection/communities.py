@@ -25,7 +25,7 @@ def find_communities(graph: Graph, seed: int) -> Int64s:
     stale_N = np.ones(n, dtype=bool)  # whose best community may have changed
     for _ in range(MAX_STEPS):
         edges = np.flatnonzero(stale_N[sources_E])
-        _find_best(best_N, sources_E[edges], targets_E[edges], own_N, preference_N)
+        find_best(best_N, sources_E[edges], targets_E[edges], own_N, preference_N)
         wants = np.flatnonzero(best_N != own_N)
         if len(wants) == 0:
             break
@@ -39,7 +39,7 @@ def find_communities(graph: Graph, seed: int) -> Int64s:
     return np.asarray(first[inverse], dtype=np.int64)
 
 
-def _find_best(
+def find_best(
     best_N: Int64s, sources_E: Int64s, targets_E: Int64s, own_N: Int64s, preference_N: Int64s
 ) -> None:
     """Of every source the community that most of its targets are in; into `best_N`, others are left as they are."""

@@ -46,7 +46,8 @@ def probabilities(graph: Graph, predictions: Mapping[str, Sequence[float]]) -> F
     if missing is not None:
         raise SelectError("predictions", f"node {ids[missing]!r:.80} has no prediction")
     p_NC = np.array(rows, dtype=np.float64)
-    sums = p_NC.sum(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN are refused below
+        sums = p_NC.sum(axis=1)
     wrong = ~((np.abs(sums - 1) <= SUM_TOLERANCE) & (p_NC >= 0).all(axis=1))  # NaN is wrong too
     if wrong.any():
         index = int(wrong.argmax())

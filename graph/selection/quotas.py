@@ -39,23 +39,14 @@ def find_groups(graph: Graph, per: Grouping, seed: int) -> Groups:
     if per == "community":
         firsts, of_N = np.unique(find_communities(graph, seed), return_inverse=True)
         return Groups(of_N=of_N, names=list(graph.ids(firsts)))
-    labels = training_labels(graph)
-    if all(label is None for label in labels):
+    labels = graph.training_labels()
+    if labels.null_count == len(labels):
         raise SelectError(
             "quotas.per", "the graph has no class: no node of split 'train' has a label"
         )
-    places: dict[NodeId | None, int] = {}
-    of_N = np.array([places.setdefault(label, len(places)) for label in labels], dtype=np.int64)
-    return Groups(of_N=of_N, names=list(places))
-
-
-def training_labels(graph: Graph) -> list[NodeId | None]:
-    """Of every node its label if its split is `train`, else None, whatever the graph knows."""
-    labels = graph.nodes.column("label").to_pylist()
-    splits = graph.nodes.column("split").to_pylist()
-    return [
-        label if split == "train" else None for label, split in zip(labels, splits, strict=True)
-    ]
+    classes = labels.dictionary_encode(null_encoding="encode")
+    of_N = classes.indices.to_numpy().astype(np.int64)
+    return Groups(of_N=of_N, names=classes.dictionary.to_pylist())
 
 
 def divide(order_N: Int64s, groups: Groups, shares: str) -> Int64s:

@@ -36,7 +36,7 @@ class gain most from an LLM."""
 SEEDED = frozenset({"random", "clustering_distance"})
 PREDICTED = frozenset({"entropy", "soft_homophily"})
 CLUSTERED = frozenset({"clustering_distance"})
-MAX_CLUSTERS = 10_000
+MAX_CLUSTERS = 512
 MAX_PARTS = 16
 
 
@@ -87,8 +87,8 @@ class Rates(_Json):
 
     tokens_per_node: int = Field(default=256, ge=0, le=2**20)
     max_text_tokens: int = Field(default=1024, ge=0, le=2**20)
-    tokens_per_second: float | None = Field(default=None, gt=0)
-    cost_per_million_tokens: float | None = Field(default=None, ge=0)
+    tokens_per_second: float | None = Field(default=None, ge=1e-3, le=1e9)
+    cost_per_million_tokens: float | None = Field(default=None, ge=0, le=1e9)
 
 
 class MixPart(_Json):
@@ -103,7 +103,7 @@ class MixPart(_Json):
         "entropy",
         "soft_homophily",
     ]
-    weight: float = Field(gt=0, le=1e6)
+    weight: float = Field(ge=1e-6, le=1e6)
     order: Order | None = None
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graph.selection.budget import Cost, affordable, estimate_tokens, price
+from graph.selection.budget import Cost, affordable, estimate_cost, estimate_tokens
 from graph.selection.clustering import cluster_distances
 from graph.selection.predictions import entropy, probabilities, soft_homophily
-from graph.selection.quotas import GroupShare, divide, find_groups, shares_of, training_labels
+from graph.selection.quotas import GroupShare, divide, find_groups, shares_of
 from graph.selection.request import (
     CLUSTERED,
     DEFAULT_ORDERS,
+    MAX_CLUSTERS,
     SEEDED,
     BudgetName,
     Order,
@@ -102,7 +103,7 @@ def select_nodes(
         indices=indices,
         scores=scores[indices],
         stopped_by=stopped_by,
-        estimate=price(int(tokens[:num_selected].sum()), request.rates),
+        estimate=estimate_cost(int(tokens[:num_selected].sum()), request.rates),
         quotas=None if groups is None else shares_of(indices, groups),
     )
 
@@ -130,16 +131,14 @@ def _read_inputs(graph: Graph, request: SelectRequest, text_vectors: Float32s | 
 
 def _num_clusters(graph: Graph, wanted: int | None) -> int:
     if wanted is None:
-        wanted = len({label for label in training_labels(graph) if label is not None})
+        wanted = len(graph.training_labels().drop_null().unique())
         if wanted == 0:
             raise SelectError(
                 "num_clusters", "num_clusters is needed: no node of split 'train' has a label"
             )
-    if wanted > graph.info.num_nodes:
-        raise SelectError(
-            "num_clusters",
-            f"num_clusters must be at most the {graph.info.num_nodes} nodes, got {wanted}",
-        )
+    most = min(graph.info.num_nodes, MAX_CLUSTERS)  # classes may be more
+    if wanted > most:
+        raise SelectError("num_clusters", f"num_clusters must be at most {most}, got {wanted}")
     return wanted
 
 

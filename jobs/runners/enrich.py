@@ -9,19 +9,21 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from compression.registry import ModelNotFoundError, ModelRegistry
 from engines.client import EngineClient
+from engines.metering import DeviceClock, EngineUse, MeteredEngine
 from engines.protocol import AsyncEngine, EngineError
 from graph.arrow_stream import ArrowWriter
 from graph.cache import EnrichmentCache
-from graph.catalog import Prompt, PromptNotFoundError, default_catalog
+from graph.catalog import Prompt, PromptNotFoundError
 from graph.enrich import (
     ITEM_STATUSES,
     BudgetName,
@@ -35,15 +37,21 @@ from graph.enrich import (
     TextModel,
     UnsuitableModelError,
 )
+from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
-from graph.nodes import nodes_of_graph
+from graph.nodes import classes_of_graph, nodes_of_graph
+from graph.selection.request import SelectError, SelectRequest
+from graph.selection.select import needs_text_vectors, select_nodes
 from graph.served_text import ServedText
 from graph.store import Graph, GraphNotFoundError, GraphStore
+from graph.text_vectors import TextVectors
+from graph.user_prompts import UserPrompts, find_prompt
 from jobs.context import JobFailedError, RunnerContext
 from jobs.file_check import read_nodes
 from jobs.files import FileStore, UploadNotFoundError
 from jobs.runners.enrich_ledger import Ledger
 from jobs.store import JsonObject
+from jobs.usage import UsageStore
 
 ARTIFACTS = ["enriched.arrow", "enriched.jsonl"]
 PIECE = 2048
@@ -75,14 +83,14 @@ async def _watched(context: RunnerContext) -> JsonObject:
         while not work.done():
             await asyncio.wait({work}, timeout=WATCH_SECONDS)
             context.check_cancelled()
-            await asyncio.to_thread(_check_graph, context)
+            await asyncio.to_thread(_find_graph, context)
         return work.result()
     finally:
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
 
 
-def _check_graph(context: RunnerContext) -> Graph | None:
+def _find_graph(context: RunnerContext) -> Graph | None:
     """The job's graph, where it has one. Raises: JobFailedError: it was deleted."""
     graph_id = context.spec.get("graph")
     if graph_id is None:
@@ -128,10 +136,12 @@ class _FileNodes:
 class _Engines:
     """The engine hosts of the home, connected when they are needed and again when they were restarted."""
 
-    def __init__(self, context: RunnerContext) -> None:
+    def __init__(self, context: RunnerContext, meter: Callable[[EngineUse], None]) -> None:
+        self._meter = meter
         self._run_dir = context.home / "run"
         self._registry = ModelRegistry(context.home / "models")
         self._clients: dict[str, EngineClient] = {}
+        self._metered: dict[str, AsyncEngine] = {}
         self._texts: dict[str, TextModel] = {}
 
     async def engine(self, model: str, param: str) -> AsyncEngine:
@@ -140,7 +150,8 @@ class _Engines:
         if client is None or client.is_dead:
             client = await EngineClient.connect(self._run_dir / f"{model}.sock")
             self._clients[model] = client
-        return client
+            self._metered[model] = MeteredEngine(client, model, self._meter, DeviceClock())
+        return self._metered[model]
 
     async def text(self, model: str, param: str) -> TextModel:
         """Raises: JobFailedError: the model was deleted."""
@@ -182,11 +193,20 @@ class _Job:
         self._context = context
         self._ledger = Ledger(context.folder / "ledger.db")
         self._totals = _Totals(**self._ledger.fact("totals", {}))
-        self._engines = _Engines(context)
+        self._used = UsageStore(context.home / "usage.db")
+        self._cache = EnrichmentCache(context.home / "cache.db")
+        self._engines = _Engines(context, self._used.used)
+        self._cache = EnrichmentCache(context.home / "cache.db")
         self._enricher = Enricher(
             engine_for=self._engines.engine,
             text_for=self._engines.text,
-            cache=EnrichmentCache(context.home / "cache.db"),
+            cache=self._cache,
+            ended=self._used.enriched,
+        )
+        self._vectors = TextVectors(
+            engine_for=self._engines.engine,
+            text_for=self._engines.text,
+            cache=self._cache,
         )
         self._away_since: float | None = None
 
@@ -194,7 +214,7 @@ class _Job:
         context = self._context
         try:
             request = _request(context)
-            nodes = await asyncio.to_thread(_find_nodes, context, request.prompt)
+            nodes = await self._find_nodes(request)
             if self._ledger.num_rows:
                 context.event(f"going on behind {self._ledger.num_rows} finished nodes")
             for start in range(0, len(nodes), PIECE):
@@ -204,9 +224,51 @@ class _Job:
                 context.progress(piece.stop, len(nodes))
             return self._finish(request, nodes)
         finally:
-            self._enricher.close()
+            self._cache.close()
             await self._engines.aclose()
+            self._used.close()
             self._ledger.close()
+
+    async def _find_nodes(self, request: EnrichRequest) -> _Nodes:
+        """Raises: JobFailedError: graph or file is gone, or the selection cannot be made."""
+        graph = await asyncio.to_thread(_find_graph, self._context)
+        if graph is None:
+            return await asyncio.to_thread(_read_file, self._context)
+        spec = self._context.spec
+        if "select" in spec:
+            return _GraphNodes(graph, await self._select(graph, request), request.prompt)
+        if "node_ids" in spec:
+            indices = await asyncio.to_thread(graph.indices_of, spec["node_ids"])
+            return _GraphNodes(graph, indices, request.prompt)
+        return _GraphNodes(graph, range(graph.info.num_nodes), request.prompt)
+
+    async def _select(self, graph: Graph, request: EnrichRequest) -> Sequence[int]:
+        """Indices of the nodes that the first attempt chose; what follows keeps to them."""
+        path = self._context.folder / "selected.json"
+        if path.is_file():
+            kept: list[int] = msgspec.json.decode(path.read_bytes())
+            return kept
+        select = SelectRequest.model_validate(self._context.spec["select"])
+        try:
+            vectors = None
+            if needs_text_vectors(graph, select):
+                vectors = await self._vectors.encode(
+                    graph,
+                    np.arange(graph.info.num_nodes),
+                    model=select.embedding_model or request.embedding_model,
+                    tenant=self._context.owner,
+                )
+            chosen = await asyncio.to_thread(select_nodes, graph, select, text_vectors=vectors)
+        except SelectError as error:
+            message = f"select.{error.param}: {error.message}"
+            raise JobFailedError("invalid_value", message) from None
+        except EngineError as error:
+            raise JobFailedError("engine_unavailable", error.message) from None
+        indices: list[int] = chosen.indices.tolist()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(msgspec.json.encode(indices))
+        temporary.replace(path)
+        return indices
 
     async def _work(self, request: EnrichRequest, nodes: _Nodes, places: Sequence[int]) -> None:
         """Once through some nodes of a piece. What an engine lost stays out of the ledger, and is waited for."""
@@ -224,10 +286,11 @@ class _Job:
                     lost = next((_message(row) for _, row in batch if _is_lost(row)), lost)
                     totals.seconds = before + time.monotonic() - began
                     ledger.add(kept, {"totals": asdict(totals), "dim": stream.dim})
+                    self._used.flush()  # with the ledger, so that a kill loses of both the same
                     self._context.progress(ledger.num_rows, len(nodes))
             totals.add(stream.usage)
             ledger.add([], {"totals": asdict(totals)})
-        except UnsuitableModelError as error:
+        except (PromptInputError, UnsuitableModelError) as error:
             raise JobFailedError("invalid_value", f"{error.param}: {error.message}") from None
         except EngineError as error:
             lost = error.message
@@ -340,7 +403,7 @@ def _request(context: RunnerContext) -> EnrichRequest:
     """What is the same of all pieces; nodes and budget are each piece's own."""
     spec = context.spec
     try:
-        prompt = default_catalog().get(spec["prompt"])
+        prompt = find_prompt(UserPrompts(context.home / "prompts"), context.owner, spec["prompt"])
     except PromptNotFoundError:
         raise JobFailedError("prompt_not_found", f"the prompt {spec['prompt']!r} is gone") from None
     return EnrichRequest(
@@ -353,19 +416,21 @@ def _request(context: RunnerContext) -> EnrichRequest:
         tenant=context.owner,
         priority=spec["priority"],
         long_text=spec["long_text"],
+        classes=tuple(spec.get("classes", ())) or _classes(context, prompt),
+        variables=spec["variables"],
     )
 
 
-def _find_nodes(context: RunnerContext, prompt: Prompt) -> _Nodes:
-    """Raises: JobFailedError: graph or file is gone."""
-    spec = context.spec
-    graph = _check_graph(context)
-    if graph is None:
-        try:
-            _, path = FileStore(context.home / "files").open_for_job(spec["file"])
-        except UploadNotFoundError as error:
-            raise JobFailedError("file_not_found", str(error)) from None
-        return _FileNodes(list(read_nodes(path)))
-    if "node_ids" in spec:
-        return _GraphNodes(graph, graph.indices_of(spec["node_ids"]), prompt)
-    return _GraphNodes(graph, range(graph.info.num_nodes), prompt)
+def _classes(context: RunnerContext, prompt: Prompt) -> tuple[str, ...]:
+    """The graph's own, as in a request about a graph."""
+    graph = _find_graph(context)
+    return () if graph is None else classes_of_graph(graph, prompt)
+
+
+def _read_file(context: RunnerContext) -> _FileNodes:
+    """Raises: JobFailedError."""
+    try:
+        _, path = FileStore(context.home / "files").open_for_job(context.spec["file"])
+    except UploadNotFoundError as error:
+        raise JobFailedError("file_not_found", str(error)) from None
+    return _FileNodes(list(read_nodes(path)))

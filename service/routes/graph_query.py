@@ -301,11 +301,18 @@ async def _features(
 ) -> tuple[Float32s, int]:
     """Features (num_nodes, encoder_dim), and how many texts were encoded for them.
 
-    Of an encoder's, only the rows of `nodes` are filled, so only their pages exist.
+    Of an encoder's, only the rows of `nodes` are filled, so only their pages exist; a text without a token is zero.
     """
-    assert encoder is not None
-    assert manifest.encoder is not None
     dim = manifest.encoder_dim
+    if manifest.encoder is None or encoder is None:
+        if graph.features is None or graph.features.shape[1] != dim:
+            has = "none" if graph.features is None else str(graph.features.shape[1])
+            raise ApiError(
+                "invalid_value",
+                f"the projector reads {dim} features of each node of a graph, this graph has {has}",
+                "projector",
+            )
+        return graph.features, 0
     text = await state.tokenizers.get(state.engines.entry(manifest.encoder))
     kept = NodeVectors(
         state.cache,
@@ -319,22 +326,31 @@ async def _features(
         some = missing[first : first + ENCODE_BATCH]
         texts = await asyncio.to_thread(graph.texts, some)
         ids = [await _token_ids(text, given, encoder.info.max_model_len) for given in texts]
-        result = await encoder.embed(
-            EmbedRequest(
-                request_id=f"query-{secrets.token_hex(12)}",
-                token_ids=tuple(ids),
-                tenant=identity.tenant,
-            )
-        )
-        if result.dim != dim:
-            raise ApiError(
-                "invalid_value",
-                f"the projector takes vectors of {dim}, the encoder gives {result.dim}",
-                "projector",
-            )
-        features[some] = np.frombuffer(result.vectors, dtype="<f4").reshape(len(some), -1)
+        filled = [place for place, one in enumerate(ids) if one]
+        if filled:
+            token_ids = tuple(ids[place] for place in filled)
+            features[some[filled]] = await _embed(encoder, token_ids, dim, identity)
         await asyncio.to_thread(kept.keep, texts, features[some])
     return features, len(missing)
+
+
+async def _embed(
+    encoder: AsyncEngine, token_ids: tuple[tuple[int, ...], ...], dim: int, identity: Identity
+) -> Float32s:
+    result = await encoder.embed(
+        EmbedRequest(
+            request_id=f"query-{secrets.token_hex(12)}",
+            token_ids=token_ids,
+            tenant=identity.tenant,
+        )
+    )
+    if result.dim != dim:
+        raise ApiError(
+            "invalid_value",
+            f"the projector takes vectors of {dim}, the encoder gives {result.dim}",
+            "projector",
+        )
+    return np.frombuffer(result.vectors, dtype="<f4").reshape(len(token_ids), dim)
 
 
 async def _token_ids(text: ModelText, given: str, limit: int) -> tuple[int, ...]:

@@ -225,20 +225,19 @@ async def _scorer(
     enricher, tenant = state.enricher, identity.tenant
     if body.scorer == "embed":
         encoder = body.embedding_model or state.settings.embedding_model
-        engine, text = await enricher.model(encoder, "embedding_model")
-        scorer = EmbedScorer(graph, engine, text, enricher.cache, tenant=tenant)
+        scorer = EmbedScorer(graph, state.text_vectors, encoder, tenant=tenant)
         used: dict[str, str | None] = {"model": None, "embedding_model": encoder}
         if body.centre_prompt is None:
             return scorer, {**used, "centre_prompt": None}
         prompt = find_prompt(body.centre_prompt, state, identity, "centre_prompt")
         model = body.model or DEFAULT_MODEL
         crowded = [index for index in centres if graph.degrees[index] > body.fanout]
-        await scorer.enrich_centres(enricher, crowded, prompt, model, encoder)
+        await scorer.enrich_centres(enricher, crowded, prompt, model)
         return scorer, {**used, "model": model, "centre_prompt": prompt.ref}
     model = body.model or DEFAULT_MODEL
     engine, text = await enricher.model(model, "model")
     kind = RankScorer if body.scorer == "llm_rank" else PairScorer
-    judge = kind(graph, engine, text, enricher.cache, tenant=tenant)
+    judge = kind(graph, engine, text, state.cache, tenant=tenant)
     judge.check_model(model)
     return judge, {"model": model, "embedding_model": None, "centre_prompt": None}
 

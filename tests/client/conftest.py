@@ -3,11 +3,13 @@
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from lathe_client import EnrichmentClient
 
 from tests.service.test_graph_routes import Service
@@ -22,10 +24,22 @@ def service(tmp_path: Path) -> Service:
 
 @pytest.fixture
 def url(service: Service) -> Iterator[str]:
+    with serve(service.app, lifespan="off") as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[EnrichmentClient]:
+    with EnrichmentClient(url) as client:
+        yield client
+
+
+@contextmanager
+def serve(app: FastAPI, *, lifespan: Literal["on", "off"] = "on") -> Iterator[str]:
+    """An application on a free port; yields its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(service.app, log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan=lifespan))
         started = threading.Event()
         startup = server.startup
 
@@ -41,9 +55,3 @@ def url(service: Service) -> Iterator[str]:
         server.should_exit = True
         thread.join(DEADLINE_SECONDS)
         assert not thread.is_alive()
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[EnrichmentClient]:
-    with EnrichmentClient(url) as client:
-        yield client

@@ -1,5 +1,6 @@
 """Both clients against the real routes, over HTTP."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pytest
 from lathe_client import ApiStatusError, AsyncEnrichmentClient, EnrichmentClient
 
+from tests.jobs.conftest import wait_until
 from tests.service.test_graph_routes import Service
 
 MODELS: Any = {"model": "writer", "embedding_model": "encoder"}
@@ -52,6 +54,60 @@ def test_text_alone_has_no_vectors(client: EnrichmentClient) -> None:
     assert not enriched.has_embedding.any()
     with pytest.raises(ValueError, match="no embeddings"):
         _ = enriched.embeddings
+
+
+def test_rows_come_as_they_finish_and_usage_last(client: EnrichmentClient) -> None:
+    batches = list(
+        client.stream(NODES, prompt="summary@1", returns=["text", "embedding"], **MODELS)
+    )
+    assert [batch.usage for batch in batches[:-1]] == [None] * (len(batches) - 1)
+    last = batches[-1]
+    assert len(last) == 0
+    assert last.usage is not None
+    assert last.usage.num_by_status["ok"] == 2
+    rows = {row.node_id: row for batch in batches for row in batch.rows()}
+    assert {node_id: row.text for node_id, row in rows.items()} == {
+        "n1": "ONE",
+        "n2": None,
+        "n3": "THREE",
+    }
+    assert rows["n3"].embedding is not None
+    graph = client.create_graph("letters", LETTERS, [])
+    streamed = client.stream_graph(graph.id, ["b", "a"], prompt="summary@1", **MODELS)
+    assert {node_id for batch in streamed for node_id in batch.node_ids} == {"a", "b"}
+
+
+def test_leaving_a_stream_ends_the_work(client: EnrichmentClient, service: Service) -> None:
+    service.writer.hold()
+    stream = client.stream(NODES[1:], prompt="summary@1", **MODELS)
+    assert next(iter(stream)).node_ids == ["n2"]  # the empty one, which needs no LLM
+    wait_until(lambda: len(service.writer.prompts) == 1)
+    assert service.writer.aborted == []
+    stream.close()
+    wait_until(lambda: len(service.writer.aborted) == 1)
+
+
+def test_an_estimate_asks_no_model(client: EnrichmentClient, service: Service) -> None:
+    client.enrich(NODES[:1], prompt="summary@1", **MODELS)
+    asked = len(service.writer.prompts)
+    estimate = client.estimate(NODES, prompt="summary@1", **MODELS)
+    assert (estimate["num_nodes"], estimate["num_cached"], estimate["num_calls"]) == (3, 1, 1)
+    graph = client.create_graph("letters", LETTERS, [])
+    of_graph = client.estimate_graph(graph.id, ["a", "b"], prompt="summary@1", **MODELS)
+    assert of_graph["num_calls"] == 2
+    assert len(service.writer.prompts) == asked
+
+
+def test_json_answers_come_as_fields_and_label(client: EnrichmentClient, service: Service) -> None:
+    answer = {"labels": ["x"], "explanation": "It is the first letter."}
+    service.writer._answer = lambda prompt: json.dumps(answer)
+    enriched = client.enrich(
+        NODES[:1], prompt="explain", classes=["x", "y"], returns=["text"], **MODELS
+    )
+    assert enriched.labels == ["x"]
+    (row,) = enriched.rows()
+    assert row.fields == answer
+    assert row.text == "It is the first letter."
 
 
 def test_many_nodes_go_out_in_pieces(client: EnrichmentClient, service: Service) -> None:

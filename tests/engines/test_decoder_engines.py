@@ -467,3 +467,24 @@ def test_counters(llama: Engine) -> None:
     assert after.rss_bytes > 2**20
     assert llama.info.resident_bytes > 0
     assert llama.info.kernels
+
+
+# Where the time went
+
+
+def test_the_first_token_says_how_long_its_request_waited(build_engine: BuildEngine) -> None:
+    """With one seat, the second request waits for as long as the first is at work, and says so."""
+    engine = build_engine("llama", max_num_seqs=1)
+    params = dataclasses.replace(GREEDY, max_tokens=6, ignore_eos=True)
+    outputs = run(engine, [build_request(f"r{i}", PROMPTS[i], params) for i in range(2)])
+    for parts in outputs.values():
+        assert len(parts) == 6
+        assert all(
+            part.queue_seconds is None and part.prefill_seconds is None for part in parts[1:]
+        )
+    (first, *_), (second, *_) = outputs["r0"], outputs["r1"]
+    assert first.queue_seconds is not None
+    assert first.prefill_seconds is not None
+    assert second.queue_seconds is not None
+    assert 0 <= first.queue_seconds < second.queue_seconds
+    assert second.queue_seconds > first.queue_seconds + first.prefill_seconds

@@ -117,12 +117,17 @@ def test_unread_outputs_come_as_one() -> None:
 
     first = TokenLogprob(token_id=9, logprob=None)
     merged = _merge(
-        [output(1, prompt_logprobs=(first,)), output(2), output(3, finish_reason="stop")]
+        [
+            output(1, prompt_logprobs=(first,), queue_seconds=0.5, prefill_seconds=0.25),
+            output(2),
+            output(3, finish_reason="stop"),
+        ]
     )
     assert merged.token_ids == (1, 2, 3)
     assert merged.logprobs is not None
     assert [entry.token_id for entry in merged.logprobs] == [1, 2, 3]
     assert merged.prompt_logprobs == (first,)
+    assert (merged.queue_seconds, merged.prefill_seconds) == (0.5, 0.25)
     assert merged.finish_reason == "stop"
 
 

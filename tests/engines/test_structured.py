@@ -42,14 +42,16 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> NativeEngine:
+    return load_json_engine(tmp_path_factory.mktemp("json"))
+
+
+def load_json_engine(folder: Path) -> NativeEngine:
     """A random model over the characters of JSON."""
     from tokenizers import Tokenizer, decoders, models
 
     words = list(dict.fromkeys(WORDS))
     sizes = SIZES | {"vocab_size": len(words) + 3, "eos_token_id": 2}  # three padded logits
-    folder = write_checkpoint(
-        build_from_config(LlamaConfig(**sizes)), tmp_path_factory.mktemp("json")
-    )
+    folder = write_checkpoint(build_from_config(LlamaConfig(**sizes)), folder)
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=False))
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +122,7 @@ def test_a_vocabulary_that_cannot_spell_the_text_costs_the_request_only(
     """No token of the model holds the letter A."""
     bad = build_request("bad", [3], GREEDY, constraint=Constraint(kind="regex", text="xA"))
     outputs = run(engine, [bad, build_request("free", [3], GREEDY)])
-    assert outputs["bad"][-1].error_code == "internal_error"
+    assert outputs["bad"][-1].error_code == "invalid_value"
     assert "constraint" in (outputs["bad"][-1].error or "")
     assert outputs["free"][-1].error is None
 

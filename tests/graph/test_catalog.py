@@ -81,8 +81,8 @@ def test_shipped_prompts(prompt: Prompt) -> None:
 
 @pytest.mark.parametrize("prompt", all_prompts(), ids=lambda prompt: prompt.ref)
 def test_engines_can_keep_the_schemas(prompt: Prompt) -> None:
-    for shortened in (False, True):
-        constraint = constraint_of(prompt, ["x", "y z"], shortened=shortened)
+    for share in (1.0, 0.5, 0.01):
+        constraint = constraint_of(prompt, ["x", "y z"], share)
         assert (constraint is None) == (prompt.output == {"type": "text"})
         if constraint is not None:
             check_constraint(constraint)

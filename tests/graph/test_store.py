@@ -79,6 +79,21 @@ def test_unknown_node(tmp_path: Path, unknown: NodeId) -> None:
     assert caught.value.position == 1
 
 
+@pytest.mark.parametrize("labels", [["x", "y", None, "x", "z"], [3, 1, None, 3, 2]])
+def test_training_labels_are_those_of_the_training_split(
+    tmp_path: Path, labels: list[NodeId | None]
+) -> None:
+    store = GraphStore(tmp_path)
+    splits = ["train", "val", "train", None, "test"]
+    create(store, columns(list("abcde"), [], labels=labels, splits=splits))
+    graph = store.get("graph-1", OWNER)
+    assert graph.training_labels().to_pylist() == [labels[0], None, None, None, None]
+    assert graph.training_labels([4, 0, 0]).to_pylist() == [None, labels[0], labels[0]]
+    assert graph.training_labels([]).to_pylist() == []
+    unlabelled = stored(tmp_path, ["a"], [], graph_id="graph-2")
+    assert unlabelled.training_labels().to_pylist() == [None]
+
+
 def test_labels_splits_and_empty_texts_are_kept(tmp_path: Path) -> None:
     store = GraphStore(tmp_path)
     parts = columns(

@@ -29,6 +29,7 @@ from jobs.spec import SpecError, parse_spec, spec_json
 from jobs.sqlite import SqliteJobStore
 from jobs.states import JobStatus
 from jobs.store import JsonObject, NewJob
+from jobs.usage import UsageStore
 from jobs.worker import Worker, WorkerConfig
 from tests.jobs.conftest import REPOSITORY, child_environment, wait_until
 
@@ -39,10 +40,10 @@ TEXTS = ["", "abc", "abc", *(f"{chr(97 + i % 26)}{chr(97 + i // 26)}z" for i in 
 
 
 class Host:
-    """An engine host process that serves `tiny` in a home."""
+    """An engine host process that serves a model of a home."""
 
-    def __init__(self, home: Path, *, step_seconds: float = 0.0) -> None:
-        self.socket = home / "run" / "tiny.sock"
+    def __init__(self, home: Path, model: str = "tiny", *, step_seconds: float = 0.0) -> None:
+        self.socket = home / "run" / f"{model}.sock"
         self._step_seconds = step_seconds
         self.start()
 
@@ -193,6 +194,13 @@ def test_a_graph(home: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> Non
     assert usage["embedding_tokens"] > 0
     assert result["artifacts"] == ["enriched.arrow", "enriched.jsonl"]
     assert result["prompt"]["id"] == "summary"
+    counted = {row.operation: row.counters for row in UsageStore(home / "usage.db").read("me")}
+    assert counted["generate"].requests == 28
+    assert counted["generate"].prompt_tokens == usage["prompt_tokens"]
+    assert counted["generate"].completion_tokens == usage["completion_tokens"]
+    assert counted["embed"].prompt_tokens == usage["embedding_tokens"]
+    assert (counted["enrich"].items, counted["enrich"].cached_items) == (30, 1)
+    assert counted["enrich"].cached_tokens == usage["cached_tokens"]
 
 
 @pytest.mark.anyio
@@ -271,6 +279,32 @@ def test_nodes_by_id_in_their_order(home: Path, host: Host) -> None:
     context = context_of(home, node_ids=["n5", "n1", "n9"])
     enrich.run(context)
     assert [row["node_id"] for row in rows_of(context)] == ["n5", "n1", "n9"]
+
+
+def test_selected_nodes_best_first(home: Path, host: Host) -> None:
+    create_graph(home)
+    select = {"strategy": "text_length", "order": "high", "budget": {"nodes": 4}}
+    context = context_of(home, select=select)
+    enrich.run(context)
+    assert [row["node_id"] for row in rows_of(context)] == ["n1", "n2", "n3", "n4"]
+
+
+def test_a_selection_that_encodes_texts_is_kept(home: Path, host: Host) -> None:
+    create_graph(home)
+    select = {"strategy": "clustering_distance", "num_clusters": 3, "budget": {"nodes": 9}}
+    with pytest.raises(JobCancelledError):
+        enrich.run(stop_at(context_of(home, select=select), 3))
+    folder = home / "jobs" / "job-1"
+    chosen = json.loads((folder / "selected.json").read_text())
+    assert len(set(chosen)) == 9
+    (folder / "selected.json").write_text(json.dumps(chosen[::-1]))  # as an older version chose
+    context = context_of(home, select=select)
+    ledger = Ledger(folder / "ledger.db")
+    finished = ledger.num_rows
+    ledger.close()
+    enrich.run(context)
+    ids = [row["node_id"] for row in rows_of(context)]
+    assert ids[finished:] == [f"n{index}" for index in chosen[::-1]][finished:]
 
 
 def test_neighbours_of_the_graph_are_read(home: Path, host: Host) -> None:
@@ -442,12 +476,18 @@ def test_nodes_of_a_file_as_they_are_read(tmp_path: Path) -> None:
     assert second.neighbors == ("x", "y")
 
 
+SELECT = {"strategy": "random", "budget": {"nodes": 1}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
         ({"graph": None}, "graph", "invalid_value"),
         ({"file": "file-1"}, "graph", "invalid_value"),
         ({"graph": None, "file": "file-1", "node_ids": ["a"]}, "node_ids", "invalid_value"),
+        ({"graph": None, "file": "file-1", "select": SELECT}, "select", "invalid_value"),
+        ({"node_ids": ["a"], "select": SELECT}, "select", "invalid_value"),
+        ({"select": {**SELECT, "strategy": "best"}}, "select.strategy", "invalid_value"),
         ({"return": ["text", "text"]}, "return", "invalid_value"),
         ({"return": ["image"]}, "return[0]", "invalid_value"),
         ({"node_ids": []}, "node_ids", "invalid_value"),

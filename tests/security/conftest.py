@@ -63,7 +63,9 @@ def make_home(tiny_llama: Path, home: Path) -> Path:
 
 
 def scripted_engine() -> FakeAsyncEngine:
-    return FakeAsyncEngine(info=replace(ECHO_INFO, model=MODEL, vocab_size=31))
+    return FakeAsyncEngine(
+        info=replace(ECHO_INFO, model=MODEL, vocab_size=31, unsupported=("skip",))
+    )
 
 
 @pytest.fixture(scope="module")

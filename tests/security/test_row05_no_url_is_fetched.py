@@ -17,6 +17,7 @@ NETWORK = {"requests", "httpx", "httpx2", "aiohttp", "urllib3", "http", "ftplib"
            "boto3", "fsspec", "huggingface_hub", "datasets"}  # fmt: skip
 MAY_ASK = {
     "service/api_client.py",  # the command-line client
+    "service/batch_runner.py",  # its own routes, in its own process
     "service/cli.py",  # a socket that it was handed
     "service/supervisor.py",  # binds the API's address
     "engines/host.py",  # a Unix socket

@@ -17,6 +17,7 @@ DOCUMENTS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 """FastAPI's own, which describe the program and not what it holds."""
 ROLE_OF: dict[str, set[Role]] = {
     "/v1/jobs": {"jobs"},
+    "/v1/batches": {"jobs"},
     "/v1/files": {"jobs"},
     "/v1/fine_tuning": {"jobs"},
     "/v1/models": {"inference", "admin"},

@@ -26,6 +26,7 @@ GRAPH = {
     "edges": [[0, 1], [1, 2]],
 }
 JOB: dict[str, Any] = {"type": "enrich", "prompt": "summary@1", "model": "tiny"}
+SELECT = {"strategy": "random", "budget": {"nodes": 1}}
 NODES = b'{"id": "a", "text": "abc"}\n{"id": "b", "text": "de"}\n'
 
 
@@ -108,9 +109,11 @@ def test_refusals_before_a_job_exists(http: TestClient) -> None:
         ({"graph": graph_id, "node_ids": ["0"]}, 400, "invalid_value", "node_ids[0]"),
         ({"graph": graph_id, "prompt": "x"}, 404, "prompt_not_found", "prompt"),
         ({"graph": graph_id, "model": "other"}, 404, "model_not_found", "model"),
+        ({"graph": graph_id, "select": {**SELECT, "mix": []}}, 400, "invalid_value", "select.mix"),
+        ({"graph": graph_id, "select": {**SELECT, "order": "low"}}, 400, "unsupported_parameter", "select.order"),
         ({"file": "file-x"}, 404, "file_not_found", "file"),
         ({"file": other}, 400, "invalid_value", "file"),
-    ]:
+    ]:  # fmt: skip
         refused = http.post("/v1/jobs", json={**JOB, **fields})
         assert error_of(refused, status)[:2] == (code, param), (fields, refused.text)
     assert http.get("/v1/jobs").json()["data"] == []
@@ -129,5 +132,7 @@ def test_a_file_that_a_job_needs_stays(http: TestClient) -> None:
 def test_the_server_names_the_models(http: TestClient) -> None:
     """Both defaults are not loaded here, which is told before a job exists."""
     graph_id = http.post("/v1/graphs", json=GRAPH).json()["id"]
-    refused = http.post("/v1/jobs", json={"type": "enrich", "prompt": "summary@1", "graph": graph_id})
+    refused = http.post(
+        "/v1/jobs", json={"type": "enrich", "prompt": "summary@1", "graph": graph_id}
+    )
     assert error_of(refused, 404)[:2] == ("model_not_found", "model")

@@ -18,7 +18,7 @@ from service.errors import ApiError
 from service.routes import graph_query
 from tests.graph.llaga.test_projector import manifest_of, tensors_of
 from tests.graph.llaga.test_query import Awaited, Words, encode
-from tests.service.test_graph_routes import Service, error_of
+from tests.service.test_graph_routes import GRAPH, Service, error_of
 
 DIM = 5
 NAMES = ["a", "b", "c", "d"]
@@ -155,6 +155,21 @@ def test_vectors_are_kept(service: Service) -> None:
     register(service, "second", encoder_hash="c" * 64)
     other = query(service, CLASSIFY | {"projector": "second", "node_ids": ["b"]}, graph_id).json()
     assert other["num_encoded_nodes"] == 3
+
+
+def test_the_graphs_own_features(service: Service) -> None:
+    """A projector without an encoder reads them, and only of the width that it was trained with."""
+    register(service, encoder=None, encoder_hash=None)
+    nodes = [node | {"features": [float(place)] * DIM} for place, node in enumerate(GRAPH["nodes"])]
+    answer = query(service, CLASSIFY, service.create(GRAPH | {"nodes": nodes}).json()["id"]).json()
+    assert answer["num_encoded_nodes"] == 0
+    assert cast(Engines, service.state.engines).embedded == []
+    assert answer["data"][0]["logprobs"] != answer["data"][2]["logprobs"]
+    assert service.client.get("/v1/projectors").json()["data"][0]["encoder"] is None
+    narrow = [node | {"features": node["features"][:3]} for node in nodes]
+    for given in (GRAPH, GRAPH | {"nodes": narrow}):
+        response = query(service, CLASSIFY, service.create(given).json()["id"])
+        assert error_of(response) == ("invalid_value", "projector")
 
 
 def test_description(service: Service) -> None:

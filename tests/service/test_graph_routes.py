@@ -851,6 +851,24 @@ def test_rows_as_arrow_batches(service: Service) -> None:
     assert rows["n9"]["error_code"] == "empty_text"
 
 
+def test_arrow_of_a_prompt_that_asks_for_json(service: Service) -> None:
+    service.writer._answer = lambda prompt: (
+        '{"label": "x", "confidence": 0.5}' if own_text(prompt) == "one" else "no JSON"
+    )
+    body = {**ENRICH, "prompt": "pseudo_label", "classes": ["x", "y"], "return": ["text"]}
+    response = service.client.post("/v1/enrich", json=body, headers={"Accept": MEDIA_TYPE})
+    assert response.status_code == 200, response.text
+    table = pa.ipc.open_stream(response.content).read_all()
+    table.validate(full=True)
+    plain = service.client.post("/v1/enrich", json=body).json()["data"]
+    for row, again in zip(table.to_pylist(), plain, strict=True):
+        fields = None if row["fields"] is None else json.loads(row["fields"])
+        assert fields == again["fields"]
+        assert (row["label"], row["repaired"]) == (again["label"], again["repaired"])
+    assert table.column("label").to_pylist() == ["x", None]
+    assert table.column("status").to_pylist() == ["ok", "invalid_output"]
+
+
 def test_a_graph_streams_as_well(service: Service) -> None:
     path = f"/v1/graphs/{service.graph_id()}/enrich"
     body = {"node_ids": ["a", "d"], "prompt": "summary@1", "model": "writer", "stream": True}

@@ -11,7 +11,6 @@ from service.deps import require
 from service.errors import ApiError
 from service.limits import (
     BucketStore,
-    MeteredEngine,
     RateLimits,
     RedisBuckets,
     SqliteBuckets,
@@ -164,7 +163,9 @@ class Limited(Service):
         super().__init__(home)
         self.limits = limits_of(home, **limits)
         self.state.limits = self.limits
-        self.state.engines._charge = self.limits.charge
+        self.state.engines._meter = lambda use: self.limits.charge(
+            use.tenant, use.prompt_tokens + use.completion_tokens
+        )
 
     def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)
@@ -225,32 +226,6 @@ def test_who_owes_tokens_is_refused_until_they_are_back(tmp_path: Path) -> None:
         assert error_of(refused, 429) == ("rate_limit_exceeded", None)
         assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
         assert len(service.engine.requests) == 1
-
-
-def test_a_client_that_leaves_pays_for_what_it_had(tmp_path: Path) -> None:
-    import asyncio
-
-    from engines.protocol import GenerateRequest, SamplingParams
-    from tests.fakes.fake_async_engine import FakeAsyncEngine
-
-    charged: list[tuple[str, int]] = []
-    engine = MeteredEngine(FakeAsyncEngine(), lambda tenant, n: charged.append((tenant, n)))
-
-    async def leave_early() -> None:
-        request = GenerateRequest(
-            request_id="r",
-            token_ids=(5, 6, 7),
-            params=SamplingParams(max_tokens=9, ignore_eos=True),
-            tenant="t",
-        )
-        stream = await engine.generate(request)
-        await anext(stream)
-        await anext(stream)
-        await stream.aclose()
-        await stream.aclose()
-
-    asyncio.run(leave_early())
-    assert charged == [("t", 3), ("t", 2), ("t", 0)]
 
 
 def test_a_store_that_is_gone_lets_nobody_in_and_says_so(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_it_learns(model: Any) -> None:
     projector, losses = train_projector(reader, [questions], settings, width=WIDTH)
     assert len(losses) == 60
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    scores = score_examples(reader, projector, questions, CHOICES, batch_size=4)
+    scores = score_examples(reader, projector, questions, CHOICES)
     assert scores.argmax(1).tolist() == [0, 1, 0, 1, 0, 1]
 
 

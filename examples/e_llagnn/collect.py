@@ -33,8 +33,8 @@ class Recipe:
 
     Attributes:
         prompt: an id of the catalog with its version.
-        join: of the node's text t and the LLM's text e. "append" encodes t and e as one text, of which the encoder
-            reads the first 256 tokens; "separate" takes the direction halfway between the vectors of t and e;
+        join: of the node's text t and the LLM's text e. "append" encodes t and e as one text, t cut to leave e
+            its place; "separate" takes the direction halfway between the vectors of t and e;
             "replace" encodes e alone.
     """
 

@@ -14,11 +14,11 @@ from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
 from examples.e_llagnn.__main__ import main
+from tests.conftest import REPOSITORY
 from tests.processes.conftest import Service
 
 pytestmark = pytest.mark.processes
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_NODES = 30
 
 
@@ -59,10 +59,10 @@ def test_every_study_runs_and_goes_on_where_it_stopped(
         *("--strategies", "random", "degree", "--prompts", "summary@1", "terms@1"),
         *("--max-tokens", "4", "--scorers", "embed", "--join", "append"),
     ]
-    studies = ["budgets", "depth", "joins", "prompts", "llms", "modes"]
+    studies = ["budgets", "depth", "joins", "prompts", "llms", "scorers", "modes"]
     main([*arguments, "--studies", *studies])
     printed = capsys.readouterr().out
-    for title in ("GCN", "SAGE", "GAT", "Depth", "Joins", "Prompts", "Llms", "Modes"):
+    for title in ("GCN", "SAGE", "GAT", "Depth", "Joins", "Prompts", "Llms", "Judged", "Modes"):
         assert f"### {title}" in printed
     for name in ("budgets", "depth"):
         assert (tmp_path / f"e_llagnn_cora_{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -6,9 +6,9 @@ engine was busy for this process.
 """
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from engines.protocol import (
     AsyncEngine,
@@ -24,6 +24,8 @@ from engines.protocol import (
 )
 
 Operation = Literal["generate", "embed", "score"]
+Whole = TypeVar("Whole", EmbedResult, ScoreResult)
+"""An answer that comes at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,36 @@ class DeviceClock:
         self._at = now
 
 
-class MeteredEngine(AsyncEngine):
+class ForwardingEngine(AsyncEngine):
+    """Does nothing but ask another one; for those that change a part."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    async def generate(self, request: GenerateRequest) -> TokenStream:
+        return await self._engine.generate(request)
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        return await self._engine.embed(request)
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        return await self._engine.score(request)
+
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
+    async def stats(self) -> EngineStats:
+        return await self._engine.stats()
+
+
+class MeteredEngine(ForwardingEngine):
     """An engine that tells what it does for the tenants that its requests name.
 
     Args:
@@ -93,14 +124,10 @@ class MeteredEngine(AsyncEngine):
         tell: Callable[[EngineUse], None],
         clock: DeviceClock,
     ) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._model = model
         self._tell = tell
         self._clock = clock
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
 
     async def generate(self, request: GenerateRequest) -> TokenStream:
         mark = self._clock.enter()
@@ -115,33 +142,10 @@ class MeteredEngine(AsyncEngine):
         )
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
-        mark = self._clock.enter()
-        num_tokens = 0
-        try:
-            result = await self._engine.embed(request)
-            num_tokens = result.num_tokens
-            return result
-        finally:
-            self._bulk(request.tenant, "embed", mark, num_tokens)
+        return await self._metered("embed", request.tenant, super().embed(request))
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
-        mark = self._clock.enter()
-        num_tokens = 0
-        try:
-            result = await self._engine.score(request)
-            num_tokens = result.num_tokens
-            return result
-        finally:
-            self._bulk(request.tenant, "score", mark, num_tokens)
-
-    async def sleep(self) -> None:
-        await self._engine.sleep()
-
-    async def wake(self) -> None:
-        await self._engine.wake()
-
-    async def stats(self) -> EngineStats:
-        return await self._engine.stats()
+        return await self._metered("score", request.tenant, super().score(request))
 
     def _settle(self, request: GenerateRequest, mark: float, num_tokens: int, hits: int) -> None:
         self._use(
@@ -152,13 +156,24 @@ class MeteredEngine(AsyncEngine):
             device_seconds=self._clock.leave(mark),
         )
 
-    def _bulk(self, tenant: str, operation: Operation, mark: float, num_tokens: int) -> None:
-        """Args: num_tokens: 0 where it failed."""
+    async def _metered(self, operation: Operation, tenant: str, work: Awaitable[Whole]) -> Whole:
+        """Not counted where it fails."""
+        mark = self._clock.enter()
+        try:
+            result = await work
+        except BaseException:
+            self._clock.leave(mark)
+            raise
         seconds = self._clock.leave(mark)
-        if num_tokens:
+        if result.num_tokens:
             self._use(
-                tenant, operation, num_requests=1, prompt_tokens=num_tokens, device_seconds=seconds
+                tenant,
+                operation,
+                num_requests=1,
+                prompt_tokens=result.num_tokens,
+                device_seconds=seconds,
             )
+        return result
 
     def _use(self, tenant: str, operation: Operation, **amounts: float) -> None:
         self._tell(EngineUse(tenant=tenant, model=self._model, operation=operation, **amounts))  # type: ignore[arg-type]

@@ -19,18 +19,8 @@ import httpx
 from fastapi import FastAPI
 
 from compression.registry import ModelRegistry
-from engines.metering import EngineUse
-from engines.protocol import (
-    AsyncEngine,
-    EmbedRequest,
-    EmbedResult,
-    EngineInfo,
-    EngineStats,
-    GenerateRequest,
-    ScoreRequest,
-    ScoreResult,
-    TokenStream,
-)
+from engines.metering import ForwardingEngine
+from engines.protocol import AsyncEngine, GenerateRequest, TokenStream
 from graph.enrich import PRIORITIES
 from graph.store import GraphStore
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext
@@ -85,33 +75,11 @@ def run(context: RunnerContext) -> JsonObject:
     return asyncio.run(_Batch(context).run())
 
 
-class _Behind(AsyncEngine):
+class _Behind(ForwardingEngine):
     """An engine whose requests of this client come after those that somebody waits for."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
-
     async def generate(self, request: GenerateRequest) -> TokenStream:
-        return await self._engine.generate(replace(request, priority=PRIORITIES["bulk"]))
-
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        return await self._engine.embed(request)
-
-    async def score(self, request: ScoreRequest) -> ScoreResult:
-        return await self._engine.score(request)
-
-    async def sleep(self) -> None:
-        await self._engine.sleep()
-
-    async def wake(self) -> None:
-        await self._engine.wake()
-
-    async def stats(self) -> EngineStats:
-        return await self._engine.stats()
+        return await super().generate(replace(request, priority=PRIORITIES["bulk"]))
 
 
 class _Pool(EnginePool):
@@ -122,16 +90,12 @@ class _Pool(EnginePool):
 def build_routes(settings: Settings, owner: str, used: UsageStore) -> FastAPI:
     """The OpenAI routes for one tenant, who needs no key here: the job was accepted with it."""
     registry = ModelRegistry(settings.models_dir)
-
-    def meter(use: EngineUse) -> None:
-        used.used(use)
-
     app = FastAPI()
     absent: Any = None
     app.state.lathe = AppState(
         settings=settings,
         registry=registry,
-        engines=_Pool(settings, registry, SupervisorClient(settings.supervisor_socket), meter),
+        engines=_Pool(settings, registry, SupervisorClient(settings.supervisor_socket), used.used),
         jobs=absent,
         files=FileStore(settings.files_dir),
         keys=KeyStore(settings.keys_file),

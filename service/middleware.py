@@ -1,8 +1,7 @@
 """What happens to every request before a route sees it: id, host, key and size checks, access log, the last safety net.
 
-Pure ASGI. JSON bodies are read here, up to the limit, so that an oversized or mislabelled one is refused
-before anything
-parses it; uploads (multipart) are counted as they stream.
+Pure ASGI. JSON bodies are read here, up to the limit, so that an oversized or mislabelled one is refused before
+anything parses it; uploads (multipart) are counted as they stream.
 """
 
 import asyncio
@@ -11,9 +10,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Coroutine, MutableMapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +22,7 @@ from service.auth import KeyStore, authenticate, is_loopback
 from service.errors import ApiError
 from service.settings import Settings
 
+T = TypeVar("T")
 logger = logging.getLogger("lathe.http")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
@@ -234,7 +234,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
     return counted
 
 
-async def cancel_on_disconnect(request: Any, work: Any) -> Any:
+async def cancel_on_disconnect(request: Any, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`, cancelling it when the client goes away; FastAPI does not do so by itself.
 
     Raises:
@@ -252,6 +252,21 @@ async def cancel_on_disconnect(request: Any, work: Any) -> Any:
             if not pending.done():
                 pending.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def answer_in_time(
+    request: Any, work: Coroutine[Any, Any, T], seconds: float, what: str
+) -> T:
+    """As `cancel_on_disconnect`, and no longer than so many seconds. Args: what: is too slow, for the message.
+
+    Raises:
+        ApiError: request_timeout.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await cancel_on_disconnect(request, work)
+    except TimeoutError:
+        raise ApiError("request_timeout", f"{what} took too long") from None
 
 
 async def _disconnected(request: Any) -> None:

@@ -173,8 +173,7 @@ async def create_chat_completion(
 
     The model's own chat template is used; a control token spelled in a message stays text.
     """
-    response: Response = await cancel_on_disconnect(request, _chat(body, state, identity))
-    return response
+    return await cancel_on_disconnect(request, _chat(body, state, identity))
 
 
 async def _chat(body: ChatBody, state: AppState, identity: Identity) -> Response:

@@ -188,8 +188,7 @@ async def create_completion(
     body: CompletionBody, request: Request, state: StateDep, identity: IdentityDep
 ) -> Response:
     """Continue prompts. With `stream` the answer is server-sent events, ended by `[DONE]`."""
-    response: Response = await cancel_on_disconnect(request, _complete(body, state, identity))
-    return response
+    return await cancel_on_disconnect(request, _complete(body, state, identity))
 
 
 async def _complete(body: CompletionBody, state: AppState, identity: Identity) -> Response:

@@ -17,7 +17,7 @@ from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation_body import ModelField, check_token_id
-from service.middleware import cancel_on_disconnect
+from service.middleware import answer_in_time
 from service.routes.completions import Prompts, parse_prompts, prompts_schema
 from service.settings import DEFAULT_EMBEDDING_MODEL
 from service.tokenizers import ModelText
@@ -89,12 +89,9 @@ async def create_embeddings(
     body: EmbeddingsBody, request: Request, state: StateDep, identity: IdentityDep
 ) -> Response:
     """Turn texts into vectors, in their order."""
-    try:
-        async with asyncio.timeout(state.settings.request_timeout_seconds):
-            response: Response = await cancel_on_disconnect(request, _embed(body, state, identity))
-    except TimeoutError:
-        raise ApiError("request_timeout", "the embeddings took too long") from None
-    return response
+    work = _embed(body, state, identity)
+    seconds = state.settings.request_timeout_seconds
+    return await answer_in_time(request, work, seconds, "the embeddings")
 
 
 async def _embed(body: EmbeddingsBody, state: AppState, identity: Identity) -> Response:

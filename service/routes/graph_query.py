@@ -36,7 +36,7 @@ from service.enrichment import NodeIdField
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import json_response
 from service.generation_body import absent, present
-from service.middleware import cancel_on_disconnect
+from service.middleware import answer_in_time
 from service.tokenizers import ModelText
 
 router = APIRouter(
@@ -147,14 +147,9 @@ async def query_graph(
 
     Of a pair, each node is taken out of the graph before the other's surroundings are looked at.
     """
-    try:
-        async with asyncio.timeout(state.settings.request_timeout_seconds):
-            response: Response = await cancel_on_disconnect(
-                request, _query(graph_id, body, state, identity)
-            )
-    except TimeoutError:
-        raise ApiError("request_timeout", "the query took too long") from None
-    return response
+    work = _query(graph_id, body, state, identity)
+    seconds = state.settings.request_timeout_seconds
+    return await answer_in_time(request, work, seconds, "the query")
 
 
 @router.get("/projectors")

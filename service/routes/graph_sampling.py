@@ -34,7 +34,7 @@ from service.enrichment import (
 )
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import json_response
-from service.middleware import cancel_on_disconnect
+from service.middleware import answer_in_time
 from service.settings import DEFAULT_MODEL
 
 router = APIRouter(
@@ -161,14 +161,9 @@ async def sample_graph(
     `embed` compares vectors, `llm_rank` has the LLM rate several neighbours at a time, `llm_pair` weighs its yes
     against its no for each. Judgements are cached. A node that cannot be judged fails alone.
     """
-    try:
-        async with asyncio.timeout(state.settings.request_timeout_seconds):
-            response: Response = await cancel_on_disconnect(
-                request, _sample(graph_id, body, state, identity)
-            )
-    except TimeoutError:
-        raise ApiError("request_timeout", "sampling took too long") from None
-    return response
+    work = _sample(graph_id, body, state, identity)
+    seconds = state.settings.request_timeout_seconds
+    return await answer_in_time(request, work, seconds, "sampling")
 
 
 async def _sample(graph_id: str, body: SampleBody, state: AppState, identity: Identity) -> Response:

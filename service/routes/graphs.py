@@ -65,7 +65,7 @@ from service.enrichment import (
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import json_response
 from service.idempotency import request_hash, resource_id
-from service.middleware import cancel_on_disconnect
+from service.middleware import answer_in_time
 
 router = APIRouter(
     prefix="/v1/graphs",
@@ -409,14 +409,9 @@ async def select(
 
     Texts that are encoded for it stay in the cache: a request that took too long goes on where it was when repeated.
     """
-    try:
-        async with asyncio.timeout(state.settings.request_timeout_seconds):
-            response: Response = await cancel_on_disconnect(
-                request, _select(graph_id, body, state, identity)
-            )
-    except TimeoutError:
-        raise ApiError("request_timeout", "the selection took too long") from None
-    return response
+    work = _select(graph_id, body, state, identity)
+    seconds = state.settings.request_timeout_seconds
+    return await answer_in_time(request, work, seconds, "the selection")
 
 
 async def _select(

@@ -5,7 +5,6 @@ the context moves to the continuation, both are encoded together, and the contin
 tokens that the context has alone.
 """
 
-import asyncio
 import math
 import secrets
 import time
@@ -31,7 +30,7 @@ from service.generation_body import (
     is_token_id,
     present,
 )
-from service.middleware import cancel_on_disconnect
+from service.middleware import answer_in_time
 from service.settings import DEFAULT_MODEL
 from service.tokenizers import ModelText
 
@@ -163,12 +162,9 @@ async def create_scores(
     body: ScoreBody, request: Request, state: StateDep, identity: IdentityDep
 ) -> Response:
     """How likely each continuation is after its context. Nothing is generated."""
-    try:
-        async with asyncio.timeout(state.settings.request_timeout_seconds):
-            response: Response = await cancel_on_disconnect(request, _score(body, state, identity))
-    except TimeoutError:
-        raise ApiError("request_timeout", "scoring took too long") from None
-    return response
+    work = _score(body, state, identity)
+    seconds = state.settings.request_timeout_seconds
+    return await answer_in_time(request, work, seconds, "scoring")
 
 
 async def _score(body: ScoreBody, state: AppState, identity: Identity) -> Response:

@@ -14,11 +14,6 @@ class ServedText(TextModel):
     def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = chat_template
-        bare = self._tokenizer.encode("a")
-        marked = self._tokenizer.encode("a", add_special_tokens=True)
-        starts = range(len(marked) - len(bare) + 1)
-        start = next(i for i in starts if marked[i : i + len(bare)] == bare)
-        self._before, self._after = marked[:start], marked[start + len(bare) :]
 
     @classmethod
     def load(cls, folder: Path) -> "ServedText":
@@ -38,7 +33,8 @@ class ServedText(TextModel):
         return self._tokenizer.encode(text)
 
     def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        return [*self._before, *token_ids, *self._after]
+        tokenizer = self._tokenizer
+        return [*tokenizer.special_prefix, *token_ids, *tokenizer.special_suffix]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)

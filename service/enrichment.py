@@ -317,16 +317,25 @@ def graph_not_found(graph_id: str, param: str | None = None) -> ApiError:
     return ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist", param)
 
 
-def find_nodes(graph: Graph, node_ids: list[NodeId]) -> list[int]:
-    """Raises: ApiError: the graph has no such node, or it is named twice."""
+def node_indices(graph: Graph, node_ids: list[NodeId], place: str = "node_ids[{}]") -> list[int]:
+    """Args: place: of an id in the request, given its position.
+
+    Raises:
+        ApiError: the graph has no such node.
+    """
     try:
-        indices = graph.indices_of(node_ids)
+        return graph.indices_of(node_ids)
     except UnknownNodeError as error:
         raise ApiError(
             "invalid_value",
             f"the graph has no node {error.node_id!r:.80}",
-            f"node_ids[{error.position}]",
+            place.format(error.position),
         ) from None
+
+
+def find_nodes(graph: Graph, node_ids: list[NodeId]) -> list[int]:
+    """Raises: ApiError: the graph has no such node, or it is named twice."""
+    indices = node_indices(graph, node_ids)
     seen: set[int] = set()
     for position, index in enumerate(indices):
         if index in seen:

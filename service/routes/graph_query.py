@@ -29,10 +29,10 @@ from graph.llaga.projector import (
 from graph.llaga.prompts import NUM_CENTRES, Task
 from graph.llaga.query import Answer, answer_questions
 from graph.llaga.vectors import ENCODE_BATCH, NodeVectors, cut_text, frame_tokens
-from graph.store import Graph, GraphNotFoundError, Int64s, NodeId, UnknownNodeError
+from graph.store import Graph, Int64s
 from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
-from service.enrichment import NodeIdField
+from service.enrichment import NodeIdField, node_indices, open_graph
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import json_response
 from service.generation_body import absent, present
@@ -251,10 +251,7 @@ def _open(
     graph_id: str, body: QueryBody, state: AppState, identity: Identity
 ) -> tuple[Graph, Int64s]:
     """The graph, and node indices of every question (Q, C)."""
-    try:
-        graph = state.graphs.get(graph_id, identity.tenant)
-    except GraphNotFoundError:
-        raise ApiError("graph_not_found", f"the graph {graph_id[:100]!r} does not exist") from None
+    graph = open_graph(state, identity, graph_id)
     if body.pairs is None:
         assert body.node_ids is not None
         columns = [body.node_ids]
@@ -263,7 +260,7 @@ def _open(
         columns = [[pair[0] for pair in body.pairs], [pair[1] for pair in body.pairs]]
         places = ["pairs[{}][0]", "pairs[{}][1]"]
     indices = [
-        _indices(graph, column, place) for column, place in zip(columns, places, strict=True)
+        node_indices(graph, column, place) for column, place in zip(columns, places, strict=True)
     ]
     questions = np.array(indices, dtype=np.int64).T
     if body.pairs is not None:
@@ -273,17 +270,6 @@ def _open(
                 "invalid_value", "a pair must be of two nodes, got one twice", f"pairs[{same[0]}]"
             )
     return graph, questions
-
-
-def _indices(graph: Graph, node_ids: list[NodeId], place: str) -> list[int]:
-    try:
-        return graph.indices_of(node_ids)
-    except UnknownNodeError as error:
-        raise ApiError(
-            "invalid_value",
-            f"the graph has no node {error.node_id!r:.80}",
-            place.format(error.position),
-        ) from None
 
 
 async def _features(

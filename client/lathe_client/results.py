@@ -30,7 +30,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prefix_hit_tokens: int
+    prefix_hit_tokens: int = 0
     embedding_tokens: int
     cached_tokens: int
     num_nodes: int

@@ -20,7 +20,6 @@ Strategy = Literal[
 Order = Literal["low", "high"]
 Grouping = Literal["class", "community"]
 BudgetName = Literal["fraction", "nodes", "tokens", "seconds", "cost"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 DEFAULT_ORDERS: dict[Strategy, Order] = {
     "degree": "low",

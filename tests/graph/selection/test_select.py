@@ -1,12 +1,12 @@
 """Selection: values worked by hand, PageRank against a dense solution, ties by node index."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from graph.selection.request import STRATEGIES, SelectError, SelectRequest
+from graph.selection.request import SelectError, SelectRequest, Strategy
 from graph.selection.select import Selection, select_nodes
 from graph.selection.structure import pagerank
 from graph.store import Graph, GraphStore, NodeId
@@ -214,7 +214,7 @@ def test_a_graph_of_one_node(tmp_path: Path) -> None:
         columns(["a"], [], labels=["x"], splits=["train"], features=[[1.0, 2.0]]),
     )
     graph = store.get("graph-1", OWNER)
-    mix = [{"strategy": name, "weight": 1.0} for name in STRATEGIES if name != "mix"]
+    mix = [{"strategy": name, "weight": 1.0} for name in get_args(Strategy) if name != "mix"]
     options = {"predictions": {"a": [0.5, 0.5]}, "quotas": {"per": "class"}}
     selection = pick(graph, "mix", {"nodes": 1}, mix=mix, **options)
     assert (selection.indices.tolist(), selection.scores.tolist()) == ([0], [1.0])

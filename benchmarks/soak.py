@@ -17,9 +17,7 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -30,10 +28,10 @@ import httpx
 import psutil
 
 from benchmarks.serve_bench import prompts
+from benchmarks.service import running_service
 from benchmarks.startup import free_port
 from service.settings import DEFAULT_EMBEDDING_MODEL, DEFAULT_MODEL, Settings
 
-START_SECONDS = 300.0
 SAMPLE_SECONDS = 5.0
 POLL_SECONDS = 0.5
 TIMEOUT_SECONDS = 600.0
@@ -383,40 +381,13 @@ async def soak_service(url: str, supervisor: int, seconds: float) -> int:
     return 1 if soak.unexpected else 0
 
 
-def wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(POLL_SECONDS)
-    raise SystemExit(f"lathe up was not ready:\n{log.read_text()}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=1800.0)
     parser.add_argument("--home", type=Path, default=Settings().home)
     arguments = parser.parse_args()
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "service.cli", "up", "--home", str(arguments.home)),
-                *("--port", str(port)),
-            ],
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            wait_ready(url, process, Path(folder) / "log")
-            return asyncio.run(soak_service(url, process.pid, arguments.seconds))
-        finally:
-            process.terminate()
-            process.wait()
+    with running_service(arguments.home, free_port()) as (url, pid):
+        return asyncio.run(soak_service(url, pid, arguments.seconds))
 
 
 if __name__ == "__main__":

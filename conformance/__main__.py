@@ -20,16 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
+from benchmarks.service import running_service
 from conformance.expected import write_expected
 from engines.process import set_openmp_environment
 from service.settings import DEFAULT_MODEL, Settings
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".cache" / "conformance"
-START_SECONDS = 300.0
-POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,18 +124,6 @@ def run(name: str, url: str, home: Path) -> bool:
     return passed
 
 
-def wait_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(POLL_SECONDS)
-    raise SystemExit("lathe up was not ready")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m conformance", description=__doc__)
     parser.add_argument("checks", nargs="*", metavar="CLIENT", help=f"of {', '.join(CHECKS)}")
@@ -148,17 +133,8 @@ def main() -> int:
     if unknown := set(arguments.checks) - CHECKS.keys():
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     set_openmp_environment()  # before anything imports torch
-    url = f"http://127.0.0.1:{arguments.port}"
-    up = [sys.executable, "-m", "service.cli", "up", "--home", str(arguments.home)]
-    process = subprocess.Popen(
-        [*up, "--port", str(arguments.port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        wait_ready(url, process)
+    with running_service(arguments.home, arguments.port) as (url, _):
         passed = [run(name, url, arguments.home) for name in arguments.checks or CHECKS]
-    finally:
-        process.terminate()
-        process.wait()
     return 0 if all(passed) else 1
 
 

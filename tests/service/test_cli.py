@@ -186,7 +186,7 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
 def test_the_commands_of_the_design_are_there() -> None:
     expected = (
         "up serve engine worker models import compress calibrate-skip jobs chat verify export doctor"
-        " keys finetune files"
+        " keys finetune files import-projector"
     )
     assert set(main.commands) == set(expected.split())
 

@@ -279,7 +279,7 @@ async def fill_cache(home: Path, own: Path, nodes: list[dict[str, str]]) -> None
             tenant=OWNER,
         )
     )
-    enricher.close()
+    kept.close()
 
 
 @dataclass

@@ -69,7 +69,7 @@ NODES_PER_REQUEST = 1024
 TEXT_BYTES = 700
 EPOCHS = 3
 HIDDEN = 256
-"""As the SAGE examples of OGB have it. The hook costs the same whatever the model does."""
+"""The hook costs the same whatever the model does, so its share is larger in a narrower one."""
 OWNER = "local"
 
 

@@ -9,6 +9,7 @@ is that each node of a pair is hidden from the other (`graph.llaga.filling`). Hi
 a node that is suddenly alone has just lost its edge.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,19 @@ class TaskQuestions:
     questions: dict[str, Int64s]
     answers: dict[str, list[str]]
     choices: tuple[str, ...]
+
+
+def make_all_questions(
+    graph: Graph, tasks: Sequence[Task], *, seed: int, max_questions: int | None = None
+) -> list[TaskQuestions]:
+    """The questions of several tasks, all asked of one graph: links that are held out are in no task's templates.
+
+    Raises:
+        QuestionError
+    """
+    made = [make_questions(graph, task, seed=seed, max_questions=max_questions) for task in tasks]
+    seen = next((one.graph for one in made if one.task == "link_prediction"), graph)
+    return [replace(one, graph=seen) for one in made]
 
 
 def make_questions(

@@ -29,7 +29,7 @@ from graph.llaga.projector import (
     write_projector,
 )
 from graph.llaga.prompts import Task
-from graph.llaga.questions import QuestionError, TaskQuestions, make_questions
+from graph.llaga.questions import QuestionError, TaskQuestions, make_all_questions
 from graph.llaga.templates import laplacian_embedding
 from graph.llaga.vectors import NodeVectors
 from graph.store import SPLITS, Graph, GraphNotFoundError, GraphStore
@@ -132,10 +132,9 @@ def _train(context: RunnerContext, projectors: ProjectorRegistry) -> JsonObject:
     source = _sound(models.get(spec["model"]))
     encoder = TextEncoder(_sound(models.get(spec["encoder"]))) if "encoder" in spec else None
     graph = GraphStore(context.home / "graphs").get(spec["graph_id"], context.owner)
-    tasks = [
-        make_questions(graph, task, seed=settings.seed, max_questions=spec.get("max_questions"))
-        for task in spec["tasks"]
-    ]
+    tasks = make_all_questions(
+        graph, spec["tasks"], seed=settings.seed, max_questions=spec.get("max_questions")
+    )
     features = _features(context, graph, tasks, template, encoder)
     laplacian = None
     if template.fanout is not None:

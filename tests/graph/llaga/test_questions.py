@@ -8,7 +8,12 @@ import pytest
 
 from graph.llaga.filling import Template, needed_nodes, nodes_within, plan_questions
 from graph.llaga.prompts import MAX_DESCRIPTION_CHARS, Task, description
-from graph.llaga.questions import QuestionError, make_questions, without_edges
+from graph.llaga.questions import (
+    QuestionError,
+    make_all_questions,
+    make_questions,
+    without_edges,
+)
 from graph.store import Graph, GraphStore
 from tests.graph.graphs import OWNER, columns, create, stored
 from tests.graph.llaga.test_templates import everyone, random_graph
@@ -128,6 +133,23 @@ def test_no_template_shows_a_held_out_edge(tmp_path: Path, template: Template) -
             assert first not in of_second
             reach = nodes_within(made.graph, np.array([first]), template.hops)
             assert set(of_first) <= set(reach)
+
+
+def test_another_task_does_not_show_a_held_out_edge_either(tmp_path: Path) -> None:
+    ids = list(range(30))
+    parts = columns(ids, [(i, i + 1) for i in range(29)], labels=[i % 2 for i in ids])
+    store = GraphStore(tmp_path)
+    graph = store.get(create(store, parts).id, OWNER)
+    nodes, links = make_all_questions(graph, ("node_classification", "link_prediction"), seed=0)
+    alone = make_questions(graph, "link_prediction", seed=0)
+    assert [nodes.task, links.task] == ["node_classification", "link_prediction"]
+    assert links.answers == alone.answers
+    for node in ids:
+        seen = nodes.graph.neighbors(node).tolist()
+        assert seen == alone.graph.neighbors(node).tolist()
+    assert nodes.graph.degrees.sum() < graph.degrees.sum()
+    (only,) = make_all_questions(graph, ("node_classification",), seed=0)
+    assert only.graph is graph
 
 
 def test_a_directed_graph_is_asked_once_for_both_ways(tmp_path: Path) -> None:

@@ -1,15 +1,14 @@
-"""LLaGA on Cora, 60/20/20: node classification and link prediction with a frozen small LLM, by the train_projector job.
+"""LLaGA, 60/20/20: node classification and link prediction with a frozen small LLM, by the train_projector job.
 
     python -m benchmarks.llaga --home DIR --cora DIR --template ho --seeds 0 1 2
 
 DIR of --home has smollm2-135m and all-minilm-l6-v2 as `lathe pull` leaves them; that of --cora has nodes.jsonl.gz and
-edges.csv.gz. The job runs in this process, in a home of its own that lends the models, and keeps no projector.
---vectors keeps what the encoder made of the texts for a later call. Prints one JSON line per run.
+edges.csv.gz; without --cora, the graph is a part of Debian's packages. The job runs in this process, in a home of its
+own that lends the models, and keeps no projector. --vectors keeps what the encoder made of the texts for a later
+call. Prints one JSON line per run.
 """
 
 import argparse
-import csv
-import gzip
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from examples.e_llagnn.graphs import TextGraph, load_cora, load_debian
 from graph.llaga.hops import OPERATORS
 from graph.llaga.prompts import TASKS
 from graph.store import GraphStore
@@ -28,13 +28,14 @@ from jobs.runners import train_projector
 from jobs.spec import parse_spec, spec_json
 
 OWNER = "benchmark"
-GRAPH_ID = "graph-cora"
+GRAPH_ID = "graph-benchmark"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--cora", type=Path, required=True)
+    parser.add_argument("--cora", type=Path, help="folder of Cora's files")
+    parser.add_argument("--nodes", type=int, default=2000, help="of Debian's graph")
     parser.add_argument("--vectors", type=Path, help="an SQLite file, made if missing")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--encoder", default="all-minilm-l6-v2")
@@ -57,27 +58,24 @@ def main() -> None:
         (home / "models").symlink_to((options.home / "models").resolve())
         if options.vectors is not None and options.vectors.exists():
             shutil.copy(options.vectors, home / "cache.db")
-        store_cora(options.cora, home / "graphs")
+        graph = load_cora(options.cora) if options.cora else load_debian(options.nodes)
+        store_graph(graph, home / "graphs")
         for seed in options.seeds:
             print(json.dumps(run(options, seed, home)), flush=True)
         if options.vectors is not None:
             shutil.copy(home / "cache.db", options.vectors)
 
 
-def store_cora(folder: Path, graphs: Path) -> None:
-    """Upload Cora; a node's label is the name of its class."""
-    with gzip.open(folder / "nodes.jsonl.gz", "rt") as file:
-        nodes = [json.loads(line) for line in file]
-    with gzip.open(folder / "edges.csv.gz", "rt") as file:
-        edges = [(int(row["src"]), int(row["dst"])) for row in csv.DictReader(file)]
+def store_graph(graph: TextGraph, graphs: Path) -> None:
+    """Upload it without its splits; a node's label is the name of its class."""
     columns = columns_from_lists(
-        ids=[node["id"] for node in nodes],
-        texts=[f"{node['title']}. {node['text']}" for node in nodes],
-        labels=[node["label_name"].replace("_", " ") for node in nodes],
-        splits=[None] * len(nodes),
-        edges=edges,
+        ids=graph.ids,
+        texts=graph.texts,
+        labels=[graph.classes[label] for label in graph.labels],
+        splits=[None] * len(graph),
+        edges=graph.edges.tolist(),
     )
-    GraphStore(graphs).create(GRAPH_ID, columns, name="cora", owner=OWNER, request_hash="")
+    GraphStore(graphs).create(GRAPH_ID, columns, name=graph.name, owner=OWNER, request_hash="")
 
 
 def run(options: argparse.Namespace, seed: int, home: Path) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def run(options: argparse.Namespace, seed: int, home: Path) -> dict[str, Any]:
         "graph_id": GRAPH_ID,
         "model": options.model,
         "encoder": options.encoder,
-        "output": f"cora-{seed}",
+        "output": f"projector-{seed}",
         "template": {name: value for name, value in template.items() if value is not None},
         "tasks": options.tasks,
         "settings": {

@@ -88,7 +88,13 @@ class TextError(Exception):
 
 
 class TextModel(Protocol):
-    """Between text and one model's token ids. Thread-safe."""
+    """Between text and one model's token ids. Thread-safe.
+
+    Attributes:
+        max_token_chars: no token stands for more characters.
+    """
+
+    max_token_chars: int
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A prompt for the next assistant message. Contents never become control tokens.

@@ -14,6 +14,7 @@ class ServedText(TextModel):
     def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = chat_template
+        self.max_token_chars = tokenizer.max_token_chars
 
     @classmethod
     def load(cls, folder: Path) -> "ServedText":

@@ -31,7 +31,6 @@ from graph.llaga.projector import (
 from graph.llaga.prompts import Task
 from graph.llaga.questions import QuestionError, TaskQuestions, make_questions
 from graph.llaga.templates import laplacian_embedding
-from graph.llaga.vectors import NodeVectors
 from graph.store import SPLITS, Graph, GraphNotFoundError, GraphStore
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext, finite
 from jobs.runners.projector_examples import (
@@ -197,8 +196,8 @@ def _train(context: RunnerContext, projectors: ProjectorRegistry) -> JsonObject:
         owner=context.owner,
         model=source.id,
         model_hash=checkpoint_hash(source.manifest),
-        encoder=None if encoder is None else encoder.model,
-        encoder_hash=None if encoder is None else encoder.checkpoint_hash,
+        encoder=None if encoder is None else encoder.info.model,
+        encoder_hash=None if encoder is None else encoder.info.checkpoint_hash,
         encoder_dim=features.shape[1],
         hidden_size=reader.hidden_size,
         num_layers=settings.num_layers,
@@ -235,11 +234,10 @@ def _features(
     centres = np.concatenate([q.ravel() for task in tasks for q in task.questions.values()])
     nodes = nodes_within(graph, centres, template.hops)
     cache = EnrichmentCache(context.home / "cache.db")
-    kept = NodeVectors(
-        cache, tenant=context.owner, encoder_hash=encoder.checkpoint_hash, dim=encoder.dim
-    )
     try:
-        features, num_encoded = encode_nodes(graph, nodes, encoder, kept, context.progress)
+        features, num_encoded = encode_nodes(
+            graph, nodes, encoder, cache, context.owner, context.progress
+        )
     finally:
         cache.close()
     context.event(
@@ -256,7 +254,7 @@ def _checkpoints(
         context.spec,
         graph.info.content_hash,
         checkpoint_hash(source.manifest),
-        None if encoder is None else encoder.checkpoint_hash,
+        None if encoder is None else encoder.info.checkpoint_hash,
     ]
     return CheckpointFolder(context.folder / "work", identity)
 

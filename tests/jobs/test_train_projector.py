@@ -25,12 +25,12 @@ from graph.llaga.projector import LoadedProjector, ProjectorRegistry, load_proje
 from graph.llaga.query import answer_questions
 from graph.llaga.questions import make_questions
 from graph.llaga.templates import laplacian_embedding
-from graph.llaga.vectors import NodeVectors
 from graph.store import Graph, GraphColumns, GraphStore
 from jobs import child
 from jobs.context import RunnerContext
 from jobs.runners import projector_results
 from jobs.runners import train_projector as runner
+from jobs.runners.projector_examples import TextEncoder, encode_nodes
 from jobs.runners.projector_results import area_under_curve
 from jobs.spec import SpecError, check_graph, parse_spec, spec_json
 from tests.compression.models import save_and_import, tiny_decoder
@@ -198,7 +198,7 @@ async def test_the_report_says_what_queries_say(
     assert max(m["progress"][0] for m in messages if "progress" in m) == report["steps"]
 
 
-def test_vectors_of_the_encoder_are_made_once(home: Path) -> None:
+def test_vectors_of_the_encoder_are_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context, messages = context_of(home, encoder="enc", tasks=["node_description"])
     ended = outcome(context)
     assert "result" in ended, ended
@@ -222,12 +222,12 @@ def test_vectors_of_the_encoder_are_made_once(home: Path) -> None:
     expected = np.frombuffer(
         engine.embed(EmbedRequest(request_id="r", token_ids=ids)).vectors, "<f4"
     )
-    manifest = projector_of(home, "second").manifest
-    kept = NodeVectors(
-        EnrichmentCache(home / "cache.db"), tenant=OWNER, encoder_hash=str(manifest.encoder_hash), dim=32
+    encoder = TextEncoder(ModelRegistry(home / "models").get("enc"))
+    monkeypatch.setattr(encoder, "embed", None)  # all are in the cache
+    features, num_encoded = encode_nodes(
+        graph_of(home), np.array([0, 7]), encoder, EnrichmentCache(home / "cache.db"), OWNER, lambda *_: None
     )  # fmt: skip
-    features = np.zeros((NUM_NODES, 32), dtype=np.float32)
-    assert kept.load(graph_of(home), np.array([0, 7]), features).tolist() == []
+    assert num_encoded == 0
     assert np.allclose(features[[0, 7]].ravel(), expected, atol=1e-5)
 
 

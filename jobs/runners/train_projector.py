@@ -79,7 +79,7 @@ def run(context: RunnerContext) -> JsonObject:
     except ModelNotFoundError as error:
         raise JobFailedError("model_not_found", f"model {str(error)!r} is gone") from None
     except GraphNotFoundError:
-        message = f"graph {context.spec['graph_id']!r} is gone"
+        message = f"graph {context.spec['graph']!r} is gone"
         raise JobFailedError("graph_not_found", message) from None
     except (CheckpointError, QuestionError) as error:
         raise JobFailedError("bad_data", str(error)) from error
@@ -129,8 +129,10 @@ def _train(context: RunnerContext, projectors: ProjectorRegistry) -> JsonObject:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = ModelRegistry(context.home / "models")
     source = _sound(models.get(spec["model"]))
-    encoder = TextEncoder(_sound(models.get(spec["encoder"]))) if "encoder" in spec else None
-    graph = GraphStore(context.home / "graphs").get(spec["graph_id"], context.owner)
+    encoder = None
+    if "embedding_model" in spec:
+        encoder = TextEncoder(_sound(models.get(spec["embedding_model"])))
+    graph = GraphStore(context.home / "graphs").get(spec["graph"], context.owner)
     tasks = [
         make_questions(graph, task, seed=settings.seed, max_questions=spec.get("max_questions"))
         for task in spec["tasks"]
@@ -313,7 +315,9 @@ def _judge(
 
 
 def _write_report(context: RunnerContext, report: JsonObject) -> None:
-    title = f"{context.spec['model']} on {context.spec['graph_id']} -> {context.spec['output']}: projector"
+    title = (
+        f"{context.spec['model']} on {context.spec['graph']} -> {context.spec['output']}: projector"
+    )
     contents: dict[str, Any] = {
         REPORT_NAME: json.dumps(finite(report), indent=1),
         MARKDOWN_NAME: to_markdown(title, report),

@@ -116,7 +116,7 @@ class ProjectorObject(ResponseModel):
     object: Literal["projector"] = "projector"
     created_at: int
     model: str
-    encoder: str | None = Field(description="Null: the graph's own features.")
+    embedding_model: str | None = Field(description="Null: the graph's own features.")
     template: Literal["nd", "ho"]
     hops: int
     fanout: int | None
@@ -334,7 +334,7 @@ def _projector_object(name: str, manifest: ProjectorManifest) -> ProjectorObject
         id=name,
         created_at=int(manifest.created_at),
         model=manifest.model,
-        encoder=manifest.encoder,
+        embedding_model=manifest.encoder,
         template=manifest.template.kind,
         hops=manifest.template.hops,
         fanout=manifest.template.fanout,

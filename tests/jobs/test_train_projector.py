@@ -43,7 +43,7 @@ from training.projector import FrozenReader, ProjectorSettings
 OWNER = "tenant-a"
 BODY: dict[str, Any] = {
     "type": "train_projector",
-    "graph_id": "graph-1",
+    "graph": "graph-1",
     "model": "tiny",
     "output": "mine",
     "template": {"kind": "ho", "hops": 2, "operator": "sym_selfloop"},
@@ -199,7 +199,7 @@ async def test_the_report_says_what_queries_say(
 
 
 def test_vectors_of_the_encoder_are_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context, messages = context_of(home, encoder="enc", tasks=["node_description"])
+    context, messages = context_of(home, embedding_model="enc", tasks=["node_description"])
     ended = outcome(context)
     assert "result" in ended, ended
     result = ended["result"]
@@ -210,7 +210,7 @@ def test_vectors_of_the_encoder_are_made_once(home: Path, monkeypatch: pytest.Mo
     assert -1 <= test["similarity_to_others"] <= 1
     assert projector_of(home).manifest.encoder == "enc"
 
-    again, messages = context_of(home, "job-2", encoder="enc", output="second")
+    again, messages = context_of(home, "job-2", embedding_model="enc", output="second")
     outcome(again)
     encoded = [m["data"] for m in messages if "texts were encoded" in m.get("message", "")]
     assert encoded == [{"nodes": NUM_NODES, "encoded": 0}]
@@ -268,7 +268,7 @@ def test_a_killed_job_ends_in_the_same_projector(
 
     settings = partial(ProjectorSettings, checkpoint_steps=5)
     monkeypatch.setattr(runner, "ProjectorSettings", settings)
-    context, messages = context_of(home, encoder="enc")
+    context, messages = context_of(home, embedding_model="enc")
 
     def send(message: Any) -> None:
         messages.append(message)
@@ -278,7 +278,7 @@ def test_a_killed_job_ends_in_the_same_projector(
     with pytest.raises(KilledError):
         runner.run(replace(context, send=send))
     outcome(context)
-    whole, _ = context_of(home, "job-whole", encoder="enc", output="whole")
+    whole, _ = context_of(home, "job-whole", embedding_model="enc", output="whole")
     outcome(whole)
     for one, other in zip(tensors(home, "whole"), tensors(home, "mine"), strict=True):
         assert np.array_equal(one, other)
@@ -289,9 +289,9 @@ def test_a_killed_job_ends_in_the_same_projector(
     ("change", "code", "message"),
     [
         ({"model": "nobody"}, "model_not_found", "nobody"),
-        ({"encoder": "nobody"}, "model_not_found", "nobody"),
-        ({"encoder": "tiny"}, "bad_data", "tiny is no encoder"),
-        ({"graph_id": "graph-2"}, "graph_not_found", "graph-2"),
+        ({"embedding_model": "nobody"}, "model_not_found", "nobody"),
+        ({"embedding_model": "tiny"}, "bad_data", "tiny is no encoder"),
+        ({"graph": "graph-2"}, "graph_not_found", "graph-2"),
         ({"template": {"kind": "nd", "hops": 2, "fanout": 15}}, "context_length_exceeded", "reads 256"),
         ({}, "loss_not_finite", "step 1 is nan"),
     ],
@@ -347,7 +347,7 @@ def test_another_owners_graph_is_not_read(home: Path) -> None:
         ({"settings": {"epochs": 0}}, "settings.epochs"),
         ({"settings": {"momentum": 1}}, "settings.momentum"),
         ({"output": "../up"}, "output"),
-        ({"graph_id": "../graph"}, "graph_id"),
+        ({"graph": "../graph"}, "graph"),
         ({"max_questions": 0}, "max_questions"),
     ],
 )
@@ -370,7 +370,7 @@ def test_what_a_graph_must_have(home: Path) -> None:
     spec: Any = parse_spec(BODY | {"tasks": ["node_classification", "link_prediction"]})
     check_graph(spec, info)
     for lacking, param in (
-        ({"feature_dim": None}, "encoder"),
+        ({"feature_dim": None}, "embedding_model"),
         ({"has_labels": False}, "tasks"),
         ({"num_edges": 0}, "tasks"),
     ):

@@ -170,7 +170,7 @@ def test_the_graphs_own_features(service: Service) -> None:
     assert answer["num_encoded_nodes"] == 0
     assert cast(Engines, service.state.engines).embedded == []
     assert answer["data"][0]["logprobs"] != answer["data"][2]["logprobs"]
-    assert service.client.get("/v1/projectors").json()["data"][0]["encoder"] is None
+    assert service.client.get("/v1/projectors").json()["data"][0]["embedding_model"] is None
     narrow = [node | {"features": node["features"][:3]} for node in nodes]
     for given in (GRAPH, GRAPH | {"nodes": narrow}):
         response = query(service, CLASSIFY, service.create(given).json()["id"])

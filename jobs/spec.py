@@ -250,6 +250,12 @@ class EnrichBudgetSpec(_Spec):
         default=None, ge=1, description="Prompt and generated tokens of LLM calls."
     )
     max_seconds: float | None = Field(default=None, gt=0, description="Of work, over all attempts.")
+    max_cost: float | None = Field(
+        default=None, gt=0, le=1e9, description="`max_tokens` by `cost_per_million_tokens`."
+    )
+    cost_per_million_tokens: float | None = Field(
+        default=None, ge=1e-6, le=1e9, description="By default the server's, where it names one."
+    )
 
 
 class EnrichSpec(_Spec):

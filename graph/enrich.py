@@ -104,7 +104,11 @@ class TextModel(Protocol):
         """
 
     def encode_text(self, text: str) -> list[int]:
-        """Tokens of the bare text."""
+        """Tokens of the bare text.
+
+        Raises:
+            TextError: the tokenizer would make control tokens of it.
+        """
 
     def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
         """What the model expects around a text that it is to embed ([CLS] ... [SEP] for BERT)."""

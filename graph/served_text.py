@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from engines.text import TextError as UnsafeTextError
 from engines.text import TextTokenizer
 from graph.enrich import TextError, TextModel
 
@@ -31,7 +32,10 @@ class ServedText(TextModel):
             raise TextError(str(error)) from error
 
     def encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        try:
+            return self._tokenizer.encode(text)
+        except UnsafeTextError as error:
+            raise TextError(str(error)) from error
 
     def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
         tokenizer = self._tokenizer

@@ -15,9 +15,9 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from engines.protocol import EmbedRequest, EmbedResult, EngineInfo
+from engines.protocol import EmbedRequest, EmbedResult, EngineError, EngineInfo
 from graph.cache import EnrichmentCache
-from graph.enrich import TextModel, normalise
+from graph.enrich import TextError, TextModel, normalise
 from graph.store import Float32s, Graph, Int64s
 
 VECTOR_VERSION = 2
@@ -84,7 +84,7 @@ class TextVectors:
             on_batch: told of nodes done and to do; what it raises ends the work.
 
         Raises:
-            EngineError
+            EngineError: also where a text cannot become tokens.
         """
         usage = usage or VectorUsage()
         engine = await self._engine_for(model, "embedding_model")
@@ -114,7 +114,10 @@ class TextVectors:
         }  # equal texts once
         usage.num_cached += len(known)
         usage.num_encoded += sum(key in missing for key in keys)
-        tokens = await asyncio.to_thread(text_tokens, text, list(missing.values()), engine.info)
+        try:
+            tokens = await asyncio.to_thread(text_tokens, text, list(missing.values()), engine.info)
+        except TextError as error:
+            raise EngineError("invalid_value", str(error)) from error
         asked = {key: ids for key, ids in zip(missing, tokens, strict=True) if ids}
         dim = engine.info.hidden_size
         found = dict.fromkeys(missing, bytes(4 * dim))

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=2000, help="of Debian's graph")
     parser.add_argument("--vectors", type=Path, help="an SQLite file, made if missing")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--encoder", default="all-minilm-l6-v2")
+    parser.add_argument("--embedding-model", default="all-minilm-l6-v2")
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=[TASKS[0]])
     parser.add_argument("--template", choices=("ho", "nd"), default="ho")
     parser.add_argument("--operator", choices=OPERATORS)
@@ -88,9 +88,9 @@ def run(options: argparse.Namespace, seed: int, home: Path) -> dict[str, Any]:
     }
     body = {
         "type": "train_projector",
-        "graph_id": GRAPH_ID,
+        "graph": GRAPH_ID,
         "model": options.model,
-        "encoder": options.encoder,
+        "embedding_model": options.embedding_model,
         "output": f"projector-{seed}",
         "template": {name: value for name, value in template.items() if value is not None},
         "tasks": options.tasks,

@@ -63,7 +63,7 @@ ITEM_STATUSES: tuple[ItemStatus, ...] = (
     "failed",
 )
 Output = Literal["text", "embedding"]
-BudgetName = Literal["max_nodes", "max_tokens", "max_seconds"]
+BudgetName = Literal["max_nodes", "max_tokens", "max_seconds", "max_cost"]
 Priority = Literal["interactive", "training", "bulk"]
 PRIORITIES: dict[Priority, int] = {"interactive": 0, "training": 1, "bulk": 2}
 """The engine's numbers; 0 is what chat has. Its scheduler lets age make up for them, so that nothing starves."""
@@ -88,7 +88,13 @@ class TextError(Exception):
 
 
 class TextModel(Protocol):
-    """Between text and one model's token ids. Thread-safe."""
+    """Between text and one model's token ids. Thread-safe.
+
+    Attributes:
+        max_token_chars: no token stands for more characters.
+    """
+
+    max_token_chars: int
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A prompt for the next assistant message. Contents never become control tokens.
@@ -98,7 +104,11 @@ class TextModel(Protocol):
         """
 
     def encode_text(self, text: str) -> list[int]:
-        """Tokens of the bare text."""
+        """Tokens of the bare text.
+
+        Raises:
+            TextError: the tokenizer would make control tokens of it.
+        """
 
     def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
         """What the model expects around a text that it is to embed ([CLS] ... [SEP] for BERT)."""
@@ -132,12 +142,22 @@ class EnrichBudget:
         nodes: the first so many nodes, cached or not, so that the same request gives the same rows.
         tokens: prompt and generated tokens of LLM calls. Reserved before a call (prompt and most answer tokens),
             settled after it; never exceeded. Cached texts and embeddings cost nothing.
+        cost_tokens: as `tokens`, of what money pays for.
         seconds: wall-clock time for LLM calls; a call that is running then is aborted.
     """
 
     nodes: int | None = None
     tokens: int | None = None
+    cost_tokens: int | None = None
     seconds: float | None = None
+
+    def token_limit(self) -> tuple[int | None, BudgetName]:
+        """The tighter limit in tokens, and its name."""
+        if self.cost_tokens is None or (
+            self.tokens is not None and self.tokens <= self.cost_tokens
+        ):
+            return self.tokens, "max_tokens"
+        return self.cost_tokens, "max_cost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -596,7 +616,7 @@ class Enricher:
             unit.generation = cached.get(unit.key)
         known = [unit for unit in units if unit.generation is not None]
         left = [unit for unit in units if unit.generation is None]
-        if run.request.budget.tokens is None and run.request.budget.seconds is None:
+        if run.request.budget.token_limit()[0] is None and run.request.budget.seconds is None:
             left.sort(key=lambda unit: len(unit.node.text), reverse=True)
         missing = iter(left)
         for unit in known:
@@ -1096,7 +1116,7 @@ class _Ledger:
     """The budget of one request: what is spent, what is reserved, and what stopped it."""
 
     def __init__(self, budget: EnrichBudget) -> None:
-        self._max_tokens = budget.tokens
+        self._max_tokens, self._token_budget = budget.token_limit()
         self._spent = 0
         self._reserved = 0
         self._changed = asyncio.Event()
@@ -1115,7 +1135,7 @@ class _Ledger:
         async with self._turn:
             while not self.exhausted and self._spent + self._reserved + tokens > self._max_tokens:
                 if self._reserved == 0:
-                    self.stop("max_tokens")
+                    self.stop(self._token_budget)
                 else:
                     await self._changed.wait()
             if not self.exhausted:

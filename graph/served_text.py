@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from engines.text import TextError as UnsafeTextError
 from engines.text import TextTokenizer
 from graph.enrich import TextError, TextModel
 
@@ -14,6 +15,7 @@ class ServedText(TextModel):
     def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = chat_template
+        self.max_token_chars = tokenizer.max_token_chars
 
     @classmethod
     def load(cls, folder: Path) -> "ServedText":
@@ -30,7 +32,10 @@ class ServedText(TextModel):
             raise TextError(str(error)) from error
 
     def encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        try:
+            return self._tokenizer.encode(text)
+        except UnsafeTextError as error:
+            raise TextError(str(error)) from error
 
     def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
         tokenizer = self._tokenizer

@@ -1,35 +1,52 @@
-"""Vectors of the nodes' own texts, from an encoder or the cache: what clustering reads where a graph has no features.
+"""Vectors of the nodes' own texts, from an encoder or the cache: what clustering and LLaGA's templates are made of.
 
-A text longer than the encoder's window is cut to its head. An empty text is encoded as any other; where the model puts
-nothing around a text, so that no token is left, its vector is zero. Keys hold everything that shapes a vector.
+A text is encoded as enrichment does it: normalised, and of one that is longer than the encoder's window the head. An
+empty text is encoded as any other; where the model puts nothing around a text, so that no token is left, its vector is
+zero. Keys hold everything that shapes a vector.
 """
 
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
-from engines.protocol import AsyncEngine, EmbedRequest, EngineInfo
+from engines.protocol import EmbedRequest, EmbedResult, EngineError, EngineInfo
 from graph.cache import EnrichmentCache
-from graph.enrich import TextModel, normalise
+from graph.enrich import TextError, TextModel, normalise
 from graph.store import Float32s, Graph, Int64s
 
-KEY_VERSION = 1
-"""Raise it when the way from a key's parts to its vector changes."""
+VECTOR_VERSION = 2
+"""Raise it when the way from a text to its vector changes: what is cached is made again, and projectors are refused."""
 BATCH = 64
 
 
 @dataclass(slots=True)
 class VectorUsage:
-    """What encoding cost. Attributes: num_cached: vectors that needed no call; equal texts of a call count once."""
+    """What encoding cost.
+
+    Attributes:
+        num_cached: vectors that needed no call; equal texts of a call count once.
+        num_encoded: nodes whose vector was not there.
+    """
 
     num_calls: int = 0
     num_cached: int = 0
+    num_encoded: int = 0
     num_tokens: int = 0
+
+
+class Embedder(Protocol):
+    """As much of an `AsyncEngine` as encoding needs."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult: ...
 
 
 class TextVectors:
@@ -42,7 +59,7 @@ class TextVectors:
     def __init__(
         self,
         *,
-        engine_for: Callable[[str, str], Awaitable[AsyncEngine]],
+        engine_for: Callable[[str, str], Awaitable[Embedder]],
         text_for: Callable[[str, str], Awaitable[TextModel]],
         cache: EnrichmentCache,
     ) -> None:
@@ -58,14 +75,16 @@ class TextVectors:
         model: str,
         tenant: str,
         usage: VectorUsage | None = None,
+        on_batch: Callable[[int, int], None] = lambda done, total: None,
     ) -> Float32s:
         """Vectors (len(nodes), dim) of nodes, in their order. What is done stays in the cache if it is cancelled.
 
         Args:
             usage: counts on.
+            on_batch: told of nodes done and to do; what it raises ends the work.
 
         Raises:
-            EngineError
+            EngineError: also where a text cannot become tokens.
         """
         usage = usage or VectorUsage()
         engine = await self._engine_for(model, "embedding_model")
@@ -73,26 +92,32 @@ class TextVectors:
         vectors = np.zeros((len(nodes), engine.info.hidden_size), dtype=np.float32)
         for first in range(0, len(nodes), BATCH):
             some = nodes[first : first + BATCH]
-            texts = [normalise(t) for t in await asyncio.to_thread(graph.texts, some)]
+            texts = await asyncio.to_thread(graph.texts, some)
             rows = await self._encode_some(engine, text, texts, tenant, usage)
             vectors[first : first + len(some)] = rows
+            on_batch(first + len(some), len(nodes))
         return vectors
 
     async def _encode_some(
         self,
-        engine: AsyncEngine,
+        engine: Embedder,
         text: TextModel,
-        texts: list[str],
+        given_texts: Sequence[str],
         tenant: str,
         usage: VectorUsage,
     ) -> Float32s:
+        texts = [normalise(given) for given in given_texts]
         keys = [_key(engine.info, given, tenant) for given in texts]
         known = await asyncio.to_thread(self._cache.get_many, "embedding", keys)
         missing = {
             key: given for key, given in zip(keys, texts, strict=True) if key not in known
         }  # equal texts once
         usage.num_cached += len(known)
-        tokens = await asyncio.to_thread(_tokens, text, list(missing.values()), engine.info)
+        usage.num_encoded += sum(key in missing for key in keys)
+        try:
+            tokens = await asyncio.to_thread(text_tokens, text, list(missing.values()), engine.info)
+        except TextError as error:
+            raise EngineError("invalid_value", str(error)) from error
         asked = {key: ids for key, ids in zip(missing, tokens, strict=True) if ids}
         dim = engine.info.hidden_size
         found = dict.fromkeys(missing, bytes(4 * dim))
@@ -120,7 +145,7 @@ class TextVectors:
 def _key(info: EngineInfo, text: str, tenant: str) -> bytes:
     parts = (
         "text_vector",
-        KEY_VERSION,
+        VECTOR_VERSION,
         tenant,
         hashlib.sha256(text.encode()).digest(),
         info.checkpoint_hash,
@@ -130,6 +155,10 @@ def _key(info: EngineInfo, text: str, tenant: str) -> bytes:
     return hashlib.sha256(msgspec.msgpack.encode(parts)).digest()
 
 
-def _tokens(text: TextModel, texts: list[str], info: EngineInfo) -> list[tuple[int, ...]]:
+def text_tokens(text: TextModel, texts: Sequence[str], info: EngineInfo) -> list[tuple[int, ...]]:
+    """What an encoder reads of normalised texts: as many tokens as it takes, with what goes around them."""
     room = info.max_model_len - len(text.add_special_tokens([]))
-    return [tuple(text.add_special_tokens(text.encode_text(given)[:room])) for given in texts]
+    longest = room * text.max_token_chars  # of a long text, only the head is tokenized
+    return [
+        tuple(text.add_special_tokens(text.encode_text(given[:longest])[:room])) for given in texts
+    ]

@@ -13,7 +13,7 @@ from graph.store import MAX_EDGES, MAX_NODES, GraphColumns, GraphInputError, Nod
 MAX_TABLE_BYTES = 4 * 2**30
 """Decoded size of one file. Files are decoded one after the other."""
 MAX_PIECE_BYTES = 2**30
-"""Decoded size that a row group or record batch may declare."""
+"""Size that a row group may declare, and that a piece of it may decode to."""
 _ROWS_PER_PIECE = 16_384
 
 _NODE_COLUMNS = {"id": True, "text": True, "label": False, "split": False, "features": False}
@@ -53,7 +53,7 @@ def _read_table(
         for batch in pieces:
             batch.validate(full=True)
             num_rows += batch.num_rows
-            num_bytes += batch.nbytes
+            num_bytes += sum(map(_decoded_bytes, batch.columns))
             if num_rows > max_rows:
                 raise GraphInputError(part, f"at most {max_rows} rows in {part}")
             if num_bytes > MAX_TABLE_BYTES:
@@ -109,7 +109,62 @@ def _open_parquet(file: IO[bytes], part: str, max_rows: int) -> tuple[Any, Itera
             raise GraphInputError(
                 part, f"a row group of {part} has {declared} bytes, at most {MAX_PIECE_BYTES}"
             )
-    return reader.schema_arrow, reader.iter_batches(batch_size=_ROWS_PER_PIECE, use_threads=False)
+    rows = max(1, min(_ROWS_PER_PIECE, MAX_PIECE_BYTES // _longest_repeated(file, part)))
+    return reader.schema_arrow, reader.iter_batches(batch_size=rows, use_threads=False)
+
+
+def _longest_repeated(file: IO[bytes], part: str) -> int:
+    """Bytes of the longest text that each row of the file may repeat at hardly any cost, at least 1.
+
+    A column's dictionary is read with its first row, so a row of a group tells. Groups that are small even if each row
+    is as long as their column are not looked at.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(file)
+    names = [name for name in schema.names if _is_text(schema.field(name).type)]
+    longest = 1
+    with pq.ParquetFile(file, read_dictionary=names) as reader:
+        for index in range(reader.metadata.num_row_groups):
+            group = reader.metadata.row_group(index)
+            for place in range(group.num_columns):
+                column = group.column(place)
+                if column.num_values * 8 > MAX_TABLE_BYTES:
+                    raise GraphInputError(part, f"a row group of {part} has too many values")
+                if "DELTA_BYTE_ARRAY" in column.encodings:  # repeats text too, in no dictionary
+                    raise GraphInputError(
+                        part, f"{part} is encoded as DELTA_BYTE_ARRAY, which is not read"
+                    )
+                name, most = column.path_in_schema, group.num_rows * column.total_uncompressed_size
+                if name not in names or most <= MAX_PIECE_BYTES:
+                    continue
+                first = next(reader.iter_batches(1, row_groups=[index], columns=[name]), None)
+                if first is None or not pa.types.is_dictionary(first.column(0).type):
+                    continue
+                length = pc.max(pc.binary_length(first.column(0).dictionary)).as_py()
+                longest = max(longest, length or 0)
+    return longest
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Of a column of a batch, once a dictionary's values are put in their places."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not (pa.types.is_dictionary(column.type) and _is_text(column.type)):
+        return int(column.nbytes)
+    lengths = pc.binary_length(column.dictionary).cast(pa.int64()).take(column.indices)
+    return int(column.indices.nbytes + (pc.sum(lengths).as_py() or 0))
 
 
 def _check_columns(names: list[str], part: str, columns: dict[str, bool]) -> None:

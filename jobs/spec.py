@@ -250,6 +250,12 @@ class EnrichBudgetSpec(_Spec):
         default=None, ge=1, description="Prompt and generated tokens of LLM calls."
     )
     max_seconds: float | None = Field(default=None, gt=0, description="Of work, over all attempts.")
+    max_cost: float | None = Field(
+        default=None, gt=0, le=1e9, description="`max_tokens` by `cost_per_million_tokens`."
+    )
+    cost_per_million_tokens: float | None = Field(
+        default=None, ge=1e-6, le=1e9, description="By default the server's, where it names one."
+    )
 
 
 class EnrichSpec(_Spec):
@@ -338,7 +344,7 @@ class TrainProjectorSpec(_Spec):
     """Train a projector by which `model`, unchanged, reads nodes of a graph, and register it as `output` (LLaGA).
 
     Attributes:
-        encoder: whose vectors of the nodes' texts the projector reads; without, the graph's own features.
+        embedding_model: whose vectors of the nodes' texts the projector reads; without, the graph's own features.
         tasks: learnt together by one projector.
         max_questions: of each task and split; drawn by the seed.
     """
@@ -348,9 +354,9 @@ class TrainProjectorSpec(_Spec):
             "examples": [
                 {
                     "type": "train_projector",
-                    "graph_id": "graph-0123456789abcdef01234567",
+                    "graph": "graph-0123456789abcdef01234567",
                     "model": "smollm2-135m",
-                    "encoder": "all-minilm-l6-v2",
+                    "embedding_model": "all-minilm-l6-v2",
                     "output": "cora-ho",
                     "template": {"kind": "ho", "hops": 4, "operator": "sym_selfloop"},
                     "tasks": ["node_classification"],
@@ -360,9 +366,9 @@ class TrainProjectorSpec(_Spec):
     )
 
     type: Literal["train_projector"]
-    graph_id: str = Field(pattern=GRAPH_ID_PATTERN)
+    graph: str = Field(pattern=GRAPH_ID_PATTERN)
     model: str = Field(max_length=96)
-    encoder: str | None = Field(default=None, max_length=96)
+    embedding_model: str | None = Field(default=None, max_length=96)
     output: str = Field(pattern=PROJECTOR_ID_PATTERN)
     template: ProjectorTemplate = ProjectorTemplate()
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)] = ("node_classification",)
@@ -488,8 +494,10 @@ def check_graph(spec: TrainProjectorSpec, info: GraphInfo) -> None:
     Raises:
         SpecError
     """
-    if spec.encoder is None and info.feature_dim is None:
-        raise SpecError("encoder", "the graph has no features of its own: name an encoder")
+    if spec.embedding_model is None and info.feature_dim is None:
+        raise SpecError(
+            "embedding_model", "the graph has no features of its own: name an embedding model"
+        )
     if "node_classification" in spec.tasks and not info.has_labels:
         raise SpecError("tasks", "node_classification needs a graph with labels")
     if "link_prediction" in spec.tasks and info.num_edges == 0:

@@ -242,7 +242,10 @@ def import_command(source: str, model_id: str | None, kind: str, home: Path | No
 @click.argument("layers", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--id", "projector_id", required=True, help="Projector id.")
 @click.option("--model", required=True, help="The LLM that it was trained before.")
-@click.option("--encoder", help="Of the nodes' texts; without, it reads the graph's own features.")
+@click.option(
+    "--embedding-model",
+    help="Of the nodes' texts; without, it reads the graph's own features.",
+)
 @click.option("--template", type=click.Choice(["ho", "nd"]), required=True)
 @click.option("--hops", type=int, required=True)
 @click.option("--operator", help="Of ho: mean, sym or sym_selfloop.")
@@ -260,7 +263,7 @@ def import_projector_command(
     layers: Path,
     projector_id: str,
     model: str,
-    encoder: str | None,
+    embedding_model: str | None,
     template: str,
     hops: int,
     operator: str | None,
@@ -304,7 +307,7 @@ def import_projector_command(
             owner=owner,
             model=named(model),
             hidden_size=read_hidden_size(registry.get(model).path),
-            encoder=None if encoder is None else named(encoder),
+            encoder=None if embedding_model is None else named(embedding_model),
             template=Template(kind=template, hops=hops, operator=operator, fanout=fanout),  # type: ignore[arg-type]
             tasks=tasks,  # type: ignore[arg-type]
             classes=classes,

@@ -5,10 +5,10 @@ import asyncio
 from graph.enrich import EnrichNode, EnrichRequest, UnsuitableModelError
 from graph.generation import PromptInputError
 from graph.nodes import classes_of_graph
-from graph.selection.request import SelectError, SelectRequest
+from graph.selection.request import SelectError, SelectRequest, with_price
 from graph.selection.select import check_selection
 from graph.store import Graph
-from jobs.spec import EnrichSpec
+from jobs.spec import EnrichBudgetSpec, EnrichSpec
 from service.auth import Identity
 from service.deps import AppState
 from service.enrichment import find_nodes, find_prompt, open_graph
@@ -24,12 +24,13 @@ async def complete_enrich(spec: EnrichSpec, state: AppState, identity: Identity)
     """
     prompt = find_prompt(spec.prompt, state, identity)
     classes = tuple(spec.classes or ())
+    price = state.settings.cost_per_million_tokens
     if spec.graph is not None:
         graph = await asyncio.to_thread(open_graph, state, identity, spec.graph, "graph")
         if spec.node_ids is not None:
             await asyncio.to_thread(find_nodes, graph, spec.node_ids)
         if spec.select is not None:
-            await _check_selection(graph, spec.select, state)
+            await _check_selection(graph, with_price(spec.select, price), state)
         classes = classes or await asyncio.to_thread(classes_of_graph, graph, prompt)
     model = spec.model or DEFAULT_MODEL
     embedding_model = spec.embedding_model or state.settings.embedding_model
@@ -52,8 +53,24 @@ async def complete_enrich(spec: EnrichSpec, state: AppState, identity: Identity)
     except (PromptInputError, UnsuitableModelError) as error:
         raise ApiError("invalid_value", error.message, error.param) from error
     return spec.model_copy(
-        update={"prompt": prompt.ref, "model": model, "embedding_model": embedding_model}
+        update={
+            "prompt": prompt.ref,
+            "model": model,
+            "embedding_model": embedding_model,
+            "budget": _priced(spec.budget, price),
+            "select": None if spec.select is None else with_price(spec.select, price),
+        }
     )
+
+
+def _priced(budget: EnrichBudgetSpec, price: float | None) -> EnrichBudgetSpec:
+    """Raises: ApiError."""
+    if budget.cost_per_million_tokens is not None or budget.max_cost is None:
+        return budget
+    if not price:
+        message = "budget.max_cost needs a price above 0, and the server names none"
+        raise ApiError("invalid_value", message, "budget.cost_per_million_tokens")
+    return budget.model_copy(update={"cost_per_million_tokens": price})
 
 
 async def _check_selection(graph: Graph, select: SelectRequest, state: AppState) -> None:

@@ -196,7 +196,7 @@ class EnrichUsageBody(ResponseModel):
     num_nodes: int
     num_by_status: dict[ItemStatus, int]
     seconds: float
-    stopped_by: Literal["max_nodes", "max_tokens", "max_seconds"] | None
+    stopped_by: Literal["max_nodes", "max_tokens", "max_seconds", "max_cost"] | None
 
 
 class EnrichResponse(ResponseModel):

@@ -131,20 +131,22 @@ def _check_output(spec: Spec, state: AppState) -> None:
 def _check_projector(spec: TrainProjectorSpec, state: AppState, identity: Identity) -> None:
     """The graph is the caller's and has what is asked about; the encoder is one."""
     try:
-        check_graph(spec, state.graphs.info(spec.graph_id, identity.tenant))
+        check_graph(spec, state.graphs.info(spec.graph, identity.tenant))
     except GraphNotFoundError:
-        message = f"the graph {spec.graph_id!r} does not exist"
-        raise ApiError("graph_not_found", message, "graph_id") from None
+        message = f"the graph {spec.graph!r} does not exist"
+        raise ApiError("graph_not_found", message, "graph") from None
     except SpecError as error:
         raise ApiError(error.code, error.message, error.param) from None
-    if spec.encoder is None:
+    if spec.embedding_model is None:
         return
     try:
-        encoder = state.engines.entry(spec.encoder)
+        encoder = state.engines.entry(spec.embedding_model)
     except ApiError as error:
-        raise ApiError(error.code, error.message, "encoder") from None
+        raise ApiError(error.code, error.message, "embedding_model") from None
     if encoder.manifest.kind != "encoder":
-        raise ApiError("invalid_value", f"{spec.encoder!r} is no encoder", "encoder")
+        raise ApiError(
+            "invalid_value", f"{spec.embedding_model!r} is no encoder", "embedding_model"
+        )
 
 
 async def _check_files(

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
+import numpy as np
 import pyarrow as pa
 
 from lathe_client import calls
@@ -25,6 +26,7 @@ from lathe_client.arrow import ArrowDecoder
 from lathe_client.calls import Call, EnrichOptions
 from lathe_client.results import Enriched, Graph, Job, NodeId, Selection, join
 from lathe_client.retry import RetryPolicy
+from lathe_client.store import Vectors
 
 T = TypeVar("T")
 
@@ -178,6 +180,20 @@ class AsyncEnrichmentClient:
 
     async def prompt(self, ref: str) -> dict[str, Any]:
         return await self._send(calls.get_prompt(ref))
+
+    async def embeddings(
+        self, texts: Sequence[str], *, model: str, truncate: bool = False
+    ) -> Vectors:
+        """Vectors (num_texts, dim) float32, of length 1.
+
+        Args:
+            truncate: cut texts that are too long for the model, which are refused otherwise.
+
+        Raises:
+            ValueError: no text.
+        """
+        parts = [await self._send(call) for call in calls.embeddings(texts, model, truncate)]
+        return np.concatenate(parts)
 
     async def upload_nodes(
         self, nodes: Sequence[Mapping[str, Any]], name: str = "nodes.jsonl"

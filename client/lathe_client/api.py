@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
+import numpy as np
 import pyarrow as pa
 
 from lathe_client import calls
@@ -14,6 +15,7 @@ from lathe_client.calls import Call, EnrichOptions
 from lathe_client.errors import ConnectionFailedError, JobEndedError
 from lathe_client.results import Enriched, Graph, Job, NodeId, Selection, join
 from lathe_client.retry import RetryPolicy
+from lathe_client.store import Vectors
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 5.0
@@ -163,6 +165,18 @@ class EnrichmentClient:
 
     def prompt(self, ref: str) -> dict[str, Any]:
         return self._send(calls.get_prompt(ref))
+
+    def embeddings(self, texts: Sequence[str], *, model: str, truncate: bool = False) -> Vectors:
+        """Vectors (num_texts, dim) float32, of length 1.
+
+        Args:
+            truncate: cut texts that are too long for the model, which are refused otherwise.
+
+        Raises:
+            ValueError: no text.
+        """
+        parts = [self._send(call) for call in calls.embeddings(texts, model, truncate)]
+        return np.concatenate(parts)
 
     def upload_nodes(self, nodes: Sequence[Mapping[str, Any]], name: str = "nodes.jsonl") -> str:
         """The id of a file of nodes, for `submit_job`."""

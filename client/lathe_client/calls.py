@@ -3,6 +3,7 @@
 `api.py` and `aio.py` send these, so that the sync and the async client ask the same.
 """
 
+import base64
 import io
 import json
 import secrets
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import httpx
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,6 +28,7 @@ from lathe_client.results import (
     read_job,
     read_selection,
 )
+from lathe_client.store import Vectors
 
 MAX_NODES_PER_REQUEST = 1024
 """The service takes no more in one request; `enrich` sends several, a job takes any number."""
@@ -43,7 +46,7 @@ class EnrichOptions(TypedDict, total=False):
         prompt: an id of the catalog, or id@version. Needed.
         returns: parts of a row; the text alone by default.
         embedding_dtype: on the wire; float16 halves it and is the default here.
-        budget: max_nodes, max_tokens, max_seconds.
+        budget: max_nodes, max_tokens, max_seconds, and of jobs max_cost.
         long_text: which part of a text that is too long the prompt shows.
         classes: what a prompt that classifies may answer; by default the labels of a graph's training nodes.
         variables: what a prompt of one's own asks for beside the text.
@@ -166,6 +169,32 @@ def pieces(items: Sequence[T], options: EnrichOptions) -> Iterator[Sequence[T]]:
         )
     for start in range(0, len(items), MAX_NODES_PER_REQUEST):
         yield items[start : start + MAX_NODES_PER_REQUEST]
+
+
+def embeddings(texts: Sequence[str], model: str, truncate: bool) -> Iterator[Call[Vectors]]:
+    """Vectors (num_texts, dim) float32 of as many texts as a request each may hold.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not texts:
+        raise ValueError("there is no text to encode")
+    for start in range(0, len(texts), MAX_NODES_PER_REQUEST):
+        body = {
+            "model": model,
+            "input": list(texts[start : start + MAX_NODES_PER_REQUEST]),
+            "truncate": truncate,
+            "encoding_format": "base64",
+        }
+        yield Call(method="POST", path="/v1/embeddings", json=body, read=_vectors)
+
+
+def _vectors(response: httpx.Response) -> Vectors:
+    try:
+        rows = [base64.b64decode(item["embedding"]) for item in _json(response)["data"]]
+        return np.stack([np.frombuffer(row, dtype="<f4") for row in rows])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnexpectedAnswerError(f"the answer has no vectors: {error!r}") from None
 
 
 def estimate(body: Mapping[str, Any], options: EnrichOptions) -> Call[dict[str, Any]]:

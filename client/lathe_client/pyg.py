@@ -131,7 +131,8 @@ def _joined(data: Data, vectors: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) 
                 " the encoder that the service embeds with"
             )
         enriched, enriched_mask = enriched.to(x), enriched_mask.to(x.device)
-        enriched[~enriched_mask] = x[~enriched_mask]
+        if not mask.all():
+            enriched[~enriched_mask] = x[~enriched_mask]
     data.x_enriched, data.enriched_mask = enriched, enriched_mask
     return data
 
@@ -171,12 +172,11 @@ class SeedSampler(torch.utils.data.Sampler[int]):
             order = self._random.permutation(order)
         step = max(1, self._ahead // 8)  # told in groups: one by one would cost more than it gives
         told = 0
-        for position, index in enumerate(order.tolist()):
-            if position + self._ahead - step >= told or position == 0:
-                upto = min(position + self._ahead, len(order))
-                self._prefetcher.want(self._nodes[order[told:upto]])
-                told = upto
-            yield index
+        for start in range(0, len(order), step):
+            upto = min(start + self._ahead, len(order))
+            self._prefetcher.want(self._nodes[order[told:upto]])
+            told = upto
+            yield from order[start : start + step].tolist()
 
 
 class CsrSampler(BaseSampler):  # type: ignore[misc]

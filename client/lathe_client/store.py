@@ -105,12 +105,12 @@ class EnrichmentStore:
         return int(np.count_nonzero(self._filled))
 
     def has(self, indices: Indices) -> Mask:
-        return np.asarray(self._filled[indices] != 0)
+        return np.asarray(self._filled).take(indices).astype(bool)
 
     def lookup(self, indices: Indices) -> tuple[Vectors, Mask]:
         """Rows of the nodes (num_indices, dim), and which of them are there; the others are zeros."""
         filled = self.has(indices)
-        vectors = np.asarray(self._vectors[indices])
+        vectors = np.asarray(self._vectors).take(indices, axis=0)
         if not filled.all():
             vectors[~filled] = 0  # half a row may be there
         return vectors, filled

@@ -1,8 +1,8 @@
 """A trained projector on disk and at work: `projector.json`, `projector.safetensors`, and the product without torch.
 
 What a projector was trained with is part of it, and `check_use` refuses everything else by name: the LLM and the
-encoder by their hashes, the hop operator, the prompts' version. The Laplacian embedding of the ND template is one of
-its tensors and is never computed again, since another solver may turn the eigenvectors.
+encoder by their hashes, the hop operator, the versions of prompts and of text vectors. The Laplacian embedding of the
+ND template is one of its tensors and is never computed again, since another solver may turn the eigenvectors.
 
 Tensors: `layers.I.weight` (out, in) and `layers.I.bias`, float32; `laplacian` (N, N) for the ND template alone.
 """
@@ -23,6 +23,7 @@ import numpy as np
 
 from graph.llaga.filling import Bools, Float32s, Template
 from graph.llaga.prompts import PROMPT_VERSION, TASKS, Task
+from graph.text_vectors import VECTOR_VERSION
 
 PROJECTOR_ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,95}$"
 _PROJECTOR_ID = re.compile(PROJECTOR_ID_PATTERN[:-1] + r"\Z")
@@ -80,6 +81,7 @@ class ProjectorManifest:
     tasks: tuple[Task, ...]
     classes: tuple[str, ...]
     prompt_version: int = PROMPT_VERSION
+    vector_version: int = VECTOR_VERSION
     training: JsonObject = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -93,6 +95,7 @@ class ProjectorManifest:
         try:
             return cls(
                 **{
+                    "vector_version": 1,  # of files that do not say
                     **data,
                     "template": Template(**data["template"]),
                     "tasks": tuple(data["tasks"]),
@@ -135,6 +138,12 @@ class ProjectorManifest:
                 f"the projector was trained with the operator {self.template.operator},"
                 f" got {operator}",
                 "operator",
+            )
+        if self.encoder is not None and self.vector_version != VECTOR_VERSION:
+            raise ProjectorError(
+                f"the projector was trained with vectors of texts of version {self.vector_version},"
+                f" this is version {VECTOR_VERSION}",
+                "projector",
             )
         if self.prompt_version != PROMPT_VERSION:
             raise ProjectorError(

@@ -69,7 +69,7 @@ class Budget(_Json):
         default=None, gt=0, description="Needs `rates.tokens_per_second`."
     )
     cost: float | None = Field(
-        default=None, gt=0, description="Needs `rates.cost_per_million_tokens`."
+        default=None, gt=0, description="By `rates.cost_per_million_tokens`."
     )
 
     @model_validator(mode="after")
@@ -87,7 +87,9 @@ class Rates(_Json):
     tokens_per_node: int = Field(default=256, ge=0, le=2**20)
     max_text_tokens: int = Field(default=1024, ge=0, le=2**20)
     tokens_per_second: float | None = Field(default=None, ge=1e-3, le=1e9)
-    cost_per_million_tokens: float | None = Field(default=None, ge=0, le=1e9)
+    cost_per_million_tokens: float | None = Field(
+        default=None, ge=0, le=1e9, description="For `budget.cost` by default the server's."
+    )
 
 
 class MixPart(_Json):
@@ -160,6 +162,15 @@ class SelectRequest(_Json):
     def is_seeded(self) -> bool:
         by_community = self.quotas is not None and self.quotas.per == "community"
         return bool(self.strategies & SEEDED) or by_community
+
+
+def with_price(request: SelectRequest, price: float | None) -> SelectRequest:
+    """With the server's price of a million tokens, where a budget needs one and the request names none."""
+    rates = request.rates
+    if request.budget.cost is None or rates.cost_per_million_tokens is not None:
+        return request
+    rates = rates.model_copy(update={"cost_per_million_tokens": price})
+    return request.model_copy(update={"rates": rates})
 
 
 def check_request(request: SelectRequest) -> None:

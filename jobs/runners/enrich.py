@@ -336,12 +336,17 @@ class _Job:
     def _budget(self, places: Sequence[int]) -> EnrichBudget:
         """What is left of the job's for these nodes."""
         given = self._context.spec["budget"]
-        nodes, tokens, seconds = (
-            given.get(name) for name in ("max_nodes", "max_tokens", "max_seconds")
+        nodes, tokens, seconds, cost = (
+            given.get(name) for name in ("max_nodes", "max_tokens", "max_seconds", "max_cost")
         )
+        paid = None
+        if cost is not None:  # rounded, because 0.29 * 100 is a little below 29
+            paid = int(round(cost * 1e6 / given["cost_per_million_tokens"], 6))
+        spent = self._ledger.tokens_spent
         return EnrichBudget(
             nodes=None if nodes is None else sum(place < nodes for place in places),
-            tokens=None if tokens is None else max(0, tokens - self._ledger.tokens_spent),
+            tokens=None if tokens is None else max(0, tokens - spent),
+            cost_tokens=None if paid is None else max(0, paid - spent),
             seconds=None if seconds is None else max(0.0, seconds - self._totals.seconds),
         )
 

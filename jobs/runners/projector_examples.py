@@ -3,6 +3,7 @@
 The words become tokens here as the query route makes them, so that a projector is asked what it was taught.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from compression.hf import read_config
 from compression.registry import ModelEntry
 from compression.safetensors_header import CheckpointError
 from engines.encoder_engine import EncoderEngine
-from engines.protocol import EmbedRequest
+from engines.protocol import EmbedRequest, EmbedResult
 from engines.text import TextTokenizer
 from engines.transformers_engine import eos_token_ids
+from graph.cache import EnrichmentCache
+from graph.enrich import TextModel, normalise
 from graph.llaga.filling import Float32s, Template, plan_questions, question_vectors
 from graph.llaga.prompts import MAX_DESCRIPTION_TOKENS, Task, answer_text, build_prompt
 from graph.llaga.questions import TaskQuestions
-from graph.llaga.vectors import ENCODE_BATCH, NodeVectors, cut_text, frame_tokens
+from graph.served_text import ServedText
 from graph.store import Graph, Int64s
+from graph.text_vectors import TextVectors, VectorUsage, text_tokens
 from jobs.context import JobFailedError
 from training.projector import Examples, TaskPrompt
 
@@ -28,37 +32,30 @@ _FILL_BATCH = 256
 
 
 class TextEncoder:
-    """A sentence encoder with its tokenizer; of a long text it reads the beginning."""
+    """A sentence encoder with its tokenizer, in this process; an `Embedder`."""
 
     def __init__(self, entry: ModelEntry) -> None:
         """Raises: CheckpointError."""
         if entry.manifest.kind != "encoder":
             raise CheckpointError(f"{entry.id} is no encoder")
         self._engine = EncoderEngine.load(entry.id, entry.path)
-        self._tokenizer = TextTokenizer.load(entry.path)
-        self.model = entry.id
-        self.checkpoint_hash = self._engine.info.checkpoint_hash
-        self.dim = self._engine.info.hidden_size
+        self.text = ServedText.load(entry.path)
+        self.info = self._engine.info
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        return self._engine.embed(request)
 
     def vectors(self, texts: Sequence[str]) -> Float32s:
         """Of unit norm (texts, dim); zero for a text without a token."""
-        limit = self._engine.info.max_model_len
-        ids = [
-            frame_tokens(
-                self._tokenizer.encode(cut_text(text, self._tokenizer, limit)),
-                self._tokenizer,
-                limit,
-            )
-            for text in texts
-        ]
-        rows = np.zeros((len(texts), self.dim), dtype=np.float32)
+        ids = text_tokens(self.text, [normalise(text) for text in texts], self.info)
+        rows = np.zeros((len(texts), self.info.hidden_size), dtype=np.float32)
         filled = [index for index, one in enumerate(ids) if one]
         if filled:
             request = EmbedRequest(
                 request_id="projector", token_ids=tuple(ids[index] for index in filled)
             )
             vectors = np.frombuffer(self._engine.embed(request).vectors, dtype="<f4")
-            rows[filled] = vectors.reshape(len(filled), self.dim)
+            rows[filled] = vectors.reshape(len(filled), -1)
         return rows
 
 
@@ -94,23 +91,31 @@ def encode_nodes(
     graph: Graph,
     nodes: Int64s,
     encoder: TextEncoder,
-    kept: NodeVectors,
+    cache: EnrichmentCache,
+    tenant: str,
     on_batch: Callable[[int, int], None],
 ) -> tuple[Float32s, int]:
-    """Features (nodes of the graph, dim), whose rows of `nodes` are filled, and how many texts were encoded for them.
+    """Features (nodes of the graph, dim), whose rows of `nodes` are filled, and of how many nodes they were made now.
 
     Args:
-        on_batch: told of texts done and to do; what it raises ends the work, and what was encoded is kept.
+        on_batch: told of nodes done and to do; what it raises ends the work, and what was encoded is kept.
     """
-    features = np.zeros((graph.info.num_nodes, encoder.dim), dtype=np.float32)
-    missing = kept.load(graph, nodes, features)
-    for first in range(0, len(missing), ENCODE_BATCH):
-        some = missing[first : first + ENCODE_BATCH]
-        texts = graph.texts(some)
-        features[some] = encoder.vectors(texts)
-        kept.keep(texts, features[some])
-        on_batch(first + len(some), len(missing))
-    return features, len(missing)
+
+    async def engine_for(model: str, param: str) -> TextEncoder:
+        return encoder
+
+    async def text_for(model: str, param: str) -> TextModel:
+        return encoder.text
+
+    usage = VectorUsage()
+    vectors = TextVectors(engine_for=engine_for, text_for=text_for, cache=cache)
+    features = np.zeros((graph.info.num_nodes, encoder.info.hidden_size), dtype=np.float32)
+    features[nodes] = asyncio.run(
+        vectors.encode(
+            graph, nodes, model=encoder.info.model, tenant=tenant, usage=usage, on_batch=on_batch
+        )
+    )
+    return features, usage.num_encoded
 
 
 def build_examples(

@@ -31,7 +31,6 @@ from graph.llaga.projector import (
 from graph.llaga.prompts import Task
 from graph.llaga.questions import QuestionError, TaskQuestions, make_all_questions
 from graph.llaga.templates import laplacian_embedding
-from graph.llaga.vectors import NodeVectors
 from graph.store import SPLITS, Graph, GraphNotFoundError, GraphStore
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext, finite
 from jobs.runners.projector_examples import (
@@ -80,7 +79,7 @@ def run(context: RunnerContext) -> JsonObject:
     except ModelNotFoundError as error:
         raise JobFailedError("model_not_found", f"model {str(error)!r} is gone") from None
     except GraphNotFoundError:
-        message = f"graph {context.spec['graph_id']!r} is gone"
+        message = f"graph {context.spec['graph']!r} is gone"
         raise JobFailedError("graph_not_found", message) from None
     except (CheckpointError, QuestionError) as error:
         raise JobFailedError("bad_data", str(error)) from error
@@ -130,8 +129,10 @@ def _train(context: RunnerContext, projectors: ProjectorRegistry) -> JsonObject:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = ModelRegistry(context.home / "models")
     source = _sound(models.get(spec["model"]))
-    encoder = TextEncoder(_sound(models.get(spec["encoder"]))) if "encoder" in spec else None
-    graph = GraphStore(context.home / "graphs").get(spec["graph_id"], context.owner)
+    encoder = None
+    if "embedding_model" in spec:
+        encoder = TextEncoder(_sound(models.get(spec["embedding_model"])))
+    graph = GraphStore(context.home / "graphs").get(spec["graph"], context.owner)
     tasks = make_all_questions(
         graph, spec["tasks"], seed=settings.seed, max_questions=spec.get("max_questions")
     )
@@ -196,8 +197,8 @@ def _train(context: RunnerContext, projectors: ProjectorRegistry) -> JsonObject:
         owner=context.owner,
         model=source.id,
         model_hash=checkpoint_hash(source.manifest),
-        encoder=None if encoder is None else encoder.model,
-        encoder_hash=None if encoder is None else encoder.checkpoint_hash,
+        encoder=None if encoder is None else encoder.info.model,
+        encoder_hash=None if encoder is None else encoder.info.checkpoint_hash,
         encoder_dim=features.shape[1],
         hidden_size=reader.hidden_size,
         num_layers=settings.num_layers,
@@ -234,11 +235,10 @@ def _features(
     centres = np.concatenate([q.ravel() for task in tasks for q in task.questions.values()])
     nodes = nodes_within(graph, centres, template.hops)
     cache = EnrichmentCache(context.home / "cache.db")
-    kept = NodeVectors(
-        cache, tenant=context.owner, encoder_hash=encoder.checkpoint_hash, dim=encoder.dim
-    )
     try:
-        features, num_encoded = encode_nodes(graph, nodes, encoder, kept, context.progress)
+        features, num_encoded = encode_nodes(
+            graph, nodes, encoder, cache, context.owner, context.progress
+        )
     finally:
         cache.close()
     context.event(
@@ -255,7 +255,7 @@ def _checkpoints(
         context.spec,
         graph.info.content_hash,
         checkpoint_hash(source.manifest),
-        None if encoder is None else encoder.checkpoint_hash,
+        None if encoder is None else encoder.info.checkpoint_hash,
     ]
     return CheckpointFolder(context.folder / "work", identity)
 
@@ -314,7 +314,9 @@ def _judge(
 
 
 def _write_report(context: RunnerContext, report: JsonObject) -> None:
-    title = f"{context.spec['model']} on {context.spec['graph_id']} -> {context.spec['output']}: projector"
+    title = (
+        f"{context.spec['model']} on {context.spec['graph']} -> {context.spec['output']}: projector"
+    )
     contents: dict[str, Any] = {
         REPORT_NAME: json.dumps(finite(report), indent=1),
         MARKDOWN_NAME: to_markdown(title, report),

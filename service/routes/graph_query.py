@@ -5,7 +5,6 @@ are kept in the enrichment cache, and later questions read them there.
 """
 
 import asyncio
-import secrets
 import time
 from typing import Annotated, Literal
 
@@ -14,7 +13,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import ConfigDict, Field, model_validator
 
-from engines.protocol import AsyncEngine, EmbedRequest, EngineError
+from engines.protocol import AsyncEngine, EngineError
 from graph.llaga.filling import Float32s, needed_nodes, plan_questions
 from graph.llaga.hops import HopOperator
 from graph.llaga.projector import (
@@ -28,8 +27,8 @@ from graph.llaga.projector import (
 )
 from graph.llaga.prompts import NUM_CENTRES, Task
 from graph.llaga.query import Answer, answer_questions
-from graph.llaga.vectors import ENCODE_BATCH, NodeVectors, cut_text, frame_tokens
 from graph.store import Graph, Int64s
+from graph.text_vectors import VectorUsage
 from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, ResponseModel, StateDep, require
 from service.enrichment import NodeIdField, node_indices, open_graph
@@ -37,7 +36,6 @@ from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import json_response
 from service.generation_body import absent, present
 from service.middleware import answer_in_time
-from service.tokenizers import ModelText
 
 router = APIRouter(
     prefix="/v1",
@@ -118,7 +116,7 @@ class ProjectorObject(ResponseModel):
     object: Literal["projector"] = "projector"
     created_at: int
     model: str
-    encoder: str | None = Field(description="Null: the graph's own features.")
+    embedding_model: str | None = Field(description="Null: the graph's own features.")
     template: Literal["nd", "ho"]
     hops: int
     fanout: int | None
@@ -294,50 +292,18 @@ async def _features(
                 "projector",
             )
         return graph.features, 0
-    text = await state.tokenizers.get(state.engines.entry(manifest.encoder))
-    kept = NodeVectors(
-        state.cache,
-        tenant=identity.tenant,
-        encoder_hash=encoder.info.checkpoint_hash,
-        dim=dim,
-    )
-    features = np.zeros((graph.info.num_nodes, dim), dtype=np.float32)
-    missing = await asyncio.to_thread(kept.load, graph, nodes, features)
-    for first in range(0, len(missing), ENCODE_BATCH):
-        some = missing[first : first + ENCODE_BATCH]
-        texts = await asyncio.to_thread(graph.texts, some)
-        ids = [await _token_ids(text, given, encoder.info.max_model_len) for given in texts]
-        filled = [place for place, one in enumerate(ids) if one]
-        if filled:
-            token_ids = tuple(ids[place] for place in filled)
-            features[some[filled]] = await _embed(encoder, token_ids, dim, identity)
-        await asyncio.to_thread(kept.keep, texts, features[some])
-    return features, len(missing)
-
-
-async def _embed(
-    encoder: AsyncEngine, token_ids: tuple[tuple[int, ...], ...], dim: int, identity: Identity
-) -> Float32s:
-    result = await encoder.embed(
-        EmbedRequest(
-            request_id=f"query-{secrets.token_hex(12)}",
-            token_ids=token_ids,
-            tenant=identity.tenant,
-        )
-    )
-    if result.dim != dim:
+    if encoder.info.hidden_size != dim:
         raise ApiError(
             "invalid_value",
-            f"the projector takes vectors of {dim}, the encoder gives {result.dim}",
+            f"the projector takes vectors of {dim}, the encoder gives {encoder.info.hidden_size}",
             "projector",
         )
-    return np.frombuffer(result.vectors, dtype="<f4").reshape(len(token_ids), dim)
-
-
-async def _token_ids(text: ModelText, given: str, limit: int) -> tuple[int, ...]:
-    """The beginning of a text that the encoder takes, with what goes around it."""
-    cut = cut_text(given, text.tokenizer, limit)
-    return frame_tokens(await text.encode(cut, None, None), text.tokenizer, limit)
+    usage = VectorUsage()
+    features = np.zeros((graph.info.num_nodes, dim), dtype=np.float32)
+    features[nodes] = await state.text_vectors.encode(
+        graph, nodes, model=manifest.encoder, tenant=identity.tenant, usage=usage
+    )
+    return features, usage.num_encoded
 
 
 def _answer(index: int, graph: Graph, question: Int64s, answer: Answer) -> QueryAnswer:
@@ -368,7 +334,7 @@ def _projector_object(name: str, manifest: ProjectorManifest) -> ProjectorObject
         id=name,
         created_at=int(manifest.created_at),
         model=manifest.model,
-        encoder=manifest.encoder,
+        embedding_model=manifest.encoder,
         template=manifest.template.kind,
         hops=manifest.template.hops,
         fanout=manifest.template.fanout,

@@ -18,7 +18,14 @@ from graph.catalog import MAX_NEIGHBORS_READ, Prompt
 from graph.enrich import EnrichNode
 from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
 from graph.selection.quotas import GroupShare
-from graph.selection.request import BudgetName, Order, SelectError, SelectRequest, Strategy
+from graph.selection.request import (
+    BudgetName,
+    Order,
+    SelectError,
+    SelectRequest,
+    Strategy,
+    with_price,
+)
 from graph.selection.select import (
     Selection,
     check_selection,
@@ -418,6 +425,7 @@ async def _select(
     graph_id: str, body: SelectRequest, state: AppState, identity: Identity
 ) -> Response:
     graph = await asyncio.to_thread(open_graph, state, identity, graph_id)
+    body = with_price(body, state.settings.cost_per_million_tokens)
     model, vectors = None, None
     try:
         await asyncio.to_thread(check_selection, graph, body)

@@ -2,14 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from lathe_client import ApiStatusError, AsyncEnrichmentClient, EnrichmentClient
+from lathe_client import ApiStatusError, AsyncEnrichmentClient, EnrichmentClient, calls
 
+from tests.client.conftest import serve
+from tests.fakes.echo_engine import echo_vector
 from tests.jobs.conftest import wait_until
+from tests.service import openai_app
 from tests.service.test_graph_routes import Service
 
 MODELS: Any = {"model": "writer", "embedding_model": "encoder"}
@@ -46,6 +50,28 @@ def test_enrich_gives_rows_texts_and_vectors(client: EnrichmentClient, service: 
     )
     assert exact.embeddings.dtype == np.float32
     assert exact.texts == [None, None, None]
+
+
+@pytest.mark.anyio
+async def test_embeddings_of_both_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "MAX_NODES_PER_REQUEST", 2)
+    service = openai_app.Service(tmp_path)
+    with serve(service.app, lifespan="off") as url:
+        arguments: Any = {"texts": ["a", "b", "a " * 20], "model": openai_app.ENCODER}
+        with EnrichmentClient(url) as client:
+            vectors = client.embeddings(**arguments, truncate=True)
+            with pytest.raises(ApiStatusError) as caught:
+                client.embeddings(**arguments)
+            with pytest.raises(ValueError, match="no text"):
+                client.embeddings([], model=openai_app.ENCODER)
+        assert caught.value.code == "context_length_exceeded"
+        assert [len(request.token_ids) for request in service.encoder.embed_requests[:2]] == [2, 1]
+        tokens = [ids for one in service.encoder.embed_requests[:2] for ids in one.token_ids]
+        expected = [echo_vector(ids, normalize=True) for ids in tokens]
+        assert vectors.dtype == np.float32
+        assert np.allclose(vectors, expected)
+        async with AsyncEnrichmentClient(url) as aio:
+            assert np.array_equal(await aio.embeddings(**arguments, truncate=True), vectors)
 
 
 def test_text_alone_has_no_vectors(client: EnrichmentClient) -> None:

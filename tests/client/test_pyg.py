@@ -4,7 +4,7 @@ import multiprocessing
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -219,6 +219,20 @@ def test_seeds_are_told_before_their_turn(
     assert list(sampler) != order  # the next epoch
     plain = SeedSampler(seeds, prefetcher, shuffle=False)
     assert list(plain) == list(range(30))
+
+
+def test_seeds_are_told_in_groups_once_each() -> None:
+    """Telling has a cost of its own, so none for a seed."""
+    told: list[list[int]] = []
+
+    class Told:
+        def want(self, indices: Any) -> None:
+            told.append(indices.tolist())
+
+    seeds = torch.arange(200) + 1
+    order = list(SeedSampler(seeds, cast(Prefetcher, Told()), ahead=80))
+    assert [node for group in told for node in group] == seeds[order].tolist()
+    assert [len(group) for group in told] == [80, *[10] * 12, *[0] * 7]
 
 
 def _in_child(hook: EnrichHook, data: Data, answers: Any) -> None:

@@ -25,6 +25,8 @@ CLS, SEP = 1, 2
 class CodePointText:
     """A `TextModel` whose tokens are code points."""
 
+    max_token_chars = 1
+
     def __init__(self, *, chats: bool = True, marks: bool = False) -> None:
         self._chats = chats
         self._marks = marks

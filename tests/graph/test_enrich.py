@@ -375,6 +375,10 @@ async def test_token_budget_is_never_exceeded(tmp_path: Path, spare: int, num_do
     assert statuses(result) == ["ok"] * num_done + ["skipped_budget"] * (9 - num_done)
     assert result.usage.total_tokens == num_done * cost <= budget
     assert result.usage.stopped_by == "max_tokens"
+    paid = await House(tmp_path / "paid").enrich(
+        texts, budget={"tokens": budget + 1, "cost_tokens": budget}
+    )
+    assert (statuses(paid), paid.usage.stopped_by) == (statuses(result), "max_cost")
     error = result.rows[-1].error
     assert error is not None
     assert error.code == "budget_exhausted"

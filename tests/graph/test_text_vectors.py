@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.protocol import AsyncEngine
+from engines.protocol import AsyncEngine, EngineError
 from graph.cache import EnrichmentCache
-from graph.enrich import TextModel
+from graph.enrich import TextError, TextModel
 from graph.store import Graph, GraphStore
-from graph.text_vectors import BATCH, TextVectors
+from graph.text_vectors import BATCH, TextVectors, VectorUsage
 from tests.graph.fakes import CLS, SEP, CodePointText, ScriptedEngine
 from tests.graph.graphs import OWNER, columns, create
 
@@ -62,6 +62,37 @@ async def test_vectors_in_order_and_each_text_once(tmp_path: Path) -> None:
     assert len(encoder.engine.embedded) == 4
     assert await encoder.encode(graph, [1, 0, 2, 3, 4, 5]) == expected
     assert len(encoder.engine.embedded) == 4  # all from the cache
+
+
+async def test_what_raises_between_batches_leaves_what_was_done(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path)
+    graph = graph_of(tmp_path, [f"text {i}" for i in range(2 * BATCH + 3)])
+    told = []
+
+    def stop(done: int, total: int) -> None:
+        told.append((done, total))
+        raise InterruptedError
+
+    nodes = np.arange(2 * BATCH + 3)
+    usage = VectorUsage()
+    with pytest.raises(InterruptedError):
+        await encoder.vectors.encode(graph, nodes, model="encoder", tenant="t", on_batch=stop)
+    await encoder.vectors.encode(graph, nodes, model="encoder", tenant="t", usage=usage)
+    assert told == [(BATCH, len(nodes))]
+    assert (usage.num_cached, usage.num_encoded) == (BATCH, BATCH + 3)
+
+
+async def test_a_text_that_cannot_become_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: CodePointText, text: str) -> list[int]:
+        raise TextError("a control token")
+
+    encoder = Encoder(tmp_path)
+    monkeypatch.setattr(CodePointText, "encode_text", refuse)
+    with pytest.raises(EngineError, match="a control token") as caught:
+        await encoder.encode(graph_of(tmp_path, ["ab"]), [0])
+    assert caught.value.code == "invalid_value"
 
 
 async def test_more_nodes_than_a_batch(tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def arrow_stream(table: pa.Table) -> io.BytesIO:
     return file
 
 
+def arrow_stream_of_one_batch(table: pa.Table) -> io.BytesIO:
+    file = io.BytesIO()
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return file
+
+
 WRITERS = [parquet, arrow_file, arrow_stream]
 
 
@@ -161,6 +168,47 @@ def test_a_small_file_that_expands_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(upload, "MAX_TABLE_BYTES", 50 * 2**20)
     with pytest.raises(GraphInputError, match="bytes decoded"):
         read_columns(file, parquet(EDGES))
+
+
+def repeating(rows: int) -> pa.Table:
+    """Few bytes in any file: one text of 2**16 bytes in all rows."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), ["x" * 2**16])
+    return pa.table({"id": list(range(rows)), "text": texts})
+
+
+def plain_parquet(table: pa.Table) -> io.BytesIO:
+    """Nothing in it says that its texts were a dictionary."""
+    return parquet(table, store_schema=False)
+
+
+@pytest.mark.parametrize("write", [plain_parquet, arrow_stream_of_one_batch])
+def test_a_text_that_all_rows_share_is_counted_in_each(
+    write: Callable[[pa.Table], io.BytesIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(repeating(4000))
+    assert len(file.getvalue()) < 2**18
+    monkeypatch.setattr(upload, "MAX_TABLE_BYTES", 2**26)
+    monkeypatch.setattr(upload, "MAX_PIECE_BYTES", 2**24)
+    before, pool = pa.default_memory_pool(), pa.system_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(GraphInputError, match="bytes decoded"):
+            read_columns(file, parquet(EDGES))
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 2**27  # of 2**28 that it would decode to
+
+
+def test_few_rows_may_share_a_long_text() -> None:
+    assert (
+        read_columns(parquet(repeating(20)), parquet(EDGES)).texts.to_pylist() == ["x" * 2**16] * 20
+    )
+
+
+def test_what_repeats_and_does_not_tell_is_refused() -> None:
+    file = parquet(EDGES, use_dictionary=False, column_encoding={"source": "DELTA_BYTE_ARRAY"})
+    with pytest.raises(GraphInputError, match="DELTA_BYTE_ARRAY"):
+        read_columns(parquet(NODES), file)
 
 
 def test_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,6 +335,15 @@ def test_budgets_hold_for_the_whole_job(
     assert result["usage"]["stopped_by"] == "max_tokens"
     assert statuses(rows_of(context)).count("ok") == 9
 
+    (home / "cache.db").unlink()
+    budget = {"max_cost": 9 * cost * 0.29 / 1e6, "cost_per_million_tokens": 0.29}
+    context = context_of(home, job_id="job-4", budget=budget)
+    result = enrich.run(context)
+    assert (result["usage"]["total_tokens"], result["usage"]["stopped_by"]) == (
+        9 * cost,
+        "max_cost",
+    )
+
     context = context_of(home, job_id="job-3", budget={"max_seconds": 1e-6}, max_tokens=9)
     assert enrich.run(context)["usage"]["stopped_by"] == "max_seconds"
     assert set(statuses(rows_of(context))) == {"failed", "skipped_budget"}
@@ -525,7 +534,7 @@ SELECT = {"strategy": "random", "budget": {"nodes": 1}}
         ({"node_ids": []}, "node_ids", "invalid_value"),
         ({"prompt": None}, "prompt", "invalid_value"),
         ({"priority": "high"}, "priority", "invalid_value"),
-        ({"budget": {"max_cost": 1}}, "budget.max_cost", "unsupported_parameter"),
+        ({"budget": {"max_gold": 1}}, "budget.max_gold", "unsupported_parameter"),
         ({"output": "x"}, "output", "unsupported_parameter"),
         ({"temperature": 1}, "temperature", "unsupported_parameter"),
     ],

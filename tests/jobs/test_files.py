@@ -310,11 +310,11 @@ def test_good_content_is_read_as_written(tmp_path: Path) -> None:
         check_file(tmp_path / "e", "user_data")
 
 
-def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, **options)
     return path
 
 
@@ -335,6 +335,12 @@ def test_parquet_with_a_text_column(tmp_path: Path) -> None:
     for message, columns in bad.items():
         with pytest.raises(FileContentError, match=message):
             check_file(write_parquet(tmp_path / "b", columns), "calibration")
+    encoding = {"text": "DELTA_BYTE_ARRAY"}
+    path = write_parquet(
+        tmp_path / "d", {"text": ["a"]}, use_dictionary=False, column_encoding=encoding
+    )
+    with pytest.raises(FileContentError, match="DELTA_BYTE_ARRAY"):
+        check_file(path, "calibration")
     (tmp_path / "c").write_bytes(path.read_bytes()[:-9])
     with pytest.raises(FileContentError, match="not a readable Parquet file"):
         check_file(tmp_path / "c", "calibration")

@@ -25,12 +25,12 @@ from graph.llaga.projector import LoadedProjector, ProjectorRegistry, load_proje
 from graph.llaga.query import answer_questions
 from graph.llaga.questions import make_questions
 from graph.llaga.templates import laplacian_embedding
-from graph.llaga.vectors import NodeVectors
 from graph.store import Graph, GraphColumns, GraphStore
 from jobs import child
 from jobs.context import RunnerContext
 from jobs.runners import projector_results
 from jobs.runners import train_projector as runner
+from jobs.runners.projector_examples import TextEncoder, encode_nodes
 from jobs.runners.projector_results import area_under_curve
 from jobs.spec import SpecError, check_graph, parse_spec, spec_json
 from tests.compression.models import save_and_import, tiny_decoder
@@ -43,7 +43,7 @@ from training.projector import FrozenReader, ProjectorSettings
 OWNER = "tenant-a"
 BODY: dict[str, Any] = {
     "type": "train_projector",
-    "graph_id": "graph-1",
+    "graph": "graph-1",
     "model": "tiny",
     "output": "mine",
     "template": {"kind": "ho", "hops": 2, "operator": "sym_selfloop"},
@@ -198,8 +198,8 @@ async def test_the_report_says_what_queries_say(
     assert max(m["progress"][0] for m in messages if "progress" in m) == report["steps"]
 
 
-def test_vectors_of_the_encoder_are_made_once(home: Path) -> None:
-    context, messages = context_of(home, encoder="enc", tasks=["node_description"])
+def test_vectors_of_the_encoder_are_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, messages = context_of(home, embedding_model="enc", tasks=["node_description"])
     ended = outcome(context)
     assert "result" in ended, ended
     result = ended["result"]
@@ -210,7 +210,7 @@ def test_vectors_of_the_encoder_are_made_once(home: Path) -> None:
     assert -1 <= test["similarity_to_others"] <= 1
     assert projector_of(home).manifest.encoder == "enc"
 
-    again, messages = context_of(home, "job-2", encoder="enc", output="second")
+    again, messages = context_of(home, "job-2", embedding_model="enc", output="second")
     outcome(again)
     encoded = [m["data"] for m in messages if "texts were encoded" in m.get("message", "")]
     assert encoded == [{"nodes": NUM_NODES, "encoded": 0}]
@@ -222,12 +222,12 @@ def test_vectors_of_the_encoder_are_made_once(home: Path) -> None:
     expected = np.frombuffer(
         engine.embed(EmbedRequest(request_id="r", token_ids=ids)).vectors, "<f4"
     )
-    manifest = projector_of(home, "second").manifest
-    kept = NodeVectors(
-        EnrichmentCache(home / "cache.db"), tenant=OWNER, encoder_hash=str(manifest.encoder_hash), dim=32
+    encoder = TextEncoder(ModelRegistry(home / "models").get("enc"))
+    monkeypatch.setattr(encoder, "embed", None)  # all are in the cache
+    features, num_encoded = encode_nodes(
+        graph_of(home), np.array([0, 7]), encoder, EnrichmentCache(home / "cache.db"), OWNER, lambda *_: None
     )  # fmt: skip
-    features = np.zeros((NUM_NODES, 32), dtype=np.float32)
-    assert kept.load(graph_of(home), np.array([0, 7]), features).tolist() == []
+    assert num_encoded == 0
     assert np.allclose(features[[0, 7]].ravel(), expected, atol=1e-5)
 
 
@@ -268,7 +268,7 @@ def test_a_killed_job_ends_in_the_same_projector(
 
     settings = partial(ProjectorSettings, checkpoint_steps=5)
     monkeypatch.setattr(runner, "ProjectorSettings", settings)
-    context, messages = context_of(home, encoder="enc")
+    context, messages = context_of(home, embedding_model="enc")
 
     def send(message: Any) -> None:
         messages.append(message)
@@ -278,7 +278,7 @@ def test_a_killed_job_ends_in_the_same_projector(
     with pytest.raises(KilledError):
         runner.run(replace(context, send=send))
     outcome(context)
-    whole, _ = context_of(home, "job-whole", encoder="enc", output="whole")
+    whole, _ = context_of(home, "job-whole", embedding_model="enc", output="whole")
     outcome(whole)
     for one, other in zip(tensors(home, "whole"), tensors(home, "mine"), strict=True):
         assert np.array_equal(one, other)
@@ -289,9 +289,9 @@ def test_a_killed_job_ends_in_the_same_projector(
     ("change", "code", "message"),
     [
         ({"model": "nobody"}, "model_not_found", "nobody"),
-        ({"encoder": "nobody"}, "model_not_found", "nobody"),
-        ({"encoder": "tiny"}, "bad_data", "tiny is no encoder"),
-        ({"graph_id": "graph-2"}, "graph_not_found", "graph-2"),
+        ({"embedding_model": "nobody"}, "model_not_found", "nobody"),
+        ({"embedding_model": "tiny"}, "bad_data", "tiny is no encoder"),
+        ({"graph": "graph-2"}, "graph_not_found", "graph-2"),
         ({"template": {"kind": "nd", "hops": 2, "fanout": 15}}, "context_length_exceeded", "reads 256"),
         ({}, "loss_not_finite", "step 1 is nan"),
     ],
@@ -347,7 +347,7 @@ def test_another_owners_graph_is_not_read(home: Path) -> None:
         ({"settings": {"epochs": 0}}, "settings.epochs"),
         ({"settings": {"momentum": 1}}, "settings.momentum"),
         ({"output": "../up"}, "output"),
-        ({"graph_id": "../graph"}, "graph_id"),
+        ({"graph": "../graph"}, "graph"),
         ({"max_questions": 0}, "max_questions"),
     ],
 )
@@ -370,7 +370,7 @@ def test_what_a_graph_must_have(home: Path) -> None:
     spec: Any = parse_spec(BODY | {"tasks": ["node_classification", "link_prediction"]})
     check_graph(spec, info)
     for lacking, param in (
-        ({"feature_dim": None}, "encoder"),
+        ({"feature_dim": None}, "embedding_model"),
         ({"has_labels": False}, "tasks"),
         ({"num_edges": 0}, "tasks"),
     ):

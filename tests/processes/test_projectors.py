@@ -24,7 +24,7 @@ def test_upload_train_and_ask(tiny_service: Service) -> None:
         graph_id = client.post("/graphs", json=graph).json()["id"]
         body = {
             "type": "train_projector",
-            "graph_id": graph_id,
+            "graph": graph_id,
             "model": TINY,
             "output": "ring",
             "template": {"kind": "ho", "hops": 2, "operator": "mean"},

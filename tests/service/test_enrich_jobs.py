@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -96,6 +96,21 @@ def test_from_a_graph_to_artefacts(
     answer = http.post(f"/v1/graphs/{graph_id}/enrich", json=body).json()
     assert [row["status"] for row in answer["data"]] == ["cached", "cached"]
     assert [row["text"] for row in answer["data"]] == [row["text"] for row in rows[:2]]
+
+
+def test_a_jobs_price_is_the_servers_unless_it_names_one(http: TestClient) -> None:
+    graph_id = http.post("/v1/graphs", json=GRAPH).json()["id"]
+    body = {**JOB, "graph": graph_id, "budget": {"max_cost": 0.01}}
+    refused = http.post("/v1/jobs", json=body)
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] == "budget.cost_per_million_tokens"
+    cast(Any, http.app).state.lathe.settings.cost_per_million_tokens = 0.5
+    select = {"strategy": "degree", "budget": {"cost": 1.0}}
+    spec = http.post("/v1/jobs", json=body | {"select": select}).json()["spec"]
+    assert spec["budget"] == {"max_cost": 0.01, "cost_per_million_tokens": 0.5}
+    assert spec["select"]["rates"]["cost_per_million_tokens"] == 0.5
+    body["budget"] = {"max_cost": 0.01, "cost_per_million_tokens": 2.0}
+    assert http.post("/v1/jobs", json=body).json()["spec"]["budget"] == body["budget"]
 
 
 def test_refusals_before_a_job_exists(http: TestClient) -> None:

@@ -14,6 +14,7 @@ from engines.protocol import EmbedRequest, EmbedResult
 from engines.transformers_engine import TransformersEngine
 from graph.llaga.filling import Template
 from graph.llaga.projector import ProjectorRegistry, write_projector
+from service.enrichment import build_text_vectors
 from service.errors import ApiError
 from service.routes import graph_query
 from tests.graph.llaga.test_projector import manifest_of, tensors_of
@@ -36,7 +37,9 @@ class Engines:
         if name == "m":
             return Awaited(self.decoder)
         if name == "e":
-            info = SimpleNamespace(checkpoint_hash=self.encoder_hash, max_model_len=8)
+            info = SimpleNamespace(
+                checkpoint_hash=self.encoder_hash, max_model_len=8, hidden_size=DIM, dtype="float32"
+            )
             return SimpleNamespace(info=info, embed=self.embed)
         raise ApiError("model_not_found", f"the model {name!r} does not exist", "model")
 
@@ -56,11 +59,7 @@ class Texts:
             encode=encode, decode=words.decode, special_prefix=(1,), special_suffix=(2,),
             max_token_chars=9,
         )  # fmt: skip
-
-        async def encode_text(text: str, limit: Any, param: Any) -> list[int]:
-            return encode(text)
-
-        return SimpleNamespace(tokenizer=tokenizer, encode=encode_text)
+        return SimpleNamespace(tokenizer=tokenizer, chat_template=None)
 
 
 @pytest.fixture
@@ -70,6 +69,9 @@ def service(tmp_path: Path, tiny_llama: Path) -> Iterator[Service]:
     model = LlamaForCausalLM.from_pretrained(tiny_llama).eval().requires_grad_(False)
     service.state.engines = cast(Any, Engines(model))
     service.state.tokenizers = cast(Any, Texts())
+    service.state.text_vectors = build_text_vectors(
+        service.state.engines, service.state.tokenizers, service.state.cache
+    )
     with service.client:
         yield service
 
@@ -81,16 +83,19 @@ def register(service: Service, name: str = "mine", **changes: Any) -> None:
     manifest = replace(manifest_of(template), owner="local", **changes)
     tensors = tensors_of(manifest)[1]
     manifest = replace(manifest, hidden_size=64)
-    wide = {key: np.resize(value, _shape(key, value)) for key, value in tensors.items()}
+    wide = {
+        key: np.resize(value, _shape(key, value, manifest.encoder_dim))
+        for key, value in tensors.items()
+    }
     folder = registry.new_folder()
     write_projector(folder, manifest, wide)
     registry.register(folder, name)
 
 
-def _shape(name: str, value: Any) -> tuple[int, ...]:
+def _shape(name: str, value: Any, dim: int) -> tuple[int, ...]:
     if value.ndim == 1:
         return (64,)
-    return (64, DIM if name.startswith("layers.0") else 64)
+    return (64, dim if name.startswith("layers.0") else 64)
 
 
 CLASSIFY: dict[str, Any] = {
@@ -165,7 +170,7 @@ def test_the_graphs_own_features(service: Service) -> None:
     assert answer["num_encoded_nodes"] == 0
     assert cast(Engines, service.state.engines).embedded == []
     assert answer["data"][0]["logprobs"] != answer["data"][2]["logprobs"]
-    assert service.client.get("/v1/projectors").json()["data"][0]["encoder"] is None
+    assert service.client.get("/v1/projectors").json()["data"][0]["embedding_model"] is None
     narrow = [node | {"features": node["features"][:3]} for node in nodes]
     for given in (GRAPH, GRAPH | {"nodes": narrow}):
         response = query(service, CLASSIFY, service.create(given).json()["id"])
@@ -232,8 +237,10 @@ def test_another_encoder_or_model_is_refused(service: Service) -> None:
     assert error_of(query(service, CLASSIFY)) == ("invalid_value", "projector")
     engines.encoder_hash = "b" * 64
     register(service, "older", model_hash="d" * 64)
-    response = query(service, CLASSIFY | {"projector": "older"})
-    assert error_of(response) == ("invalid_value", "projector")
+    register(service, "wider", encoder_dim=DIM + 1)
+    for name in ("older", "wider"):
+        response = query(service, CLASSIFY | {"projector": name})
+        assert error_of(response) == ("invalid_value", "projector")
     register(service, "orphan", model="gone")
     response = query(service, CLASSIFY | {"projector": "orphan"})
     assert error_of(response, 404) == ("model_not_found", "model")

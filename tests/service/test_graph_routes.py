@@ -494,6 +494,21 @@ def test_select_within_several_budgets(service: Service) -> None:
     assert answer["quotas"] is None
 
 
+def test_select_by_the_servers_price(service: Service) -> None:
+    service.state.settings.cost_per_million_tokens = 0.5
+    body = {
+        "strategy": "text_length",
+        "budget": {"cost": 1.1e-5},
+        "rates": {"tokens_per_node": 10},
+    }
+    path = f"/v1/graphs/{service.graph_id()}/select"
+    answer = service.client.post(path, json=body).json()
+    assert (answer["node_ids"], answer["stopped_by"]) == (["d", "a"], "cost")
+    assert answer["estimate"] == {"tokens": 22, "seconds": None, "cost": 1.1e-5}
+    body["rates"] = {"tokens_per_node": 10, "cost_per_million_tokens": 1.0}  # one's own comes first
+    assert service.client.post(path, json=body).json()["node_ids"] == ["d"]
+
+
 def test_select_by_predictions_mix_and_quotas(service: Service) -> None:
     path = f"/v1/graphs/{service.graph_id()}/select"
     predictions = {"a": [0.9, 0.1], "b": [0.5, 0.5], "c": [0.8, 0.2], "d": [1, 0]}

@@ -38,7 +38,7 @@ def client(models: Path, tmp_path: Path) -> Iterator[TestClient]:
 
 def body_of(client: TestClient, graph: Any = GRAPH) -> dict[str, Any]:
     graph_id = client.post("/v1/graphs", json=graph).json()["id"]
-    return {"type": "train_projector", "graph_id": graph_id, "model": "tiny", "output": "mine"}
+    return {"type": "train_projector", "graph": graph_id, "model": "tiny", "output": "mine"}
 
 
 def test_a_job_is_stored_with_its_defaults(client: TestClient) -> None:
@@ -49,16 +49,16 @@ def test_a_job_is_stored_with_its_defaults(client: TestClient) -> None:
     assert job["spec"]["template"] == {"kind": "ho", "hops": 4, "operator": "sym_selfloop"}
     assert job["spec"]["tasks"] == ["node_classification"]
     assert job["spec"]["settings"]["epochs"] == 3
-    assert "encoder" not in job["spec"]
+    assert "embedding_model" not in job["spec"]
 
 
 @pytest.mark.parametrize(
     ("change", "status", "code", "param"),
     [
-        ({"graph_id": "graph-none"}, 404, "graph_not_found", "graph_id"),
+        ({"graph": "graph-none"}, 404, "graph_not_found", "graph"),
         ({"model": "nobody"}, 404, "model_not_found", "model"),
-        ({"encoder": "nobody"}, 404, "model_not_found", "encoder"),
-        ({"encoder": "tiny"}, 400, "invalid_value", "encoder"),
+        ({"embedding_model": "nobody"}, 404, "model_not_found", "embedding_model"),
+        ({"embedding_model": "tiny"}, 400, "invalid_value", "embedding_model"),
         ({"output": "taken"}, 409, "projector_exists", "output"),
         ({"template": {"kind": "nd", "operator": "mean"}}, 400, "invalid_value", "template"),
         ({"settings": {"momentum": 0.9}}, 400, "unsupported_parameter", "settings.momentum"),
@@ -83,7 +83,7 @@ def test_a_graph_without_what_is_asked_about(client: TestClient) -> None:
     }
     featured = bare | {"nodes": [node | {"features": [0.5]} for node in bare["nodes"]]}  # type: ignore[operator]
     for graph, tasks, param in (
-        (bare, ["node_description"], "encoder"),
+        (bare, ["node_description"], "embedding_model"),
         (featured, ["node_classification"], "tasks"),
         (featured, ["link_prediction"], "tasks"),
     ):

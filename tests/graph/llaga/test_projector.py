@@ -153,8 +153,24 @@ def test_mismatches_are_refused(use: dict[str, Any], param: str) -> None:
     with pytest.raises(ProjectorError) as caught:
         manifest.check_use(**(right | use))
     assert caught.value.param == param
-    with pytest.raises(ProjectorError, match="version 0"):
+    with pytest.raises(ProjectorError, match="prompts of version 0"):
         replace(manifest, prompt_version=0).check_use(**right)
+
+
+def test_one_that_was_trained_with_other_text_vectors_is_refused(tmp_path: Path) -> None:
+    """A file that names no version is of the first."""
+    manifest = manifest_of(HO)
+    write_projector(tmp_path, manifest, tensors_of(manifest)[1])
+    path = tmp_path / MANIFEST_NAME
+    data = json.loads(path.read_text())
+    del data["vector_version"]
+    path.write_text(json.dumps(data))
+    old = load_projector(tmp_path).manifest
+    use: Any = {"task": "node_classification", "model_hash": "a" * 64}
+    with pytest.raises(ProjectorError, match="vectors of texts of version 1"):
+        old.check_use(**use, encoder_hash="b" * 64)
+    # the graph's own features are what they were
+    replace(old, encoder=None, encoder_hash=None).check_use(**use, encoder_hash=None)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from graph.cache import EnrichmentCache
 from graph.llaga.filling import plan_questions
 from graph.llaga.projector import LoadedProjector, ProjectorRegistry, load_projector
 from graph.llaga.query import answer_questions
-from graph.llaga.questions import make_questions
+from graph.llaga.questions import make_all_questions
 from graph.llaga.templates import laplacian_embedding
 from graph.store import Graph, GraphColumns, GraphStore
 from jobs import child
@@ -169,8 +169,8 @@ async def test_the_report_says_what_queries_say(
     engine = Awaited(TransformersEngine(lambda: model, model_id="tiny"))
     graph = graph_of(home)
     assert graph.features is not None
-    for task in manifest.tasks:
-        questions = make_questions(graph, task, seed=0)
+    for questions in make_all_questions(graph, manifest.tasks, seed=0):
+        task = questions.task
         asked = questions.questions["test"]
         answers = await answer_questions(
             cast(AsyncEngine, engine),

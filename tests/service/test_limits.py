@@ -116,7 +116,7 @@ def test_durations_are_openais(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def limits_of(tmp_path: Path, **limits: int) -> RateLimits:
+def limits_of(tmp_path: Path, **limits: Any) -> RateLimits:
     buckets = SqliteBuckets(tmp_path / "limits.db", lambda: 0.0)
     settings = Settings(home=tmp_path, **limits)
     return RateLimits(KeyStore(settings.keys_file), settings, buckets)

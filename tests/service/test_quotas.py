@@ -65,7 +65,7 @@ class Home:
         self.jobs.finish(job.id, job.fencing, JobStatus.SUCCEEDED)
 
 
-def home(path: Path, **settings: int) -> Home:
+def home(path: Path, **settings: Any) -> Home:
     return Home(path, Settings(home=path, **settings))
 
 

@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
@@ -187,9 +186,8 @@ def build_app(settings: Settings) -> FastAPI:
     app.state.lathe = state
     for router in ROUTERS:
         app.include_router(router)
-    Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
     handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
+    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys, metrics=state.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

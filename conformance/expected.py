@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from service.settings import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from engines.engine import NativeEngine
 
 QUESTIONS = [
     ("The capital of France is", [" Paris", " Berlin", " Madrid", " Rome"]),
@@ -31,7 +34,6 @@ def write_expected(home: Path, folder: Path) -> None:
     import torch
 
     from engines.engine import NativeEngine
-    from engines.protocol import ScoreRequest
     from engines.text import TextTokenizer
 
     checkpoint = home / "models" / DEFAULT_MODEL
@@ -39,14 +41,11 @@ def write_expected(home: Path, folder: Path) -> None:
     tokenizer = TextTokenizer.load(checkpoint)
     rows: list[dict[str, Any]] = []
     for number, (context, choices) in enumerate(QUESTIONS):
-        context_ids = tuple(tokenizer.encode(context))
+        num_context = len(tokenizer.encode(context))
         scores = []
         for choice in choices:
-            continuation = tuple(tokenizer.encode(context + choice))[len(context_ids) :]
-            request = ScoreRequest(
-                request_id=f"{number}", context_ids=context_ids, continuation_ids=(continuation,)
-            )
-            scores.append(engine.score(request).scores[0].logprob)
+            logprobs = _prompt_logprobs(engine, tokenizer.encode(context + choice))
+            scores.append(sum(logprobs[num_context:]))
         # the right answer stands first above; for lm-eval it moves about
         order = [(place + number) % len(choices) for place in range(len(choices))]
         rows.append(
@@ -62,3 +61,15 @@ def write_expected(home: Path, folder: Path) -> None:
     (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = {"rows": rows, "accuracy": right / len(rows)}
     (folder / "expected.json").write_text(json.dumps(expected))
+
+
+def _prompt_logprobs(engine: "NativeEngine", token_ids: list[int]) -> list[float]:
+    """Of every token, by the pass that a service makes of an echoed prompt; 0 of the first."""
+    from engines.protocol import GenerateRequest, SamplingParams
+
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    engine.submit(GenerateRequest(request_id="echo", token_ids=tuple(token_ids), params=params))
+    outputs = engine.step()
+    while engine.has_work():
+        outputs += engine.step()
+    return [entry.logprob or 0.0 for entry in outputs[-1].prompt_logprobs or ()]

@@ -515,7 +515,8 @@ class NativeEngine:
         """Log-probabilities of continuations.
 
         The context's full blocks are computed once, or found; what is left of it is computed with each
-        continuation. Running requests are preempted where the cache has no room beside them.
+        continuation, the way that prompts are, so that a score is what an echoed prompt's tokens have. Running
+        requests are preempted where the cache has no room beside them.
         """
         model = self._awake_model()
         check_score(self._info, request)
@@ -628,7 +629,7 @@ class NativeEngine:
         try:
             hidden_TH = torch.cat(
                 [
-                    model.forward(part_TH, build_metadata(parts, model.device), self._kv_cache)
+                    self._forward_rows(model, part_TH, build_metadata(parts, model.device), None)
                     for parts, part_TH in zip(passes, torch.split(embedding_TH, sizes), strict=True)
                 ]
             )

@@ -175,17 +175,22 @@ class _BulkCall:
     request_id: str
     task: _EmbedTask | _ScoreTask
     origin: Origin
-    accepted_at: float = field(default_factory=time.monotonic)
+    arrived_at: float
 
 
 @dataclass(slots=True)
 class _Running:
-    """A request that the engine has, whose it is, and what to say of it when it ends."""
+    """A request that the engine has, whose it is, and what to say of it when it ends.
+
+    Attributes:
+        arrived_at: on the socket; `inbox_seconds` later the engine took it.
+    """
 
     connection: int
     origin: Origin
     num_prompt_tokens: int
-    accepted_at: float = field(default_factory=time.monotonic)
+    arrived_at: float
+    inbox_seconds: float
     num_tokens: int = 0
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
@@ -209,6 +214,7 @@ class _Gone:
 class _Command:
     connection: int
     message: ClientMessage
+    arrived_at: float = field(default_factory=time.monotonic)
 
 
 class _EngineThread(threading.Thread):
@@ -294,14 +300,16 @@ class _EngineThread(threading.Thread):
         else:
             origin = Origin() if isinstance(posted.message, Control) else posted.message.origin
             with caused_by(origin):
-                self._perform(posted.connection, posted.message)
+                self._perform(posted.connection, posted.message, posted.arrived_at)
 
-    def _perform(self, connection: int, message: "Generate | Embed | Score | Control") -> None:
+    def _perform(
+        self, connection: int, message: "Generate | Embed | Score | Control", arrived_at: float
+    ) -> None:
         call_id = message.call_id
         try:
             if self._stop_at is not None and not isinstance(message, Control):
                 raise EngineError("engine_dead", "the engine process is shutting down")
-            answer = self._answer(connection, message)
+            answer = self._answer(connection, message, arrived_at)
         except EngineError as error:
             answer = Refused(call_id, error.code, error.message, error.param)
         except Exception as error:
@@ -311,11 +319,11 @@ class _EngineThread(threading.Thread):
             self._on_answer(connection, answer)
 
     def _answer(
-        self, connection: int, message: "Generate | Embed | Score | Control"
+        self, connection: int, message: "Generate | Embed | Score | Control", arrived_at: float
     ) -> HostMessage | None:
         """The answer; None where it comes when the last chunk is done."""
         if isinstance(message, Generate):
-            self._submit(connection, message)
+            self._submit(connection, message, arrived_at)
             return Done(message.call_id)
         if isinstance(message, Control):
             if message.operation == "stats":
@@ -329,17 +337,24 @@ class _EngineThread(threading.Thread):
             raise EngineError("queue_full", f"{MAX_BULK_CALLS} embed and score calls wait already")
         request_id = message.request.request_id
         self._bulk.append(
-            _BulkCall(connection, message.call_id, request_id, _task(message), message.origin)
+            _BulkCall(
+                connection, message.call_id, request_id, _task(message), message.origin, arrived_at
+            )
         )
         return None
 
-    def _submit(self, connection: int, message: Generate) -> None:
+    def _submit(self, connection: int, message: Generate, arrived_at: float) -> None:
         request = message.request
         if request.request_id in self._running:
             raise EngineError("invalid_value", "the request id is in use", "request_id")
         self._engine.submit(request)
-        num_tokens = len(request.token_ids)
-        self._running[request.request_id] = _Running(connection, message.origin, num_tokens)
+        self._running[request.request_id] = _Running(
+            connection,
+            message.origin,
+            len(request.token_ids),
+            arrived_at=arrived_at,
+            inbox_seconds=time.monotonic() - arrived_at,
+        )
 
     def _abort(self, request_id: str) -> None:
         self._log_end(request_id, self._running.pop(request_id), "abort")
@@ -351,7 +366,7 @@ class _EngineThread(threading.Thread):
             "finish_reason": finish_reason,
             "prompt_tokens": running.num_prompt_tokens,
             "tokens": running.num_tokens,
-            "seconds": round(time.monotonic() - running.accepted_at, 4),
+            "seconds": round(time.monotonic() - running.arrived_at, 4),
         }
         if running.queue_seconds is not None and running.prefill_seconds is not None:
             fields["queue_seconds"] = round(running.queue_seconds, 4)
@@ -394,11 +409,13 @@ class _EngineThread(threading.Thread):
             if running is None:
                 logger.error("an output for a request that does not run: %s", output.request_id)
                 continue
-            by_connection.setdefault(running.connection, []).append(output)
-            running.num_tokens += len(output.token_ids)
             if output.queue_seconds is not None:
+                queue_seconds = running.inbox_seconds + output.queue_seconds
+                output = replace(output, queue_seconds=queue_seconds)
                 running.queue_seconds = output.queue_seconds
                 running.prefill_seconds = output.prefill_seconds
+            by_connection.setdefault(running.connection, []).append(output)
+            running.num_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 del self._running[output.request_id]
                 self._log_end(output.request_id, running, output.finish_reason)
@@ -413,7 +430,7 @@ class _EngineThread(threading.Thread):
             if answer is None:
                 self._bulk.append(call)
                 return
-            seconds = round(time.monotonic() - call.accepted_at, 4)
+            seconds = round(time.monotonic() - call.arrived_at, 4)
             fields = {"engine_request_id": call.request_id, "seconds": seconds}
             logger.info("answered", extra=fields | {"answer": type(answer).__name__.lower()})
         self._on_answer(call.connection, answer)

@@ -177,7 +177,7 @@ class TokenOutput:
         stop_token_id: the EOS or stop token that ended the request.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache.
         ffn_rows_skipped, ffn_rows_total: (row, layer) counts so far; 0 where skipping is off.
-        queue_seconds: from being accepted to its first step; with the request's first token only.
+        queue_seconds: from its arrival to its first step; with the request's first token only.
         prefill_seconds: from there to the first token; with that only.
         error: set exactly when finish_reason is "error".
     """

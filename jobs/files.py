@@ -154,7 +154,7 @@ class FileStore:
         filename: str,
         purpose: Purpose,
         request_hash: str,
-        max_owner_bytes: int,
+        max_owner_bytes: int | None = None,
         lifetime_seconds: float | None = None,
     ) -> tuple[FileInfo, bool]:
         """Store a finished upload; an id that exists with the same `request_hash` returns (existing, False).
@@ -184,10 +184,8 @@ class FileStore:
                 if (existing.owner, existing.request_hash) != (owner, request_hash):
                     raise UploadConflictError(file_id)
                 return existing, False
-            used = db.execute(
-                "SELECT coalesce(sum(num_bytes), 0) FROM files WHERE owner = ?", (owner,)
-            ).fetchone()[0]
-            if used + info.num_bytes > max_owner_bytes:
+            used = _used_bytes(db, owner)
+            if max_owner_bytes is not None and used + info.num_bytes > max_owner_bytes:
                 raise QuotaExceededError(used, info.num_bytes, max_owner_bytes)
             os.replace(upload.path, self._blobs / sha256)  # the same bytes, if it is there already
             db.execute(
@@ -204,6 +202,13 @@ class FileStore:
                 ),
             )
         return info, True
+
+    def used_bytes(self, owner: str) -> int:
+        """Of an owner's files; equal contents count each time."""
+        if not self._dir.is_dir():
+            return 0
+        with self._connection() as db:
+            return _used_bytes(db, owner)
 
     def get(self, file_id: str, owner: str | None) -> FileInfo:
         """A file that has not expired, of this owner; None is anybody.
@@ -376,6 +381,12 @@ def _create_tables(db: sqlite3.Connection) -> None:
 def _find(db: sqlite3.Connection, file_id: str) -> FileInfo | None:
     row = db.execute("SELECT document FROM files WHERE id = ?", (file_id,)).fetchone()
     return None if row is None else _load(row[0])
+
+
+def _used_bytes(db: sqlite3.Connection, owner: str) -> int:
+    row = db.execute("SELECT coalesce(sum(num_bytes), 0) FROM files WHERE owner = ?", (owner,))
+    used: int = row.fetchone()[0]
+    return used
 
 
 def _load(document: str) -> FileInfo:

@@ -68,10 +68,20 @@ def _moved(job: Job, target: JobStatus, now: float, reason: str | None, **fields
     changes: dict[str, object] = {"status": target, "status_reason": reason, "updated_at": now}
     if target not in LEASED_STATUSES:
         changes |= {"lease_owner": None, "lease_until": None}
+        changes |= _attempt_ended(job, now)
     if target in TERMINAL_STATUSES:
         changes["finished_at"] = now
     moved = replace(job, **(changes | fields))  # type: ignore[arg-type]
     return moved, [_status_event(moved)]
+
+
+def _attempt_ended(job: Job, now: float) -> dict[str, object]:
+    """A worker that vanished held the job for as long as it had the lease."""
+    if job.status not in LEASED_STATUSES or job.attempt_started_at is None:
+        return {}
+    ended_at = now if job.lease_until is None else min(now, job.lease_until)
+    seconds = max(0.0, ended_at - job.attempt_started_at)
+    return {"attempt_ended_at": ended_at, "device_seconds": job.device_seconds + seconds}
 
 
 def claimed(worker: str, lease_seconds: float) -> Operation:
@@ -88,6 +98,7 @@ def claimed(worker: str, lease_seconds: float) -> Operation:
             lease_owner=worker,
             lease_until=now + lease_seconds,
             started_at=job.started_at or now,
+            attempt_started_at=now,
         )
 
     return operation

@@ -80,6 +80,8 @@ class Job:
             paused does not count.
         error: {"code", "message"} of a failed job.
         request_id, traceparent: of the request that created it.
+        attempt_started_at, attempt_ended_at: of the last attempt that did.
+        device_seconds: how long the attempts that have ended held a worker, and so its device.
     """
 
     id: str
@@ -108,6 +110,9 @@ class Job:
     memory: JsonObject | None = None
     request_id: str | None = None
     traceparent: str | None = None
+    attempt_started_at: float | None = None
+    attempt_ended_at: float | None = None
+    device_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

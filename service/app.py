@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
@@ -39,6 +38,7 @@ from service.errors import ApiError, from_engine_error
 from service.limits import RateLimits, open_buckets
 from service.metrics import DiskCollector, EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
+from service.quotas import Quotas
 from service.routes import (
     batches,
     chat,
@@ -91,12 +91,7 @@ def build_state(settings: Settings) -> AppState:
     registry = ModelRegistry(settings.models_dir)
     redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
     keys = KeyStore(settings.keys_file)
-    limits = RateLimits(
-        keys,
-        open_buckets(settings.limits_database, redis_url),
-        requests_per_minute=settings.requests_per_minute,
-        tokens_per_minute=settings.tokens_per_minute,
-    )
+    limits = RateLimits(keys, settings, open_buckets(settings.limits_database, redis_url))
     supervisor = SupervisorClient(settings.supervisor_socket)
     used = UsageStore(settings.usage_database)
 
@@ -108,21 +103,27 @@ def build_state(settings: Settings) -> AppState:
     metrics = Metrics()
     tokenizers = TokenizerCache()
     cache = EnrichmentCache(settings.cache_database)
+    job_store = open_job_store(settings.database, redis_url)
+    file_store = FileStore(settings.files_dir)
+    graph_store = GraphStore(settings.graphs_dir)
     state = AppState(
         settings=settings,
         registry=registry,
         engines=engines,
-        jobs=open_job_store(settings.database, redis_url),
-        files=FileStore(settings.files_dir),
+        jobs=job_store,
+        files=file_store,
         keys=keys,
         metrics=metrics,
         tokenizers=tokenizers,
-        graphs=GraphStore(settings.graphs_dir),
+        graphs=graph_store,
         cache=cache,
         enricher=build_enricher(engines, tokenizers, cache, metrics, used),
         text_vectors=build_text_vectors(engines, tokenizers, cache),
         limits=limits,
         usage=used,
+        quotas=Quotas(
+            settings, limits, jobs=job_store, files=file_store, graphs=graph_store, models=registry
+        ),
         started_at=time.time(),
     )
 
@@ -185,9 +186,8 @@ def build_app(settings: Settings) -> FastAPI:
     app.state.lathe = state
     for router in ROUTERS:
         app.include_router(router)
-    Instrumentator(registry=state.metrics.registry, excluded_handlers=["/metrics"]).instrument(app)
     handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys)
+    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys, metrics=state.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

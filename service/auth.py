@@ -13,14 +13,24 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from service.errors import ApiError
 
 Role = Literal["inference", "jobs", "admin"]
 ROLES: tuple[Role, ...] = ("inference", "jobs", "admin")
+Limit = Literal[
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_open_requests",
+    "job_seconds_per_day",
+    "max_disk_bytes",
+]
+"""What a key may have of its own; named as the setting that holds for the others."""
+LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +40,7 @@ class ApiKey:
     Attributes:
         sha256: of the key; 256 random bits need no slow hash.
         prefix: first characters, to recognise it by.
-        requests_per_minute, tokens_per_minute: 0 is no limit, None the server's.
+        requests_per_minute and all below it: see `Limit`; 0 is no limit, None the server's.
     """
 
     id: str
@@ -42,6 +52,13 @@ class ApiKey:
     revoked_at: float | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    max_open_requests: int | None = None
+    job_seconds_per_day: int | None = None
+    max_disk_bytes: int | None = None
+
+    def limit(self, name: Limit) -> int | None:
+        value: int | None = getattr(self, name)
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,20 +127,11 @@ class KeyStore:
         self._had_keys = bool(self.list_keys()) or self._had_keys
         return self._had_keys
 
-    def limits(self, key_id: str) -> tuple[int | None, int | None] | None:
-        """(requests, tokens) per minute of a key; None where there is no such key."""
-        for key in self.list_keys():
-            if key.id == key_id:
-                return key.requests_per_minute, key.tokens_per_minute
-        return None
+    def find(self, key_id: str) -> ApiKey | None:
+        return next((key for key in self.list_keys() if key.id == key_id), None)
 
     def create(
-        self,
-        name: str,
-        roles: tuple[Role, ...],
-        *,
-        requests_per_minute: int | None = None,
-        tokens_per_minute: int | None = None,
+        self, name: str, roles: tuple[Role, ...], limits: Mapping[Limit, int | None] | None = None
     ) -> tuple[ApiKey, str]:
         """A new key: how it is stored, and the secret itself."""
         secret = f"lathe-{secrets.token_urlsafe(32)}"
@@ -134,8 +142,7 @@ class KeyStore:
             sha256=hashlib.sha256(secret.encode()).hexdigest(),
             roles=roles,
             created_at=time.time(),
-            requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute,
+            **(limits or {}),  # type: ignore[arg-type]
         )
         self._write((*self.list_keys(), key))
         return key, secret

@@ -25,7 +25,7 @@ from graph.enrich import PRIORITIES
 from graph.store import GraphStore
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext
 from jobs.file_check import FileContentError, read_batch
-from jobs.files import FileStore, QuotaExceededError, UploadNotFoundError
+from jobs.files import FileStore, UploadNotFoundError
 from jobs.store import JsonObject
 from jobs.usage import UsageStore
 from service.app import handle_errors
@@ -309,19 +309,15 @@ class _Batch:
                 upload.write(line)
             if not upload.num_bytes:
                 return None
-            try:
-                self._files.add(
-                    upload,
-                    file_id=file_id,
-                    owner=context.owner,
-                    filename=f"{context.job_id}_{kind}.jsonl",
-                    purpose="batch_output",
-                    request_hash=upload.finish(),
-                    max_owner_bytes=self._settings.max_files_bytes,
-                    lifetime_seconds=context.spec.get("output_seconds"),
-                )
-            except QuotaExceededError as error:
-                raise JobFailedError("quota_exceeded", str(error)) from None
+            self._files.add(  # whatever the owner's quota: the answers are there
+                upload,
+                file_id=file_id,
+                owner=context.owner,
+                filename=f"{context.job_id}_{kind}.jsonl",
+                purpose="batch_output",
+                request_hash=upload.finish(),
+                lifetime_seconds=context.spec.get("output_seconds"),
+            )
         return file_id
 
     def _file_id(self, kind: str, attempt: int) -> str:

@@ -6,7 +6,7 @@ Nothing heavy is imported before a command needs it: `lathe --help` must answer 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
@@ -14,7 +14,7 @@ from compression.recipe import ExportFormat
 from service import cli_client
 
 if TYPE_CHECKING:
-    from service.auth import Role
+    from service.auth import Limit, Role
     from service.settings import Settings
 
 home_option = click.option(
@@ -461,13 +461,27 @@ def keys() -> None:
     type=click.IntRange(min=0),
     help="Read and written for this key; 0 is no limit. [default: LATHE_TOKENS_PER_MINUTE]",
 )
+@click.option(
+    "--max-open-requests",
+    type=click.IntRange(min=0),
+    help="Under way at once, streams included. [default: LATHE_MAX_OPEN_REQUESTS]",
+)
+@click.option(
+    "--job-seconds-per-day",
+    type=click.IntRange(min=0),
+    help="That its jobs may hold a worker. [default: LATHE_JOB_SECONDS_PER_DAY]",
+)
+@click.option(
+    "--max-disk-bytes",
+    type=click.IntRange(min=0),
+    help="Of what it uploads and its jobs make. [default: LATHE_MAX_DISK_BYTES]",
+)
 @home_option
 def create_key(
     name: str,
     roles: "tuple[Role, ...]",
-    requests_per_minute: int | None,
-    tokens_per_minute: int | None,
     home: Path | None,
+    **limits: int | None,
 ) -> None:
     """Make a key and print it, once: only its hash is kept.
 
@@ -476,12 +490,7 @@ def create_key(
       lathe keys create training-cluster --role inference --role jobs
       lathe keys create visitor --requests-per-minute 60 --tokens-per-minute 20000
     """
-    key, secret = _key_store(home).create(
-        name,
-        roles,
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
-    )
+    key, secret = _key_store(home).create(name, roles, cast("dict[Limit, int | None]", limits))
     click.echo(f"{key.id} ({', '.join(key.roles)}); it is not shown again:", err=True)
     click.echo(secret)
 
@@ -497,23 +506,20 @@ def list_keys(home: Path | None) -> None:
     """
     import time
 
+    from service.auth import LIMITS
     from service.job_view import table
 
     stored = _key_store(home).list_keys()
     if not stored:
         click.echo("no keys: every local process may do everything")
         return
-    rows = [
-        ["id", "name", "starts with", "roles", "requests/min", "tokens/min", "created", "state"]
-    ]
+    rows = [["id", "name", "starts with", "roles", "created", "state", "limits of its own"]]
     for key in stored:
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_at))
         state = "active" if key.revoked_at is None else "revoked"
-        limits = [
-            "default" if limit is None else str(limit or "unlimited")
-            for limit in (key.requests_per_minute, key.tokens_per_minute)
-        ]
-        rows.append([key.id, key.name, key.prefix, ",".join(key.roles), *limits, created, state])
+        own = {name: key.limit(name) for name in LIMITS}
+        limits = ", ".join(f"{n}={limit}" for n, limit in own.items() if limit is not None)
+        rows.append([key.id, key.name, key.prefix, ",".join(key.roles), created, state, limits])
     for line in table(rows):
         click.echo(line)
 

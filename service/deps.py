@@ -1,6 +1,6 @@
 """What routes ask FastAPI for: the application's state, and who is asking."""
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from graph.enrich import Enricher
     from graph.store import GraphStore
     from graph.text_vectors import TextVectors
+    from service.quotas import Quotas
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class AppState:
     text_vectors: "TextVectors"
     limits: RateLimits | None = None
     usage: UsageStore | None = None
+    quotas: "Quotas | None" = None
     started_at: float = field(default=0.0)
 
 
@@ -59,7 +61,8 @@ class ResponseModel(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
-def get_state(request: Request) -> AppState:
+async def get_state(request: Request) -> AppState:
+    # as of all dependencies here: those that are no coroutines would each be a trip to a thread
     state: AppState = request.app.state.lathe
     return state
 
@@ -67,26 +70,34 @@ def get_state(request: Request) -> AppState:
 StateDep = Annotated[AppState, Depends(get_state)]
 
 
-def identify(request: Request, state: StateDep) -> Identity:
-    """Raises: ApiError: invalid_api_key."""
+async def identify(request: Request, state: StateDep) -> AsyncGenerator[Identity, None]:
+    """Who asks; until the whole answer is sent, the request is one of those that the key has under way.
+
+    Raises:
+        ApiError: invalid_api_key, rate_limit_exceeded.
+    """
     identity = authenticate(state.keys, request.scope["headers"])
     request.state.identity = identity
-    return identity
+    if state.limits is None:
+        yield identity
+        return
+    with state.limits.one_more(identity.key_id):
+        yield identity
 
 
 IdentityDep = Annotated[Identity, Depends(identify)]
 
 
-def require(role: Role) -> Callable[[Request, AppState, Identity], Identity]:
+def require(role: Role) -> Callable[[Request, AppState, Identity], Awaitable[Identity]]:
     """A dependency that lets only keys with `role` pass, and counts what they ask for; looking costs nothing."""
 
-    def check(request: Request, state: StateDep, identity: IdentityDep) -> Identity:
+    async def check(request: Request, state: StateDep, identity: IdentityDep) -> Identity:
         if not identity.may(role):
             raise ApiError("insufficient_scope", f"this needs a key with role {role!r}")
         if state.limits is not None and request.method not in ("GET", "HEAD"):
             headers: dict[str, str] = {}
             request.state.headers = headers
-            state.limits.admit(identity, headers, costs_tokens=role == "inference")
+            await state.limits.admit(identity, headers, costs_tokens=role == "inference")
         return identity
 
     return check

@@ -56,10 +56,10 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "model_not_loaded": (409, "conflict_error", None),
     "model_sleeping": (409, "conflict_error", None),
     "request_too_large": (413, "invalid_request_error", None),
-    "quota_exceeded": (413, "invalid_request_error", None),
     "unsupported_media_type": (415, "invalid_request_error", None),
     "rate_limit_exceeded": (429, "rate_limit_error", 1),
     "job_quota_exceeded": (429, "rate_limit_error", 30),
+    "insufficient_quota": (429, "insufficient_quota", None),
     "internal_error": (500, "server_error", None),
     "model_load_failed": (500, "server_error", None),
     "out_of_memory": (503, "server_error", 5),
@@ -110,11 +110,11 @@ class ApiError(Exception):
         }
 
     def headers(self) -> dict[str, str]:
-        """Clients retry 409 and 5xx on their own; a conflict or a full disk stays, so they are told."""
+        """Clients retry 409, 429 and 5xx on their own; a conflict, a used quota or a full disk stays: they are told."""
         headers: dict[str, str] = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
-        if self.status in (409, 507):
+        if self.status in (409, 507) or self.code == "insufficient_quota":
             headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -155,7 +155,7 @@ _DESCRIPTIONS = {
     409: "Conflicts with the resource's state",
     413: "The body is too large",
     415: "The body has another media type",
-    429: "Too many requests",
+    429: "Too many requests, or a quota is used up",
     500: "Internal error",
     503: "Cannot serve now; retry after the given time",
     507: "The disk is full; nothing was kept",

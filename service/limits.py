@@ -1,9 +1,10 @@
-"""How much one API key may ask for in a minute: requests, and tokens that engines read and write for it.
+"""How much one API key may ask for: requests and tokens in a minute, and requests at once.
 
 Token buckets: each holds a minute's worth, fills evenly, and is kept in SQLite, or in Redis for several API processes.
 A request is admitted while its key's buckets have something in them. The tokens that it then costs are taken when they
 are known: those of a prompt when the engine accepts it, generated ones when the text ends. So the last admitted
-requests may leave a debt, which has to be refilled before the key is served again.
+requests may leave a debt, which has to be refilled before the key is served again. Tokens of jobs are not among them:
+a job waits for its turn at a worker, and its time there is what `quotas.py` limits.
 """
 
 import logging
@@ -11,14 +12,19 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from service.auth import Identity, KeyStore
+from anyio import to_thread
+
+from service.auth import Identity, KeyStore, Limit
 from service.errors import ApiError
+from service.settings import Settings
 
 MINUTE = 60.0
 BUSY_SECONDS = 10
@@ -150,35 +156,49 @@ def open_buckets(path: Path, redis_url: str | None) -> BucketStore:
 class RateLimits:
     """The limits of every key: its own, where it has any, else the server's. 0 is no limit.
 
-    Args:
-        requests_per_minute, tokens_per_minute: of a key that has none of its own, and of a machine without keys.
+    Requests under way are counted here, so of this process alone, from one event loop.
     """
 
-    def __init__(
-        self,
-        keys: KeyStore,
-        buckets: BucketStore,
-        *,
-        requests_per_minute: int,
-        tokens_per_minute: int,
-    ) -> None:
+    def __init__(self, keys: KeyStore, settings: Settings, buckets: BucketStore) -> None:
         self._keys = keys
+        self._settings = settings
         self._buckets = buckets
-        self._defaults: dict[Unit, int] = {
-            "requests": requests_per_minute,
-            "tokens": tokens_per_minute,
-        }
+        self._num_open: Counter[str] = Counter()
         # charges are written in order, beside the event loop that they come from
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="limits")
 
-    def limit(self, key_id: str, unit: Unit) -> int:
-        """A minute's worth; 0 is no limit."""
-        own = self._keys.limits(key_id)
-        value = None if own is None else own[0] if unit == "requests" else own[1]
-        return self._defaults[unit] if value is None else value
+    def of(self, key_id: str, name: Limit) -> int:
+        """A key's limit; 0 is none."""
+        key = self._keys.find(key_id)
+        own = None if key is None else key.limit(name)
+        server: int = getattr(self._settings, name)
+        return server if own is None else own
 
-    def admit(self, identity: Identity, headers: dict[str, str], *, costs_tokens: bool) -> None:
-        """Count a request. Blocks for a moment.
+    @contextmanager
+    def one_more(self, key_id: str) -> Iterator[None]:
+        """While a request of a key is under way; a stream is until its last event.
+
+        Raises:
+            ApiError: rate_limit_exceeded.
+        """
+        limit = self.of(key_id, "max_open_requests")
+        if limit and self._num_open[key_id] >= limit:
+            raise ApiError(
+                "rate_limit_exceeded",
+                f"this key may have {limit} requests under way at once, streams included, and has",
+            )
+        self._num_open[key_id] += 1
+        try:
+            yield
+        finally:
+            self._num_open[key_id] -= 1
+            if not self._num_open[key_id]:
+                del self._num_open[key_id]
+
+    async def admit(
+        self, identity: Identity, headers: dict[str, str], *, costs_tokens: bool
+    ) -> None:
+        """Count a request; on a thread, unless its key has no limit.
 
         Args:
             headers: gets OpenAI's `x-ratelimit-*`, whether admitted or not.
@@ -187,16 +207,23 @@ class RateLimits:
         Raises:
             ApiError: rate_limit_exceeded.
         """
-        if costs_tokens:
-            self._ask(identity.key_id, "tokens", 0.0, EPSILON, headers)
-        self._ask(identity.key_id, "requests", 1.0, 1.0, headers)
+        key_id = identity.key_id
+        tokens = self.of(key_id, "tokens_per_minute") if costs_tokens else 0
+        if tokens:
+            await to_thread.run_sync(self._ask, key_id, "tokens", tokens, 0.0, EPSILON, headers)
+        requests = self.of(key_id, "requests_per_minute")
+        if requests:
+            await to_thread.run_sync(self._ask, key_id, "requests", requests, 1.0, 1.0, headers)
 
     def _ask(
-        self, key_id: str, unit: Unit, amount: float, least: float, headers: dict[str, str]
+        self,
+        key_id: str,
+        unit: Unit,
+        limit: int,
+        amount: float,
+        least: float,
+        headers: dict[str, str],
     ) -> None:
-        limit = self.limit(key_id, unit)
-        if not limit:
-            return
         bucket = self._buckets.take(f"{unit}:{key_id}", amount, limit, least)
         per_second = limit / MINUTE
         headers |= {
@@ -213,7 +240,7 @@ class RateLimits:
 
     def charge(self, key_id: str, num_tokens: int) -> None:
         """Take tokens that were spent, soon. Does not block."""
-        limit = self.limit(key_id, "tokens")
+        limit = self.of(key_id, "tokens_per_minute")
         if limit and num_tokens:
             self._writer.submit(self._charge, key_id, num_tokens, limit)
 

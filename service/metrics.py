@@ -39,6 +39,7 @@ _E2E = (
 )  # fmt: skip
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _N = (1, 2, 5, 10, 20)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _GEN_AI_DURATION = (
     0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
 )  # fmt: skip
@@ -68,6 +69,18 @@ class Metrics:
             "Requests that ended, by reason.",
             (*_VLLM_LABELS, "finished_reason"),
             registry=self.registry,
+        )
+        self._http_requests = Counter(
+            "http_requests",
+            "Answers, by route and class of status.",
+            ("method", "handler", "status"),
+            registry=self.registry,
+        )
+        self._http_duration = self._histogram(
+            "http_request_duration_seconds",
+            "From the headers of a request to the end of its answer.",
+            _GEN_AI_DURATION,
+            ("method", "handler"),
         )
         self._enrich_items = Counter(
             "lathe_enrich_items",
@@ -101,6 +114,13 @@ class Metrics:
         self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = _VLLM_LABELS
     ) -> Histogram:
         return Histogram(name, text, tuple(labels), buckets=tuple(buckets), registry=self.registry)
+
+    def http_answered(self, method: str, route: str | None, status: int, seconds: float) -> None:
+        """Args: route: as it was declared, with names in place of ids; None of a path that is none."""
+        method = method if method in _METHODS else "other"
+        handler = route or "none"
+        self._http_requests.labels(method, handler, f"{status // 100}xx").inc()
+        self._http_duration.labels(method, handler).observe(seconds)
 
     def _vllm_histograms(self) -> None:
         make = self._histogram

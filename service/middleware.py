@@ -20,6 +20,7 @@ from engines.origin import caused_by, current_origin, parse_traceparent
 from engines.tracing import Span, span
 from service.auth import KeyStore, authenticate, is_loopback
 from service.errors import ApiError
+from service.metrics import Metrics
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -35,10 +36,17 @@ class RequestMiddleware:
         keys: nobody else's body is read; who may do what is the routes' to say.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: KeyStore | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        keys: KeyStore | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._app = app
         self._settings = settings
         self._keys = keys
+        self._metrics = metrics
         self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._hosts = _LOOPBACK_NAMES | {settings.host.lower()} | self._allowed_hosts
 
@@ -67,7 +75,7 @@ class RequestMiddleware:
                     ApiError("internal_error", f"internal error; request id {request_id}")
                 )
             finally:
-                exchange.log(traced)
+                exchange.log(traced, self._metrics)
 
     async def _handle(
         self, scope: Scope, receive: Receive, exchange: "_Exchange", headers: dict[bytes, bytes]
@@ -154,8 +162,9 @@ class _Exchange:
         await self.send(start)
         await self._send({"type": "http.response.body", "body": body})
 
-    def log(self, traced: Span) -> None:
-        """Say how it ended, in the log and in the request's span."""
+    def log(self, traced: Span, metrics: Metrics | None) -> None:
+        """Say how it ended, in the log, in the request's span and in the metrics."""
+        seconds = time.monotonic() - self._start
         route = getattr(self._scope.get("route"), "path", None)
         method = self._scope["method"]
         traced.rename(f"{method} {route}" if route else method)
@@ -166,6 +175,8 @@ class _Exchange:
             traced.describe({"http.response.status_code": self._status})
             if self._status >= 500:
                 traced.fail(str(self._status))
+            if metrics is not None:
+                metrics.http_answered(method, route, self._status, seconds)
         traced.describe(attributes)
         state = self._scope.get("state", {})
         identity = state.get("identity") if isinstance(state, MutableMapping) else None
@@ -175,7 +186,7 @@ class _Exchange:
                 "method": method,
                 "route": route,
                 "status": self._status,
-                "seconds": round(time.monotonic() - self._start, 4),
+                "seconds": round(seconds, 4),
                 "key_id": getattr(identity, "key_id", None),
             },
         )

@@ -42,12 +42,10 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = 32 * 2**20
     max_upload_bytes: int = 512 * 2**20
-    max_files_bytes: int = 64 * 2**30
-    """Of all the files that one API key has uploaded."""
     max_loaded_models: int = Field(default=4, ge=0)
     """A registered model is loaded when it is asked for, while fewer than these are; 0 to load none that way."""
-    max_num_queued_requests: int = 256
-    max_num_seqs: int = 16
+    max_num_queued_requests: int = Field(default=256, ge=1)
+    max_num_seqs: int = Field(default=16, ge=1)
     default_max_tokens: int = Field(default=256, ge=1)
     """For a chat request that names no limit; OpenAI's completions default of 16 is kept."""
     skip: dict[str, Annotated[Skip, PlainValidator(Skip.from_json)]] = Field(default_factory=dict)
@@ -57,7 +55,14 @@ class Settings(BaseSettings):
     """What estimates and usage reckon a token at, in whatever currency; without it they name no cost."""
     requests_per_minute: int = Field(default=0, ge=0)
     tokens_per_minute: int = Field(default=0, ge=0)
-    """Of one API key that has no limit of its own; 0 is no limit."""
+    max_open_requests: int = Field(default=0, ge=0)
+    """Under way at once, streams included, in one API process."""
+    job_seconds_per_day: int = Field(default=0, ge=0)
+    """That jobs may hold a worker, and so its device, within 24 hours."""
+    max_disk_bytes: int = Field(default=256 * 2**30, ge=0)
+    """Of files, graphs and jobs' folders, and of the models and projectors that jobs made.
+
+    These five are of one API key that has no limit of its own; 0 is no limit."""
     max_active_jobs: int = Field(default=100, ge=0)
     """Of one API key: queued, running or paused; 0 is no limit."""
     max_job_seconds: float = Field(default=7 * 24 * 3600.0, gt=0)

@@ -234,6 +234,8 @@ def create_job(
     new: NewJob, files: dict[str, str], state: AppState, identity: Identity
 ) -> tuple[Job, bool]:
     try:
+        if state.quotas is not None:
+            state.quotas.check_job(identity.tenant)
         with state.files.held(files, identity.sees):
             return state.jobs.create(new, max_active=state.settings.max_active_jobs)
     except UploadNotFoundError as error:  # deleted in this moment

@@ -97,6 +97,7 @@ def engine_command(settings: Settings, model: str) -> tuple[str, ...]:
         *("--checkpoint", str(settings.models_dir / model)),
         *("--socket", str(settings.engine_socket(model))),
         *("--max-num-seqs", str(settings.max_num_seqs)),
+        *("--max-num-waiting", str(settings.max_num_queued_requests)),
         *("--log-level", settings.log_level),
     )
 

@@ -4,12 +4,12 @@ Where there is none, Triton kernels run in its interpreter, on CPU tensors; wher
 them compiled, and those marked `cuda` run too.
 """
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
+from conformance.tiny import write_tiny_llama
 from engines.process import set_openmp_environment
 
 # Before torch is imported: with a busy neighbour, threads that spin make small products ten times as slow.
@@ -35,44 +35,11 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def write_tiny_tokenizer(folder: Path) -> int:
-    """A word-level tokenizer with two control tokens; returns its vocabulary's size."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz "]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
-    )
-    config = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return len(words)
-
-
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama in Hugging Face's layout, float32, untied."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=2,
-        bos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    write_tiny_tokenizer(folder)
+    write_tiny_llama(folder)
     return folder
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -344,7 +343,6 @@ def _write_result_file(context: RunnerContext, report: JsonObject, owner: str) -
             filename=f"{context.job_id}-metrics.csv",
             purpose="fine-tune-results",
             request_hash=context.job_id,  # of an earlier attempt, it stays
-            max_owner_bytes=sys.maxsize,
         )
     return info.id
 

@@ -160,6 +160,7 @@ def _add(
     key: str | None,
 ) -> tuple[FileInfo, bool]:
     digest = upload.finish()
+    most = None if state.quotas is None else state.quotas.max_file_bytes(identity.tenant)
     try:
         check_file(upload.path, fields.purpose)
         return state.files.add(
@@ -169,13 +170,14 @@ def _add(
             filename=filename,
             purpose=fields.purpose,
             request_hash=request_hash([filename, fields.purpose, fields.seconds, digest]),
-            max_owner_bytes=state.settings.max_files_bytes,
+            max_owner_bytes=most,
             lifetime_seconds=fields.seconds,
         )
     except FileContentError as error:
         raise ApiError("invalid_file", str(error), "file") from None
     except QuotaExceededError as error:
-        raise ApiError("quota_exceeded", str(error), "file") from None
+        message = f"{error} beside your graphs, jobs, projectors and models"
+        raise ApiError("insufficient_quota", message, "file") from None
     except UploadConflictError:
         raise ApiError(
             "idempotency_conflict",

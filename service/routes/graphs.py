@@ -347,6 +347,8 @@ def _create(
     directed: bool,
     digest: str,
 ) -> tuple[GraphInfo, bool]:
+    if state.quotas is not None and not _exists(state, identity, graph_id):
+        state.quotas.check_disk(identity.tenant)
     try:
         return state.graphs.create(
             graph_id,
@@ -364,6 +366,14 @@ def _create(
             "this Idempotency-Key made a graph from another request",
             "Idempotency-Key",
         ) from error
+
+
+def _exists(state: AppState, identity: Identity, graph_id: str) -> bool:
+    try:
+        state.graphs.info(graph_id, identity.tenant)
+    except GraphNotFoundError:
+        return False
+    return True
 
 
 @router.get("")

@@ -138,7 +138,7 @@ async def create_prompt(
         raise ApiError("invalid_value", error.message, error.param) from error
     except TooManyPromptsError:
         raise ApiError(
-            "quota_exceeded", f"a key registers at most {MAX_PROMPTS} versions"
+            "insufficient_quota", f"a key registers at most {MAX_PROMPTS} versions"
         ) from None
     if not created:
         response.headers["Idempotent-Replayed"] = "true"

@@ -10,6 +10,7 @@ from pydantic import Field
 from jobs.usage import Counters, UsageOperation, seconds_per_token, total
 from service.deps import IdentityDep, ResponseModel, StateDep
 from service.errors import ApiError, error_responses
+from service.quotas import Quotas
 
 router = APIRouter(prefix="/v1/usage", tags=["usage"], responses=error_responses())
 
@@ -44,10 +45,23 @@ class UsageTotal(UsageCounters):
     saved_cost: float | None
 
 
+class Quota(ResponseModel):
+    used: float
+    limit: int | None
+
+
+class UsageQuotas(ResponseModel):
+    job_seconds: Quota = Field(description="That jobs held a worker in the last 24 hours.")
+    disk_bytes: Quota = Field(
+        description="Of files, graphs and jobs, and of the models and projectors that jobs made."
+    )
+
+
 class UsageObject(ResponseModel):
     object: Literal["usage"] = "usage"
     key_id: str | None = Field(description="Null: of all keys.")
     since: str | None
+    quotas: UsageQuotas | None = Field(description="Null where all keys were asked for.")
     total: UsageTotal
     data: list[UsageEntry]
 
@@ -84,6 +98,9 @@ async def get_usage(
     return UsageObject(
         key_id=None if all_keys else identity.key_id,
         since=since,
+        quotas=None
+        if all_keys
+        else await asyncio.to_thread(_quotas, state.quotas, identity.tenant),
         total=UsageTotal(
             **_json(counters),
             cost=cost(counters.prompt_tokens + counters.completion_tokens),
@@ -96,6 +113,16 @@ async def get_usage(
             )
             for row in rows
         ],
+    )
+
+
+def _quotas(quotas: Quotas | None, owner: str) -> UsageQuotas:
+    assert quotas is not None, "build_state made it"
+    return UsageQuotas(
+        job_seconds=Quota(
+            used=quotas.job_seconds(owner), limit=quotas.seconds_limit(owner) or None
+        ),
+        disk_bytes=Quota(used=quotas.disk_bytes(owner), limit=quotas.disk_limit(owner) or None),
     )
 
 

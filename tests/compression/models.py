@@ -14,7 +14,7 @@ VOCABULARY = 64
 
 def save_and_import(model: Any, folder: Path, home: Path) -> Path:
     """Import a transformers model as a checkpoint; returns its folder."""
-    from tests.conftest import write_tiny_tokenizer
+    from conformance.tiny import write_tiny_tokenizer
 
     model.save_pretrained(folder)
     write_tiny_tokenizer(folder)

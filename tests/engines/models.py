@@ -21,7 +21,7 @@ from compression.import_model import import_folder
 from compression.pipeline import compress
 from compression.recipe import parse_recipe
 from compression.registry import ModelRegistry
-from tests.conftest import write_tiny_tokenizer
+from conformance.tiny import write_tiny_tokenizer
 
 VOCAB_SIZE = 97
 EOS = 96

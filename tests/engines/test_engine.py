@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engines.engine import NativeEngine
+from engines.model import DecoderModel
 from engines.protocol import (
     ROW_PLACEHOLDER,
     EngineError,
@@ -178,14 +179,13 @@ def test_a_long_continuation_is_scored_in_passes_of_a_step(
     )
     engine = build(max_num_batched_tokens=16)
     sizes: list[int] = []
-    model = engine._awake_model()
-    forward = model.forward
+    forward = engine._forward_rows
 
-    def watched(hidden_TH: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def watched(model: DecoderModel, hidden_TH: torch.Tensor, *arguments: Any) -> torch.Tensor:
         sizes.append(len(hidden_TH))
-        return forward(hidden_TH, *arguments)
+        return forward(model, hidden_TH, *arguments)
 
-    monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(engine, "_forward_rows", watched)
     result = engine.score(request)
     assert max(sizes) == 16
     for ours, theirs in zip(result.scores, build().score(request).scores, strict=True):

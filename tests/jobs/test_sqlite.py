@@ -32,7 +32,8 @@ def test_time_is_the_clock_s(tmp_path: Path) -> None:
     clock.now += 59.9
     assert store.reap() == []
     clock.now += 0.1
-    assert [lost.status for lost in store.reap()] == [JobStatus.QUEUED]
+    (lost,) = store.reap()
+    assert (lost.status, lost.attempt_ended_at, lost.device_seconds) == (JobStatus.QUEUED, 1067, 60)
     store.worker_seen("w")
     clock.now += 3601
     assert store.worker_ages() == {}

@@ -139,6 +139,8 @@ def test_a_job_lives_through_its_states(store: JobStore) -> None:
     assert done.started_at is not None
     assert done.finished_at is not None
     assert done.created_at <= done.started_at <= done.finished_at
+    assert (done.attempt_started_at, done.attempt_ended_at) == (done.started_at, done.finished_at)
+    assert done.device_seconds == done.finished_at - done.started_at
     assert (done.lease_owner, done.lease_until) == (None, None)
     seen = store.events(job.id)
     assert [event.seq for event in seen] == [1, 2, 3, 4]

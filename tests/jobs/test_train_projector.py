@@ -15,6 +15,7 @@ import torch
 from compression.hf import load_model
 from compression.import_model import import_folder
 from compression.registry import ModelRegistry
+from conformance.tiny import write_tiny_tokenizer
 from engines.encoder_engine import EncoderEngine
 from engines.protocol import AsyncEngine, EmbedRequest
 from engines.text import TextTokenizer
@@ -34,7 +35,6 @@ from jobs.runners.projector_examples import TextEncoder, encode_nodes
 from jobs.runners.projector_results import area_under_curve
 from jobs.spec import SpecError, check_graph, parse_spec, spec_json
 from tests.compression.models import save_and_import, tiny_decoder
-from tests.conftest import write_tiny_tokenizer
 from tests.engines.models import build_encoder
 from tests.graph.graphs import columns
 from tests.graph.llaga.test_query import Awaited

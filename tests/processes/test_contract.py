@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from conformance.schemathesis_check import command
 from tests.processes.conftest import Service
 from tests.service.bad_requests import bad_requests
 
@@ -106,18 +106,8 @@ def test_bad_requests_only_get_4xx(real_service: Service) -> None:
 
 
 def test_schemathesis_finds_no_violation(quick_service: Service, tmp_path: Path) -> None:
-    """Every check but one: a request may fit the schema and still be refused, as a token id above the
-    vocabulary, which no schema can say. Unloading and sleeping would leave other tests without a model; one that is
-    being loaded answers 503; and a stream of events lasts as long as its job, which may be paused.
-    """
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "schemathesis.cli", "run", f"{quick_service.url}/openapi.json"),
-            *("--max-examples", "10", "--workers", "1", "--generation-deterministic"),
-            *("--exclude-checks", "positive_data_acceptance"),
-            *("--exclude-path-regex", "(load|sleep|events)$"),
-            *("--request-timeout", "60", "--no-color"),
-        ],
+        [*command(quick_service.url, 10), "--generation-deterministic"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -97,7 +97,7 @@ def test_every_attempt_has_an_end(limited: TestClient) -> None:
 
 
 def test_uploads_have_a_quota(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = Settings(home=make_home(tiny_llama, tmp_path), models=(MODEL,), max_files_bytes=100)
+    settings = Settings(home=make_home(tiny_llama, tmp_path), models=(MODEL,), max_disk_bytes=100)
     line = b'{"text": "thirty-odd bytes of a text"}\n'
     with TestClient(build_app(settings), raise_server_exceptions=False) as client:
         statuses = [
@@ -108,4 +108,4 @@ def test_uploads_have_a_quota(tiny_llama: Path, tmp_path: Path) -> None:
             ).status_code
             for i in range(3)
         ]
-    assert statuses == [201, 201, 413]
+    assert statuses == [201, 201, 429]

@@ -265,17 +265,19 @@ def test_jobs_are_idempotent(client: TestClient) -> None:
 
 def test_metrics_hold_the_names_that_dashboards_read(client: TestClient) -> None:
     client.post("/v1/completions", json={"model": "tiny", "prompt": "ab", "max_tokens": 2})
+    client.request("MELT", "/v1/no-such-route")
     text = client.get("/metrics").text
+    assert 'http_requests_total{handler="none",method="other",status="4xx"} 1.0' in text
     for name in (
         "vllm:time_to_first_token_seconds_bucket",
         "vllm:request_success_total",
         "vllm:e2e_request_latency_seconds_bucket",
         "gen_ai_server_request_duration_seconds_bucket",
         "lathe_model_bytes",
-        "http_requests_total",
+        'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}',
+        'http_request_duration_seconds_bucket{handler="/v1/completions",le="0.01",method="POST"}',
     ):
         assert name in text, name
-    assert "/v1/completions" in text
 
 
 def test_promtool_finds_nothing_wrong(client: TestClient) -> None:

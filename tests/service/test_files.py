@@ -171,7 +171,7 @@ def test_other_bodies_are_refused(http: TestClient) -> None:
 
 
 def test_limits_of_size_and_quota(home: Path) -> None:
-    settings = Settings(home=home, max_upload_bytes=1000, max_files_bytes=700)
+    settings = Settings(home=home, max_upload_bytes=1000, max_disk_bytes=700)
     with TestClient(build_app(settings)) as http:
         assert error_of(upload(http, b"x" * 1000), 413)[0] == "request_too_large"
 
@@ -185,7 +185,7 @@ def test_limits_of_size_and_quota(home: Path) -> None:
         assert leftovers(home) == []
         assert upload(http, b"x" * 400).status_code == 201
         refused = upload(http, b"y" * 400)
-        assert error_of(refused, 413) == ("quota_exceeded", "file")
+        assert error_of(refused, 429) == ("insufficient_quota", "file")
         assert "hold 400 bytes, this one has 400, and 700" in refused.json()["error"]["message"]
         assert len(leftovers(home)) == 1
 

@@ -1,18 +1,20 @@
 """Rate limits: buckets in SQLite and Redis alike, what is admitted and charged, and what the client is told."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 from compression.import_model import import_folder
 from compression.registry import ModelRegistry
 from service.app import build_app
-from service.auth import Identity, KeyStore
+from service.auth import LIMITS, Identity, KeyStore, Limit
 from service.deps import require
 from service.errors import ApiError
 from service.limits import (
@@ -114,16 +116,17 @@ def test_durations_are_openais(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def limits_of(tmp_path: Path, **limits: int) -> RateLimits:
+def limits_of(tmp_path: Path, **limits: Any) -> RateLimits:
     buckets = SqliteBuckets(tmp_path / "limits.db", lambda: 0.0)
-    values = {"requests_per_minute": 0, "tokens_per_minute": 0} | limits
-    return RateLimits(KeyStore(tmp_path / "keys.json"), buckets, **values)
+    settings = Settings(home=tmp_path, **limits)
+    return RateLimits(KeyStore(settings.keys_file), settings, buckets)
 
 
-def test_without_limits_nothing_is_kept_or_said(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_without_limits_nothing_is_kept_or_said(tmp_path: Path) -> None:
     limits = limits_of(tmp_path)
     headers: dict[str, str] = {}
-    limits.admit(NOBODY, headers, costs_tokens=True)
+    await limits.admit(NOBODY, headers, costs_tokens=True)
     limits.charge("local", 10**9)
     limits.close()
     assert headers == {}
@@ -132,22 +135,24 @@ def test_without_limits_nothing_is_kept_or_said(tmp_path: Path) -> None:
 
 def test_a_keys_own_limits_come_before_the_servers(tmp_path: Path) -> None:
     keys = KeyStore(tmp_path / "keys.json")
-    own, _ = keys.create("own", ("inference",), requests_per_minute=1)
-    free, _ = keys.create("free", ("inference",), requests_per_minute=0, tokens_per_minute=0)
+    own, _ = keys.create("own", ("inference",), {"requests_per_minute": 1})
+    free, _ = keys.create("free", ("inference",), {name: 0 for name in LIMITS})
     limits = limits_of(tmp_path, requests_per_minute=2, tokens_per_minute=9)
-    assert [limits.limit(own.id, unit) for unit in ("requests", "tokens")] == [1, 9]
-    assert [limits.limit(free.id, unit) for unit in ("requests", "tokens")] == [0, 0]
-    assert [limits.limit("local", unit) for unit in ("requests", "tokens")] == [2, 9]
+    rates: tuple[Limit, ...] = ("requests_per_minute", "tokens_per_minute")
+    assert [limits.of(own.id, name) for name in rates] == [1, 9]
+    assert [limits.of(free.id, name) for name in LIMITS] == [0] * len(LIMITS)
+    assert [limits.of("local", name) for name in rates] == [2, 9]
     limits.close()
 
 
-def test_a_refusal_says_when_to_come_back(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_a_refusal_says_when_to_come_back(tmp_path: Path) -> None:
     limits = limits_of(tmp_path, requests_per_minute=2, tokens_per_minute=60)
     headers: dict[str, str] = {}
     for _ in range(2):
-        limits.admit(NOBODY, headers, costs_tokens=True)
+        await limits.admit(NOBODY, headers, costs_tokens=True)
     with pytest.raises(ApiError) as refused:
-        limits.admit(NOBODY, headers, costs_tokens=True)
+        await limits.admit(NOBODY, headers, costs_tokens=True)
     assert refused.value.status == 429
     assert refused.value.headers()["Retry-After"] == "30"
     assert headers == {
@@ -161,7 +166,7 @@ def test_a_refusal_says_when_to_come_back(tmp_path: Path) -> None:
     limits.charge("local", 90)
     limits.flush()
     with pytest.raises(ApiError, match="60 tokens") as spent:
-        limits.admit(NOBODY, headers, costs_tokens=True)
+        await limits.admit(NOBODY, headers, costs_tokens=True)
     assert spent.value.headers()["Retry-After"] == "31"  # 30 of debt, and then more than nothing
     assert headers["x-ratelimit-reset-tokens"] == "1m30s"
     limits.close()
@@ -239,6 +244,34 @@ def test_who_owes_tokens_is_refused_until_they_are_back(tmp_path: Path) -> None:
         assert len(service.engine.requests) == 1
 
 
+@pytest.mark.anyio
+async def test_a_key_has_so_many_requests_under_way(tmp_path: Path) -> None:
+    """A stream is under way until its end; a refusal, and one that failed, are not."""
+    service = Limited(tmp_path, max_open_requests=2)
+    gate = service.engine.hold()
+    body = {"model": "echo", "prompt": "the wood", "max_tokens": 2}
+    transport = httpx.ASGITransport(service.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+
+        async def ask(**more: Any) -> httpx.Response:
+            return await client.post("/v1/completions", json=body | more)
+
+        running = [asyncio.create_task(ask(stream=stream)) for stream in (True, False)]
+        async with asyncio.timeout(60):
+            while service.engine.num_running < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        for _ in range(2):
+            refused = await ask()
+            assert error_of(refused, 429) == ("rate_limit_exceeded", None)
+            assert refused.headers["Retry-After"] == "1"
+            assert "2 requests under way" in refused.json()["error"]["message"]
+        gate.set()
+        assert [(await answer).status_code for answer in running] == [200, 200]
+        assert [(await ask(max_tokens=0)).status_code for _ in range(3)] == [400, 400, 400]
+        assert (await ask()).status_code == 200
+    service.limits.close()
+
+
 def test_a_store_that_is_gone_lets_nobody_in_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "limits.db").mkdir()
     with Limited(tmp_path, requests_per_minute=5) as service:
@@ -252,8 +285,8 @@ def test_the_application_keeps_them(tiny_llama: Path, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path, models=("tiny",), requests_per_minute=1, tokens_per_minute=5)
     keys = KeyStore(settings.keys_file)
     (_, plain), (_, free) = (
-        keys.create("plain", ("inference",), tokens_per_minute=0),
-        keys.create("free", ("inference",), requests_per_minute=0),
+        keys.create("plain", ("inference",), {"tokens_per_minute": 0}),
+        keys.create("free", ("inference",), {"requests_per_minute": 0}),
     )
     app = build_app(settings)
     engine = FakeAsyncEngine(info=replace(ECHO_INFO, model="tiny", vocab_size=32))
@@ -285,7 +318,8 @@ def test_the_application_keeps_them(tiny_llama: Path, tmp_path: Path) -> None:
     assert settings.limits_database.exists()
 
 
-def test_a_wrong_role_costs_nothing() -> None:
+@pytest.mark.anyio
+async def test_a_wrong_role_costs_nothing() -> None:
     """It is refused before anything is asked of the state."""
     with pytest.raises(ApiError, match="role 'jobs'"):
-        require("jobs")(None, None, NOBODY)  # type: ignore[arg-type]
+        await require("jobs")(None, None, NOBODY)  # type: ignore[arg-type]

@@ -170,7 +170,7 @@ def test_too_many_prompts(service: Service, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(user_prompts, "MAX_PROMPTS", 2)
     for number in (5, 6):
         assert post(service, PLAIN | {"max_tokens": number}).status_code == 201
-    assert error_of(post(service, PLAIN), 413)[0] == "quota_exceeded"
+    assert error_of(post(service, PLAIN), 429)[0] == "insufficient_quota"
 
 
 def test_a_race_for_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

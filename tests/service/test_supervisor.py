@@ -515,7 +515,9 @@ def test_idle_threads_of_children_sleep(settings: Settings) -> None:
 def test_default_commands_are_ours(settings: Settings) -> None:
     commands = default_commands(settings)
     assert commands.api(7)[1:] == ("-P", "-m", "service.cli", "serve", "--fd", "7")
-    assert commands.engine("tiny")[3:6] == ("engines.host", "--model-id", "tiny")
+    engine = commands.engine("tiny")
+    assert engine[3:6] == ("engines.host", "--model-id", "tiny")
+    assert engine[engine.index("--max-num-waiting") + 1] == "256"
     assert commands.import_model("tiny")[3:5] == ("compression.import_model", "tiny")
 
 

@@ -21,6 +21,8 @@ Operation = Callable[[Job, float], Change | None]
 """From a job and the time to what it becomes; None leaves it as it is."""
 MAX_EVENTS = 10_000
 """Events kept of one job; the oldest go first."""
+MAX_LEASE_SECONDS = 600.0
+"""No lease is longer: one that ends later was given before the clock was set back or began anew, and has run out."""
 WORKER_SECONDS = 3600.0
 """How long a worker that is no longer seen is remembered."""
 
@@ -74,7 +76,9 @@ def _moved(job: Job, target: JobStatus, now: float, reason: str | None, **fields
     return moved, [_status_event(moved)]
 
 
-def claimed(worker: str, lease_seconds: float) -> Operation:
+def claimed(worker: str, lease_until: float) -> Operation:
+    """Args: lease_until: by the clock of the leases, which need not be the one that tells `now`."""
+
     def operation(job: Job, now: float) -> Change | None:
         if job.status != JobStatus.QUEUED:
             return None  # another worker was faster
@@ -86,7 +90,7 @@ def claimed(worker: str, lease_seconds: float) -> Operation:
             attempt=job.attempt + 1,
             fencing=job.fencing + 1,
             lease_owner=worker,
-            lease_until=now + lease_seconds,
+            lease_until=lease_until,
             started_at=job.started_at or now,
         )
 
@@ -100,10 +104,10 @@ def _check_lease(job: Job, fencing: int) -> None:
         )
 
 
-def renewed(fencing: int, lease_seconds: float) -> Operation:
+def renewed(fencing: int, lease_until: float) -> Operation:
     def operation(job: Job, now: float) -> Change:
         _check_lease(job, fencing)
-        return replace(job, lease_until=now + lease_seconds), []
+        return replace(job, lease_until=lease_until), []
 
     return operation
 
@@ -156,10 +160,26 @@ def resume_requested(job: Job, now: float) -> Change:
     raise InvalidTransitionError(job.id, job.status, JobStatus.QUEUED)
 
 
-def lease_expired(job: Job, now: float) -> Change | None:
-    """What becomes of a job whose lease ran out; None if it has not."""
-    if job.status not in LEASED_STATUSES or job.lease_until is None or job.lease_until > now:
-        return None
+def has_run_out(lease_until: float, lease_now: float) -> bool:
+    return not lease_now < lease_until <= lease_now + MAX_LEASE_SECONDS
+
+
+def lease_expired(lease_now: float) -> Operation:
+    """What becomes of a job whose lease ran out; None if it has not.
+
+    Args:
+        lease_now: the time by the clock of the leases.
+    """
+
+    def operation(job: Job, now: float) -> Change | None:
+        if job.status not in LEASED_STATUSES or job.lease_until is None:
+            return None
+        return _lost(job, now) if has_run_out(job.lease_until, lease_now) else None
+
+    return operation
+
+
+def _lost(job: Job, now: float) -> Change:
     job = replace(job, attempts_lost=job.attempts_lost + 1)
     if job.status == JobStatus.CANCELLING:
         return _moved(job, JobStatus.CANCELLED, now, "user")

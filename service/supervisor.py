@@ -44,6 +44,8 @@ MAX_UNIX_PATH_BYTES = 107
 POLL_SECONDS = 0.2
 API_HEAD_START_SECONDS = 3.0
 TRIM_LOGS_SECONDS = 60.0
+API_STOP_SECONDS = 10.0
+"""What the API process gets beyond its drain, to tell those that it stops and to close."""
 ENGINE_STOP_SECONDS = 35.0
 """A host lets running requests end for 30 seconds."""
 ENGINE_POLICY = RestartPolicy(max_quick_failures=5)
@@ -230,7 +232,7 @@ class Supervisor:
         api = self._service(
             "api",
             lambda: self._commands.api(listener.fileno()),
-            stop_seconds=settings.drain_seconds + 5.0,
+            stop_seconds=settings.drain_seconds + API_STOP_SECONDS,
             pass_fds=(listener.fileno(),),
         )
         api.start()
@@ -455,9 +457,9 @@ class Supervisor:
         operation, model = request.get("op"), request.get("model")
         if operation == "status":
             return {"status": self._status(runtime).to_json()}
-        if operation not in ("load", "unload"):
+        if operation not in ("load", "unload", "restart"):
             raise _RefusedError(
-                "invalid_value", f"op is {operation!r}; allowed: status, load, unload"
+                "invalid_value", f"op is {operation!r}; allowed: status, load, unload, restart"
             )
         if not isinstance(model, str):
             raise _RefusedError("invalid_value", "model must be a string")
@@ -465,6 +467,8 @@ class Supervisor:
             raise _RefusedError("draining", "the supervisor is stopping")
         if operation == "load":
             return {"engine": self._perform_load(runtime, model)}
+        if operation == "restart":
+            return {"engine": await self._perform_restart(runtime, model)}
         await self._perform_unload(runtime, model)
         return {}
 
@@ -482,14 +486,30 @@ class Supervisor:
         return _engine_json(child)
 
     async def _perform_unload(self, runtime: _Runtime, model: str) -> None:
-        child = runtime.engines.get(model)
-        if child is None:
-            raise _RefusedError("model_not_loaded", f"{model} is not loaded")
+        child = self._loaded(runtime, model)
         await child.stop()
         if runtime.engines.get(model) is child:
             del runtime.engines[model]
             self._settings.engine_socket(model).unlink(missing_ok=True)
             self._say(f"{model}: unloaded")
+
+    async def _perform_restart(self, runtime: _Runtime, model: str) -> dict[str, Any]:
+        child = self._loaded(runtime, model)
+        if child.snapshot.state == "stopping":
+            raise _RefusedError("model_in_use", f"{model} is being unloaded or restarted")
+        await child.stop()
+        if self._stop_requested.is_set():
+            raise _RefusedError("draining", "the supervisor is stopping")
+        if runtime.engines.get(model) is not child:
+            raise _RefusedError("model_not_loaded", f"{model} was unloaded meanwhile")
+        self._say(f"{model}: restarts")
+        return _engine_json(self._load(runtime, model))
+
+    def _loaded(self, runtime: _Runtime, model: str) -> Child:
+        child = runtime.engines.get(model)
+        if child is None:
+            raise _RefusedError("model_not_loaded", f"{model} is not loaded")
+        return child
 
     def _status(self, runtime: _Runtime) -> SupervisorStatus:
         return SupervisorStatus(

@@ -222,7 +222,7 @@ async def test_what_an_engine_says_before_it_ends_is_its_error(
     assert status.engines["tiny"].error == "ended with exit code 1: CheckpointError: no"
 
 
-async def test_loads_and_unloads(settings: Settings, commands: Commands) -> None:
+async def test_loads_restarts_and_unloads(settings: Settings, commands: Commands) -> None:
     settings = settings.model_copy(update={"models": ()})
     install(settings, "tiny")
     async with running(settings, commands) as run:
@@ -232,6 +232,11 @@ async def test_loads_and_unloads(settings: Settings, commands: Commands) -> None
         ready = (await run.until_state("tiny", "ready")).engines["tiny"]
         again = await run.client.load("tiny")
         assert again.pid == ready.pid is not None
+        restarted = await run.client.restart("tiny")
+        assert not alive(ready.pid)
+        assert (restarted.state, restarted.restarts) == ("starting", 0)
+        ready = (await run.until_state("tiny", "ready")).engines["tiny"]
+        assert ready.pid is not None
         await run.client.unload("tiny")
         assert not alive(ready.pid)
         assert (await run.client.status()).engines == {}
@@ -251,9 +256,10 @@ async def test_refuses_to_load_what_is_not_installed(
         with pytest.raises(SupervisorRefusedError) as refused:
             await run.client.load(model)
         assert refused.value.code == "model_not_found"
-        with pytest.raises(SupervisorRefusedError) as refused:
-            await run.client.unload(model)
-        assert refused.value.code == "model_not_loaded"
+        for ask in (run.client.unload, run.client.restart):
+            with pytest.raises(SupervisorRefusedError) as refused:
+                await ask(model)
+            assert refused.value.code == "model_not_loaded"
 
 
 @pytest.mark.parametrize(

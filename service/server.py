@@ -1,0 +1,89 @@
+"""The HTTP server: uvicorn, and what it lacks. It drains before it closes its port, and gives up on clients that send
+no request or read no answer."""
+
+import asyncio
+import resource
+import socket
+from typing import TYPE_CHECKING
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.drain import draining
+
+if TYPE_CHECKING:
+    from service.deps import AppState
+
+HEADER_SECONDS = 20.0
+"""How long a request's head may take."""
+LAST_WORDS_SECONDS = 1.0
+"""What requests get to say that they are stopped; twice."""
+
+
+class Config(uvicorn.Config):
+    """uvicorn's, with the seconds after which a connection that does not move is given up."""
+
+    silence_seconds: float = 600.0
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT; then requests that run have `drain_seconds`, and new ones get 503."""
+
+    def __init__(self, config: Config, state: "AppState") -> None:
+        super().__init__(config)
+        self._state = state
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        state, drain = self._state, self._state.drain
+        drain.begin()
+        state.feeds.close(draining())
+        await drain.wait(state.settings.drain_seconds)
+        await state.engines.drain()
+        await drain.wait(LAST_WORDS_SECONDS)
+        drain.end()
+        await drain.wait(LAST_WORDS_SECONDS)
+        await super().shutdown(sockets)
+
+
+class Protocol(HttpToolsProtocol):
+    """A connection that ends when its client neither sends a whole head nor takes what was written to it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        assert isinstance(self.config, Config)
+        self._silence_seconds = self.config.silence_seconds
+        self._head_timer = self._give_up_after(min(HEADER_SECONDS, self._silence_seconds))
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    def _give_up_after(self, seconds: float) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.cancel()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_timer.cancel()
+        self._head_timer = self._give_up_after(min(HEADER_SECONDS, self._silence_seconds))
+
+    def on_headers_complete(self) -> None:
+        self._head_timer.cancel()
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        self._stall_timer = self._give_up_after(self._silence_seconds)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+        super().resume_writing()
+
+
+def raise_file_limit() -> None:
+    """A connection is a file: take as many as the system lets us have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

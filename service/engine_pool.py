@@ -9,6 +9,7 @@ process exists.
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ CANARY_TIMEOUT_SECONDS = 20.0
 FRESH_SECONDS = 120.0
 LOAD_WAIT_SECONDS = 120.0
 """How long a request waits for a model that is loaded because of it."""
+LOAD_AGAIN_SECONDS = 60.0
+"""For how long nobody's request loads a model that did not load for the last one."""
 
 logger = logging.getLogger("lathe.engines")
 ModelState = Literal[
@@ -102,6 +105,7 @@ class EnginePool:
         self._drained = False
         self._connecting: dict[str, asyncio.Lock] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._failed_loads: dict[str, tuple[float, str]] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -166,6 +170,9 @@ class EnginePool:
         Raises:
             ApiError: model_load_failed, model_loading.
         """
+        failed_at, message = self._failed_loads.get(model_id, (-math.inf, ""))
+        if time.monotonic() - failed_at < LOAD_AGAIN_SECONDS:
+            raise ApiError("model_load_failed", message)
         if model_id not in self._loads:
             limit = self._settings.max_loaded_models
             if not self._supervised or model_id in self._processes or len(self._processes) >= limit:
@@ -177,6 +184,12 @@ class EnginePool:
         try:
             await self.load(model_id)
             await self.wait_loaded(model_id, LOAD_WAIT_SECONDS)
+        except ApiError as error:
+            if error.code == "model_load_failed":  # left as it is, it would keep `/ready` red
+                self._failed_loads[model_id] = time.monotonic(), error.message
+                with contextlib.suppress(ApiError):
+                    await self.unload(model_id)
+            raise
         finally:
             del self._loads[model_id]
 
@@ -231,7 +244,7 @@ class EnginePool:
         """Wait until a model that is being loaded serves.
 
         Raises:
-            ApiError: model_load_failed; model_loading, it takes longer than the time-out.
+            ApiError: model_load_failed, its host ended before it served; model_loading, it takes longer.
         """
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
@@ -239,7 +252,7 @@ class EnginePool:
                 return (await self.status())[model_id]
             await self._refresh_processes()
             process = self._processes.get(model_id)
-            if process is not None and process.state == "failed":
+            if process is not None and process.state in ("backoff", "failed"):
                 raise ApiError("model_load_failed", f"model {model_id!r}: {process.error}")
             await asyncio.sleep(0.1)
         raise ApiError("model_loading", f"model {model_id!r} is still being loaded")

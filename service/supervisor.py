@@ -33,6 +33,7 @@ from service.children import (
     last_line,
     limit_log,
 )
+from service.drain import draining
 from service.settings import DEFAULT_EMBEDDING_MODEL, DEFAULT_MODEL, Settings
 from service.supervisor_client import MAX_LINE_BYTES, EngineProcess, SupervisorStatus
 from service.terminal import Terminal
@@ -43,6 +44,7 @@ LISTEN_BACKLOG = 2048
 MAX_UNIX_PATH_BYTES = 107
 POLL_SECONDS = 0.2
 API_HEAD_START_SECONDS = 3.0
+REFUSE_SECONDS = 1.0
 TRIM_LOGS_SECONDS = 60.0
 API_STOP_SECONDS = 10.0
 """What the API process gets beyond its drain, to tell those that it stops and to close."""
@@ -402,8 +404,8 @@ class Supervisor:
     async def _stop_all(self, runtime: _Runtime) -> None:
         """The API first, so that nothing new comes in; then the worker gives its job back; then the hosts."""
         self._say("stopping (once more to stop at once)")
-        runtime.listener.close()
         await self._stop_children([runtime.api])
+        await turn_away(runtime.listener)
         await self._stop_children([runtime.worker])
         await self._stop_children(list(runtime.engines.values()))
         for model in runtime.engines:
@@ -596,6 +598,38 @@ def listen(host: str, port: int) -> socket.socket:
             ) from error
         raise SupervisorError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
+
+
+async def turn_away(listener: socket.socket) -> None:
+    """Close a listening socket after a word to those who wait in it: the API process may have ended before them."""
+    waiting: list[socket.socket] = []
+    listener.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            waiting.append(listener.accept()[0])
+    listener.close()
+    await asyncio.gather(*map(_refuse, waiting))
+
+
+async def _refuse(connection: socket.socket) -> None:
+    error = draining()
+    body = json.dumps(error.body()).encode()
+    headers = error.headers() | {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    reader, writer = await asyncio.open_connection(sock=connection)
+    with suppress(OSError, TimeoutError):
+        writer.write(f"HTTP/1.1 {error.status} Service Unavailable\r\n{head}\r\n".encode() + body)
+        writer.write_eof()
+        async with asyncio.timeout(
+            REFUSE_SECONDS
+        ):  # closed with its request unread, it would be reset
+            while await reader.read(65536):
+                pass
+    writer.close()
 
 
 def _bind(listener: socket.socket, address: Any, patience_seconds: float = 1.0) -> None:

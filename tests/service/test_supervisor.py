@@ -365,6 +365,24 @@ async def test_one_supervisor_per_home(settings: Settings, commands: Commands) -
         await run.client.status()
 
 
+async def test_who_waits_while_there_is_no_api_process_is_turned_away(
+    settings: Settings, commands: Commands
+) -> None:
+    """It ended, another one is not up yet, and everything stops."""
+    commands = replace(commands, api=lambda fd: (*FAKE, "wait", ""))
+    async with running(settings, commands) as run:
+        await run.until(lambda status: status.api_pid is not None)
+        port = int(run.supervisor.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+        run.supervisor.stop()
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"Retry-After: " in head
+    assert json.loads(body)["error"]["code"] == "draining"
+
+
 async def test_a_taken_port_is_said(settings: Settings, commands: Commands) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -15,10 +15,15 @@ def draining() -> ApiError:
 
 
 class Drain:
-    """Requests register here; once it has begun, no other gets in. Belongs to one event loop."""
+    """Requests register here; once it has begun, no other gets in. Belongs to one event loop.
+
+    Attributes:
+        is_hurried: somebody asked a second time to stop.
+    """
 
     def __init__(self) -> None:
         self.has_begun = False
+        self.is_hurried = False
         self._running: set[asyncio.Timeout] = set()
 
     @asynccontextmanager
@@ -52,7 +57,7 @@ class Drain:
             limit.reschedule(now)
 
     async def wait(self, seconds: float) -> None:
-        """Until nothing runs, at most so many seconds."""
+        """Until nothing runs, at most so many seconds; not at all once `is_hurried`."""
         ends_at = time.monotonic() + seconds
-        while self._running and time.monotonic() < ends_at:  # noqa: ASYNC110 -- counted, not signalled
+        while self._running and not self.is_hurried and time.monotonic() < ends_at:  # noqa: ASYNC110 -- counted, not signalled
             await asyncio.sleep(POLL_SECONDS)

@@ -4,12 +4,14 @@ no request or read no answer."""
 import asyncio
 import resource
 import socket
+import time
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.drain import draining
+from service.drain import POLL_SECONDS, draining
 
 if TYPE_CHECKING:
     from service.deps import AppState
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 HEADER_SECONDS = 20.0
 """How long a request's head may take."""
 LAST_WORDS_SECONDS = 1.0
-"""What requests get to say that they are stopped; twice."""
+"""What requests get to say that they are stopped, twice, and idle clients to be told."""
 
 
 class Config(uvicorn.Config):
@@ -27,11 +29,16 @@ class Config(uvicorn.Config):
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT; then requests that run have `drain_seconds`, and new ones get 503."""
+    """Serves until SIGTERM or SIGINT; then new requests get 503, and those that run have `drain_seconds`, or until a
+    second signal."""
 
     def __init__(self, config: Config, state: "AppState") -> None:
         super().__init__(config)
         self._state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._state.drain.is_hurried = self.should_exit
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         state, drain = self._state, self._state.drain
@@ -42,7 +49,15 @@ class Server(uvicorn.Server):
         await drain.wait(LAST_WORDS_SECONDS)
         drain.end()
         await drain.wait(LAST_WORDS_SECONDS)
+        await self._let_clients_go()
         await super().shutdown(sockets)
+
+    async def _let_clients_go(self) -> None:
+        """Closed in the moment that its client sends a request, an idle connection would be a cut: first let the
+        answer to that request tell it to leave."""
+        ends_at = time.monotonic() + LAST_WORDS_SECONDS
+        while self.server_state.connections and time.monotonic() < ends_at:  # noqa: ASYNC110 -- uvicorn's set
+            await asyncio.sleep(POLL_SECONDS)
 
 
 class Protocol(HttpToolsProtocol):

@@ -14,7 +14,7 @@ from tests.jobs.conftest import child_environment
 from tests.processes.conftest import TINY, Service
 
 pytestmark = pytest.mark.processes
-NUM_JOBS = 8
+NUM_JOBS = 4
 WRITER = """
 import sqlite3, sys, time
 db = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
@@ -22,8 +22,9 @@ print("begun", flush=True)
 while True:
     db.execute("BEGIN IMMEDIATE")
     db.execute("INSERT INTO counters VALUES ('test', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1")
-    time.sleep(0.02)
+    time.sleep(0.002)
     db.execute("COMMIT")
+    time.sleep(0.03)
 """
 
 

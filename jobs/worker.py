@@ -28,7 +28,7 @@ from jobs.child import RUNNERS
 from jobs.gpu import GPU_POLICIES, GpuBusyError, GpuPolicy, give_gpu_back, take_gpu
 from jobs.open import STORE_ERRORS, open_job_store
 from jobs.states import InvalidTransitionError, JobStatus
-from jobs.store import Job, JobStore, JsonObject, NewEvent, StaleLeaseError
+from jobs.store import Job, JobNotFoundError, JobStore, JsonObject, NewEvent, StaleLeaseError
 
 IDLE_SECONDS = 0.5
 SEEN_SECONDS = 5.0
@@ -148,6 +148,8 @@ class Worker:
             attempt.run()
         except StaleLeaseError as error:
             logger.warning("lost a lease: %s", error)
+        except JobNotFoundError:  # Redis came back with less than it was told
+            logger.error("job %s: the store has lost it", job.id)
         except Exception:  # the lease runs out, and the job is tried again
             logger.exception("job %s: the attempt failed in the worker itself", job.id)
             stop.wait(IDLE_SECONDS)

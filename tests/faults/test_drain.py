@@ -28,7 +28,7 @@ from tests.faults.conftest import (
 from tests.processes.conftest import TINY, Service, eventually
 
 pytestmark = pytest.mark.processes
-NUM_LINES = 300
+NUM_LINES = 100
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def draining(own_home: Path) -> Iterator[Service]:
 
 def test_sigterm_cuts_nobody_off(draining: Service, capsys: pytest.CaptureFixture[str]) -> None:
     service = draining
-    job_id = submit_batch(service, NUM_LINES, max_tokens=200)
+    job_id = submit_batch(service, NUM_LINES, max_tokens=60)
     until_status(service, job_id, "running")
     threads = ThreadPoolExecutor(8)
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from tests.faults.conftest import (
     check_later,
     complete,
     last_error,
+    open_socket,
     recovery_seconds,
     running_requests,
     tell,
@@ -121,35 +121,34 @@ def test_a_model_that_is_not_loaded_cannot_be_restarted(service: Service) -> Non
 
 def ended_requests(service: Service) -> list[dict[str, object]]:
     log = (service.home / "logs" / f"engine-{TINY}.log").read_text().splitlines()
-    rows = [json.loads(line) for line in log if '"finish_reason"' in line]
-    return rows
+    return [json.loads(line) for line in log if '"finish_reason"' in line]
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_who_leaves_frees_the_engine(service: Service, phase: str, stream: bool) -> None:
-    """In prefill: a prompt of 8000 tokens, behind three others. In decode: thousands of tokens to come."""
+    """In prefill: 24 prompts of 7000 tokens, for an engine that runs 16. In decode: thousands of tokens to come."""
+    count = 24 if phase == "prefill" else 4
     before = len(ended_requests(service))
-    body: dict[str, object] = LONG | {"stream": stream}
-    if phase == "prefill":
-        body |= {"prompt": [5] * 8000, "max_tokens": 100}
-    content = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    ).encode()
-    left = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(4)]
-    for connection in left:
-        connection.sendall(head + content)
-    if phase == "decode":
-        eventually(lambda: running_requests(service) == 4, "four running requests")
-    else:
-        eventually(lambda: httpx.get(f"{service.url}/health").status_code == 200, "/health")
+    left = []
+    for number in range(count):
+        body = LONG | {"stream": stream}
+        if phase == "prefill":  # all different, so that none finds its prefix
+            body |= {"prompt": [5 + number, number + stream] * 3500, "max_tokens": 1000}
+        content = json.dumps(body)
+        head = (
+            "POST /v1/completions HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\n"
+            f"Content-Length: {len(content)}\n\n"
+        )
+        left.append(open_socket(service, head + content))
+    eventually(lambda: running_requests(service) >= min(count, 4), "running requests")
     for connection in left:
         connection.close()
     eventually(lambda: running_requests(service) == 0, "no running request")
-    ended = eventually(lambda: ended_requests(service)[before:][:4], "their ends in the log")
+    eventually(lambda: len(ended_requests(service)) == before + count, "their ends in the log")
+    ended = ended_requests(service)[before:]
     assert {row["finish_reason"] for row in ended} == {"abort"}
+    assert any(row["tokens"] == 0 for row in ended) == (phase == "prefill")
     assert complete(service).status_code == 200
 
 

@@ -234,8 +234,7 @@ class Load:
             self.answered["completion"] += 1
 
     async def _batch(self, draw: random.Random) -> None:
-        """A batch from its upload to its end. A lost answer to an upload or a submission is asked for again by key."""
-        key = f"key-{draw.randrange(10**12)}"
+        """A batch from its upload to its end."""
         bodies = [
             {"model": self._model, "prompt": f"number {line}", "max_tokens": 8, "ignore_eos": True}
             for line in range(NUM_LINES)
@@ -257,8 +256,7 @@ class Load:
             "endpoint": "/v1/completions",
             "completion_window": "24h",
         }
-        headers = {"Idempotency-Key": key}
-        created = await self._http.post("/v1/batches", json=batch, headers=headers)
+        created = await self._http.post("/v1/batches", json=batch)
         if not self._tell("submit", created, 201):
             return
         job_id = created.json()["id"]

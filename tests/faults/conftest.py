@@ -18,7 +18,9 @@ import pytest
 from compression.import_model import import_folder
 from compression.registry import ModelRegistry
 from tests.processes.conftest import TINY, Service, eventually
-from tests.processes.conftest import native_folder as native_folder  # a fixture
+from tests.processes.conftest import native_folder as native_folder  # fixtures
+from tests.processes.conftest import tiny_home as tiny_home
+from tests.processes.conftest import tiny_service as tiny_service
 
 CLOCK = Path(__file__).parent / "clock"
 DISK_MIB = 64

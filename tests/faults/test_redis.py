@@ -53,7 +53,7 @@ def test_with_its_file_nothing_accepted_is_lost(
     service, server = redis_service(True)
     running = submit_batch(service, NUM_LINES, max_tokens=60)
     until_status(service, running, "running")
-    queued = [submit_batch(service, 3) for _ in range(5)]
+    queued = [submit_batch(service, 3) for _ in range(2)]
     follower = open_socket(
         service, f"GET /v1/jobs/{queued[-1]}/events?stream=true HTTP/1.1\nHost: 127.0.0.1\n\n"
     )

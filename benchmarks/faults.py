@@ -164,6 +164,7 @@ class Load:
 
     def _accuse(self, text: str) -> None:
         self.wrong.append(f"{time.strftime('%H:%M:%S')} {text}; last fault: {self.last_fault}")
+        print(self.wrong[-1], file=sys.stderr)
 
     def _tell(self, what: str, response: httpx.Response, *expected: int) -> bool:
         """Whether it is as expected; an error object is counted, anything else is wrong."""

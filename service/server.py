@@ -3,6 +3,7 @@ no request or read no answer."""
 
 import asyncio
 import resource
+import select
 import socket
 import time
 from types import FrameType
@@ -53,10 +54,18 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _let_clients_go(self) -> None:
-        """Closed in the moment that its client sends a request, an idle connection would be a cut: first let the
-        answer to that request tell it to leave."""
+        """Clients that go on asking are told to leave by their next answer. Then idle connections are closed, but for
+        those on which a request has just arrived: closed unread, it would be cut."""
         ends_at = time.monotonic() + LAST_WORDS_SECONDS
         while self.server_state.connections and time.monotonic() < ends_at:  # noqa: ASYNC110 -- uvicorn's set
+            await asyncio.sleep(POLL_SECONDS)
+        for server in self.servers:
+            server.close()
+        ends_at = time.monotonic() + LAST_WORDS_SECONDS
+        while self.server_state.connections and time.monotonic() < ends_at:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Protocol) and connection.is_idle:
+                    connection.transport.close()
             await asyncio.sleep(POLL_SECONDS)
 
 
@@ -69,6 +78,15 @@ class Protocol(HttpToolsProtocol):
         self._silence_seconds = self.config.silence_seconds
         self._head_timer = self._give_up_after(min(HEADER_SECONDS, self._silence_seconds))
         self._stall_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way, nor waits to be read."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     def _give_up_after(self, seconds: float) -> asyncio.TimerHandle:
         return self.loop.call_later(seconds, self.transport.abort)

@@ -75,13 +75,16 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         assert isinstance(self.config, Config)
+        self._made_at = self.loop.time()
         self._silence_seconds = self.config.silence_seconds
         self._head_timer = self._give_up_after(min(HEADER_SECONDS, self._silence_seconds))
         self._stall_timer: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way, nor waits to be read."""
+        """Whether no request is under way, waits to be read, or is about to come from a client that just connected."""
+        if self.cycle is None and self.loop.time() - self._made_at < LAST_WORDS_SECONDS:
+            return False
         if self.cycle is not None and not self.cycle.response_complete:
             return False
         poll = select.poll()

@@ -6,7 +6,8 @@ Starts `lathe up` over a home of its own with a small random model (`--model ID 
 with chats (whole and streamed), completions and batches. Meanwhile it kills, ends and restarts its parts, one after the
 other, each once the one before is recovered from. The exit status is 1 if
 
-- a job that was accepted (201) is gone, never ends, or ends without an answer to each of its lines;
+- a job that was accepted (201) is gone, never ends, or ends without an answer to each of its lines, unless it says that
+  three of the faults each cost it an attempt, which is the limit;
 - a stream ends without `[DONE]` and without an error event, or a connection breaks while no API process was killed;
 - an answer is neither 200 nor an error object of the kind that says "later" (503 with Retry-After, 409 unloaded).
 
@@ -44,6 +45,8 @@ JOB_SECONDS = 240.0
 BREAK_SECONDS = 2.0
 """A connection that breaks within so many seconds of the end of its API process broke because of that."""
 NUM_LINES = 24
+GIVEN_UP = frozenset({"lease_lost", "runner_crashed"})
+"""Codes of a job that lost three attempts, to three of the faults: it is told, and kept."""
 ENDED = ("succeeded", "failed", "cancelled")
 LATER = frozenset({503, 409})
 CHATS, COMPLETIONS, JOBS = 3, 2, 2
@@ -98,6 +101,7 @@ class Load:
         broken: connections that broke because an API process was killed.
         wrong: whatever must not be, as text.
         jobs: ids of accepted jobs, with the number of their lines.
+        given_up: those of them that failed because three faults hit each; `lost_jobs` finds them.
         last_fault: what was done last, for `wrong`.
     """
 
@@ -108,6 +112,7 @@ class Load:
         self.broken = 0
         self.wrong: list[str] = []
         self.jobs: dict[str, int] = {}
+        self.given_up: list[str] = []
         self.last_fault = "none"
         self.stopping = asyncio.Event()
         self._model = model
@@ -283,7 +288,9 @@ class Load:
                     break
                 job = response.json()
                 if job["status"] in ENDED:
-                    if job["status"] != "succeeded":
+                    if (job["error"] or {}).get("code") in GIVEN_UP:
+                        self.given_up.append(job_id)
+                    elif job["status"] != "succeeded":
                         lost.append(f"{job_id}: {job['status']}, {job['error']}")
                     elif (answers := await self._answers(job_id)) != set(range(num_lines)):
                         lost.append(f"{job_id}: {len(answers)} of {num_lines} answers")
@@ -482,7 +489,8 @@ def report(load: Load, faults: Faults, lost: list[str], loads: list[float], seco
     lines = [
         f"{total} faults in {seconds:.0f} s, {platform.machine()}, {os.cpu_count()} cores",
         "",
-        f"- accepted jobs: {len(load.jobs)}, lost: {len(lost)}",
+        f"- accepted jobs: {len(load.jobs)}, lost: {len(lost)}; failed, as told, for three lost attempts: "
+        f"{len(load.given_up)}",
         f"- silent cuts: {len(silent)}; otherwise wrong: {len(load.wrong) - len(silent)}",
         f"- whole answers: {sum(load.answered.values())}; errors told: {sum(load.told.values())}; connections that a "
         f"killed API process broke: {load.broken}",

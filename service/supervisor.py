@@ -5,6 +5,7 @@ restart of the API refuses no connection, and port 0 works.
 """
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import json
@@ -13,6 +14,7 @@ import re
 import shlex
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -52,6 +54,8 @@ ENGINE_STOP_SECONDS = 35.0
 """A host lets running requests end for 30 seconds."""
 ENGINE_POLICY = RestartPolicy(max_quick_failures=5)
 SERVICE_POLICY = RestartPolicy()
+_SO_ATTACH_FILTER = 26
+_BPF_RETURN = 0x06
 _PERCENT = re.compile(rb"(\d{1,3})%")
 
 
@@ -603,12 +607,23 @@ def listen(host: str, port: int) -> socket.socket:
 async def turn_away(listener: socket.socket) -> None:
     """Close a listening socket after a word to those who wait in it: the API process may have ended before them."""
     waiting: list[socket.socket] = []
+    admit_nobody(listener)
     listener.setblocking(False)
     with suppress(BlockingIOError):
         while True:
             waiting.append(listener.accept()[0])
     listener.close()
     await asyncio.gather(*map(_refuse, waiting))
+
+
+def admit_nobody(listener: socket.socket) -> None:
+    """Have the kernel drop what asks for a connection, so that nobody comes to wait between the last look and the
+    close, which would reset it. Whoever asks tries again in a second, and is refused. Linux only."""
+    if sys.platform != "linux":
+        return
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+    program = struct.pack("HP", 1, ctypes.addressof(drop_all))
+    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
 async def _refuse(connection: socket.socket) -> None:

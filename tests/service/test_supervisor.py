@@ -21,6 +21,7 @@ from service.supervisor import (
     Commands,
     Supervisor,
     SupervisorError,
+    admit_nobody,
     banner,
     child_environment,
     default_commands,
@@ -381,6 +382,17 @@ async def test_who_waits_while_there_is_no_api_process_is_turned_away(
     assert head.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After: " in head
     assert json.loads(body)["error"]["code"] == "draining"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux' sockets")
+def test_a_socket_that_admits_nobody_keeps_who_is_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address, timeout=5):
+            admit_nobody(listener)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address, timeout=0.2)
+            listener.accept()[0].close()
 
 
 async def test_a_taken_port_is_said(settings: Settings, commands: Commands) -> None:

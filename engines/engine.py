@@ -327,7 +327,7 @@ class NativeEngine:
                 outputs += self._failed_pass(chunks, error)
             else:
                 outputs += self._take_step(self._model, chunks, hidden_TH, logits_SV)
-                self._last_output_at = time.time()
+                self._last_output_at = time.monotonic()
         for output in outputs:
             if output.finish_reason is not None:
                 self.abort(output.request_id)
@@ -507,7 +507,7 @@ class NativeEngine:
                 vectors_BH[index] = pooled_H.cpu()
         num_tokens = sum(len(ids) for ids in request.token_ids)
         self._prompt_tokens += num_tokens
-        self._last_output_at = time.time()
+        self._last_output_at = time.monotonic()
         return embed_result(vectors_BH, num_tokens, normalize=request.normalize)
 
     @torch.inference_mode()
@@ -554,7 +554,7 @@ class NativeEngine:
             self._scheduler.close(context)
         num_tokens = len(request.context_ids) + sum(len(ids) for ids in request.continuation_ids)
         self._prompt_tokens += num_tokens
-        self._last_output_at = time.time()
+        self._last_output_at = time.monotonic()
         ordered = tuple(scores[index] for index in range(len(request.continuation_ids)))
         return ScoreResult(scores=ordered, num_tokens=num_tokens)
 

@@ -23,6 +23,7 @@ ErrorCode = Literal[
     "out_of_memory",
     "sleeping",
     "engine_dead",
+    "draining",
     "internal_error",
 ]
 
@@ -290,10 +291,11 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Counters since load (…_total) and gauges now. Times are Unix seconds.
+    """Counters since load (…_total) and gauges now.
 
     Attributes:
-        last_output_at: when a step, an embed or a score last ended well; a step of prompt tokens counts.
+        last_output_at: when a step, an embed or a score last ended well; a step of prompt tokens counts. By
+            `time.monotonic`, which all processes of a machine share and which no change of the clock moves.
     """
 
     num_requests_running: int

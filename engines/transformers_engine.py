@@ -207,7 +207,7 @@ class TransformersEngine:
         self._forget(output.request_id for output in outputs if output.finish_reason is not None)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         if outputs:
-            self._last_output_at = time.time()
+            self._last_output_at = time.monotonic()
         return outputs
 
     def _admit(self) -> None:
@@ -329,7 +329,7 @@ class TransformersEngine:
             vectors_BH[indices] = pooled_BH
         num_tokens = sum(len(ids) for ids in request.token_ids)
         self._prompt_tokens += num_tokens
-        self._last_output_at = time.time()
+        self._last_output_at = time.monotonic()
         return embed_result(vectors_BH, num_tokens, normalize=request.normalize)
 
     @torch.inference_mode()
@@ -345,7 +345,7 @@ class TransformersEngine:
             scores += self._score_group(last_V, cache, num_context, group)
         num_tokens = num_context + sum(len(ids) for ids in request.continuation_ids)
         self._prompt_tokens += num_tokens
-        self._last_output_at = time.time()
+        self._last_output_at = time.monotonic()
         return ScoreResult(scores=tuple(scores), num_tokens=num_tokens)
 
     def _context(self, request: ScoreRequest) -> tuple[Tensor, Any]:

@@ -21,6 +21,8 @@ Operation = Callable[[Job, float], Change | None]
 """From a job and the time to what it becomes; None leaves it as it is."""
 MAX_EVENTS = 10_000
 """Events kept of one job; the oldest go first."""
+MAX_LEASE_SECONDS = 600.0
+"""No lease is longer: one that ends later was given before the clock was set back or began anew, and has run out."""
 WORKER_SECONDS = 3600.0
 """How long a worker that is no longer seen is remembered."""
 
@@ -75,16 +77,16 @@ def _moved(job: Job, target: JobStatus, now: float, reason: str | None, **fields
     return moved, [_status_event(moved)]
 
 
-def _attempt_ended(job: Job, now: float) -> dict[str, object]:
-    """A worker that vanished held the job for as long as it had the lease."""
+def _attempt_ended(job: Job, ended_at: float) -> dict[str, object]:
     if job.status not in LEASED_STATUSES or job.attempt_started_at is None:
         return {}
-    ended_at = now if job.lease_until is None else min(now, job.lease_until)
     seconds = max(0.0, ended_at - job.attempt_started_at)
     return {"attempt_ended_at": ended_at, "device_seconds": job.device_seconds + seconds}
 
 
-def claimed(worker: str, lease_seconds: float) -> Operation:
+def claimed(worker: str, lease_until: float) -> Operation:
+    """Args: lease_until: by the clock of the leases, which need not be the one that tells `now`."""
+
     def operation(job: Job, now: float) -> Change | None:
         if job.status != JobStatus.QUEUED:
             return None  # another worker was faster
@@ -96,7 +98,7 @@ def claimed(worker: str, lease_seconds: float) -> Operation:
             attempt=job.attempt + 1,
             fencing=job.fencing + 1,
             lease_owner=worker,
-            lease_until=now + lease_seconds,
+            lease_until=lease_until,
             started_at=job.started_at or now,
             attempt_started_at=now,
         )
@@ -111,10 +113,10 @@ def _check_lease(job: Job, fencing: int) -> None:
         )
 
 
-def renewed(fencing: int, lease_seconds: float) -> Operation:
+def renewed(fencing: int, lease_until: float) -> Operation:
     def operation(job: Job, now: float) -> Change:
         _check_lease(job, fencing)
-        return replace(job, lease_until=now + lease_seconds), []
+        return replace(job, lease_until=lease_until), []
 
     return operation
 
@@ -139,10 +141,9 @@ def finished(
         _check_lease(job, fencing)
         if status in LEASED_STATUSES:
             raise InvalidTransitionError(job.id, job.status, status)
-        lost = job.attempts_lost
         if status == JobStatus.QUEUED and reason == "runner_crashed":
-            lost += 1
-        return _moved(job, status, now, reason, result=result, error=error, attempts_lost=lost)
+            job = _one_more_lost(job)
+        return _moved(job, status, now, reason, result=result, error=error)
 
     return operation
 
@@ -167,20 +168,52 @@ def resume_requested(job: Job, now: float) -> Change:
     raise InvalidTransitionError(job.id, job.status, JobStatus.QUEUED)
 
 
-def lease_expired(job: Job, now: float) -> Change | None:
-    """What becomes of a job whose lease ran out; None if it has not."""
-    if job.status not in LEASED_STATUSES or job.lease_until is None or job.lease_until > now:
-        return None
-    job = replace(job, attempts_lost=job.attempts_lost + 1)
+def has_run_out(lease_until: float, lease_now: float) -> bool:
+    return not lease_now < lease_until <= lease_now + MAX_LEASE_SECONDS
+
+
+def lease_expired(lease_now: float) -> Operation:
+    """What becomes of a job whose lease ran out; None if it has not.
+
+    Args:
+        lease_now: the time by the clock of the leases.
+    """
+
+    def operation(job: Job, now: float) -> Change | None:
+        if job.status not in LEASED_STATUSES or job.lease_until is None:
+            return None
+        if not has_run_out(job.lease_until, lease_now):
+            return None
+        overdue = lease_now - job.lease_until
+        # Of a lease by a clock that has begun anew, only the last report is known.
+        return _lost(job, now, ended_at=now - overdue if overdue >= 0 else job.updated_at)
+
+    return operation
+
+
+def num_lost(job: Job, step: int) -> int:
+    """Attempts lost in a row, with one that came to `step`: getting further than all before begins a new count."""
+    return 1 if step > job.lost_at_step else job.attempts_lost + 1
+
+
+def _one_more_lost(job: Job) -> Job:
+    step = job.progress_step
+    furthest = max(step, job.lost_at_step)
+    return replace(job, attempts_lost=num_lost(job, step), lost_at_step=furthest)
+
+
+def _lost(job: Job, now: float, ended_at: float) -> Change:
+    job = _one_more_lost(job)
+    ended = _attempt_ended(job, ended_at)
     if job.status == JobStatus.CANCELLING:
-        return _moved(job, JobStatus.CANCELLED, now, "user")
+        return _moved(job, JobStatus.CANCELLED, now, "user", **ended)
     if job.status == JobStatus.PAUSING:
-        return _moved(job, JobStatus.PAUSED, now, "user")
+        return _moved(job, JobStatus.PAUSED, now, "user", **ended)
     if job.attempts_lost >= job.max_attempts:
         message = f"{job.attempts_lost} attempts were lost; in the last, the worker vanished"
         error = {"code": "lease_lost", "message": message}
-        return _moved(job, JobStatus.FAILED, now, "lease_lost", error=error)
-    return _moved(job, JobStatus.QUEUED, now, "lease_lost")
+        return _moved(job, JobStatus.FAILED, now, "lease_lost", error=error, **ended)
+    return _moved(job, JobStatus.QUEUED, now, "lease_lost", **ended)
 
 
 def job_to_json(job: Job) -> JsonObject:

@@ -1,7 +1,8 @@
 """Jobs in Redis, for several API processes and machines. JSON values only; every change is WATCH, then one MULTI.
 
 The rules of `jobs.logic` decide here what they decide for SQLite, and optimistic locking makes their answer atomic: a
-change that another client overtook is worked out again. The clock is Redis' own (TIME). Keys, under one prefix:
+change that another client overtook is worked out again. The clock is Redis' own (TIME): set forward, it costs jobs
+under way an attempt; set back, they are queued again once their leases lie too far ahead. Keys, under one prefix:
 
     number               counts jobs; gives each its place in every order
     job:ID               the document: job, number, seq of its newest event
@@ -144,7 +145,7 @@ class RedisJobStore(JobStore):
     def claim(self, worker: str, types: Collection[str], lease_seconds: float) -> Job | None:
         self.reap()
         while (job_id := self._first_queued(types)) is not None:
-            job = self._change(job_id, logic.claimed(worker, lease_seconds))
+            job = self._change(job_id, logic.claimed(worker, self._now() + lease_seconds))
             if job is not None:
                 return job
         return None
@@ -157,7 +158,7 @@ class RedisJobStore(JobStore):
         return min(heads)[1] if heads else None
 
     def heartbeat(self, job_id: str, fencing: int, lease_seconds: float) -> Job:
-        return self._must_change(job_id, logic.renewed(fencing, lease_seconds))
+        return self._must_change(job_id, logic.renewed(fencing, self._now() + lease_seconds))
 
     def report(
         self,
@@ -208,9 +209,11 @@ class RedisJobStore(JobStore):
         return [_load_event(key, row) for row in rows]
 
     def reap(self) -> list[Job]:
-        expired = self._redis.zrangebyscore(self._key("leased"), "-inf", self._now())
+        now = self._now()
+        leased = self._redis.zrange(self._key("leased"), 0, -1, withscores=True)
+        expired = [job_id for job_id, until in leased if logic.has_run_out(until, now)]
         lost = self._key("lease_lost")
-        changed = (self._change(job_id, logic.lease_expired, count=lost) for job_id in expired)
+        changed = (self._change(job_id, logic.lease_expired(now), count=lost) for job_id in expired)
         return [job for job in changed if job is not None]
 
     def counts(self) -> JobCounts:
@@ -235,6 +238,7 @@ class RedisJobStore(JobStore):
         pipe = self._redis.pipeline()
         pipe.zadd(self._key("workers"), {worker: now})
         pipe.zremrangebyscore(self._key("workers"), "-inf", now - logic.WORKER_SECONDS)
+        pipe.zremrangebyscore(self._key("workers"), now + logic.MAX_LEASE_SECONDS, "+inf")
         pipe.execute()
 
     def worker_ages(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Jobs in SQLite (WAL), the embedded default; several processes may share a file, on a local disk.
 
 A job is one JSON document beside the columns that are searched. Every change is one BEGIN IMMEDIATE transaction.
+Leases, and when a worker was seen, are in seconds since the machine started, which setting its clock does not move.
 """
 
 import json
@@ -47,12 +48,19 @@ class SqliteJobStore(JobStore):
     """Keeps as many connections as were ever used at once, not one per thread: threads of a pool come and go.
 
     Args:
-        clock: Unix seconds; replaced in tests.
+        clock: Unix seconds; replaced in tests, like the others.
+        uptime: seconds since the machine started, the same in every process.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.time,
+        uptime: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._path = path
         self._clock = clock
+        self._uptime = uptime
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
         self._lock = threading.Lock()
@@ -172,10 +180,11 @@ class SqliteJobStore(JobStore):
             row = db.execute(first, tuple(types)).fetchone()
             if row is None:
                 return None
-            return self._apply(db, _load(row[0]), logic.claimed(worker, lease_seconds))
+            until = self._uptime() + lease_seconds
+            return self._apply(db, _load(row[0]), logic.claimed(worker, until))
 
     def heartbeat(self, job_id: str, fencing: int, lease_seconds: float) -> Job:
-        return self._change(job_id, logic.renewed(fencing, lease_seconds))
+        return self._change(job_id, logic.renewed(fencing, self._uptime() + lease_seconds))
 
     def report(
         self,
@@ -233,14 +242,16 @@ class SqliteJobStore(JobStore):
     def reap(self) -> list[Job]:
         expired = (
             "SELECT document FROM jobs WHERE status IN ('running', 'pausing', 'cancelling')"
-            " AND lease_until <= ?"
+            " AND NOT (lease_until > ?1 AND lease_until <= ?1 + ?2)"
         )
+        limit = logic.MAX_LEASE_SECONDS
         with self._connection() as db:
-            if db.execute(expired + " LIMIT 1", (self._clock(),)).fetchone() is None:
+            if db.execute(expired + " LIMIT 1", (self._uptime(), limit)).fetchone() is None:
                 return []
         with self._transaction() as db:
-            rows = db.execute(expired, (self._clock(),)).fetchall()
-            reaped = [self._apply(db, _load(row[0]), logic.lease_expired) for row in rows]
+            now = self._uptime()
+            rows = db.execute(expired, (now, limit)).fetchall()
+            reaped = [self._apply(db, _load(row[0]), logic.lease_expired(now)) for row in rows]
             db.execute(
                 "INSERT INTO counters VALUES ('lease_lost', ?)"
                 " ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
@@ -267,22 +278,22 @@ class SqliteJobStore(JobStore):
         )
 
     def worker_seen(self, worker: str) -> None:
-        now = self._clock()
         with self._transaction() as db:
+            now = self._uptime()
             db.execute(
                 "INSERT INTO workers VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET seen_at = excluded.seen_at",
                 (worker, now),
             )
-            db.execute("DELETE FROM workers WHERE seen_at < ?", (now - logic.WORKER_SECONDS,))
+            since = now - logic.WORKER_SECONDS
+            db.execute("DELETE FROM workers WHERE seen_at < ? OR seen_at > ?", (since, now))
 
     def worker_ages(self) -> dict[str, float]:
-        now = self._clock()
+        now = self._uptime()
+        seen = "SELECT name, seen_at FROM workers WHERE seen_at > ? AND seen_at <= ?"
         with self._connection() as db:
-            rows = db.execute(
-                "SELECT name, seen_at FROM workers WHERE seen_at > ?", (now - logic.WORKER_SECONDS,)
-            ).fetchall()
-        return {row[0]: max(now - row[1], 0.0) for row in rows}
+            rows = db.execute(seen, (now - logic.WORKER_SECONDS, now)).fetchall()
+        return {row[0]: now - row[1] for row in rows}
 
     def close(self) -> None:
         with self._lock:

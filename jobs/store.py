@@ -43,7 +43,7 @@ class NewJob:
         owner: id of the API key that asked.
         request_hash: sha256 of the canonical request body; guards the id against another body.
         priority: -1000 to 1000; lower runs first.
-        max_attempts: how many attempts may be lost before the job fails.
+        max_attempts: how many attempts in a row may be lost before the job fails; progress begins a new count.
         deadline_seconds: most seconds of running per attempt; None is no limit.
         memory: peak bytes by part, as predicted; None where nothing was.
         origin: the request that asks for it; its ids go along with the job.
@@ -76,8 +76,9 @@ class Job:
     Attributes:
         attempt: 0 until first claimed, then 1, 2, ...
         fencing: grows with every claim; 0 until first claimed.
-        attempts_lost: attempts whose worker vanished or whose process was killed; one that was given back or
-            paused does not count.
+        attempts_lost: attempts in a row whose worker vanished or whose process was killed, without getting further
+            than those before; one that was given back or paused does not count.
+        lost_at_step: the furthest `progress_step` of those that were lost.
         error: {"code", "message"} of a failed job.
         request_id, traceparent: of the request that created it.
         attempt_started_at, attempt_ended_at: of the last attempt that did.
@@ -107,6 +108,7 @@ class Job:
     finished_at: float | None
     updated_at: float
     attempts_lost: int = 0
+    lost_at_step: int = 0
     memory: JsonObject | None = None
     request_id: str | None = None
     traceparent: str | None = None

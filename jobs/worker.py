@@ -26,9 +26,10 @@ from engines.origin import Origin, caused_by, current_origin
 from engines.tracing import set_up_tracing, shut_down_tracing, span
 from jobs.child import RUNNERS
 from jobs.gpu import GPU_POLICIES, GpuBusyError, GpuPolicy, give_gpu_back, take_gpu
+from jobs.logic import num_lost
 from jobs.open import STORE_ERRORS, open_job_store
 from jobs.states import InvalidTransitionError, JobStatus
-from jobs.store import Job, JobStore, JsonObject, NewEvent, StaleLeaseError
+from jobs.store import Job, JobNotFoundError, JobStore, JsonObject, NewEvent, StaleLeaseError
 
 IDLE_SECONDS = 0.5
 SEEN_SECONDS = 5.0
@@ -148,6 +149,8 @@ class Worker:
             attempt.run()
         except StaleLeaseError as error:
             logger.warning("lost a lease: %s", error)
+        except JobNotFoundError:  # Redis came back with less than it was told
+            logger.error("job %s: the store has lost it", job.id)
         except Exception:  # the lease runs out, and the job is tried again
             logger.exception("job %s: the attempt failed in the worker itself", job.id)
             stop.wait(IDLE_SECONDS)
@@ -190,6 +193,7 @@ class _Attempt:
         self._pipe_open = True
         self._events: list[NewEvent] = []
         self._progress: tuple[int, int] | None = None
+        self._step = 0
         self._outcome: JsonObject | None = None
         self._outcome_at: float | None = None
         self._asked: _Verdict | None = None
@@ -317,7 +321,8 @@ class _Attempt:
             self._pipe_open = False
         elif "progress" in message:
             step, total = message["progress"]
-            self._progress = (int(step), int(total))
+            self._step = int(step)
+            self._progress = (self._step, int(total))
         elif "kind" in message:
             self._events.append(NewEvent(**message))
         else:
@@ -480,7 +485,7 @@ class _Attempt:
 
     def _crashed(self, returncode: int | None) -> _Verdict:
         """The child said nothing of how it ended: it is tried again, up to `max_attempts`."""
-        lost = self._job.attempts_lost + 1
+        lost = num_lost(self._job, self._step)
         if lost < self._job.max_attempts:
             return _Verdict(status=JobStatus.QUEUED, reason="runner_crashed")
         how = f"ended with status {returncode}"

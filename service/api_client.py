@@ -14,7 +14,8 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 600.0
 TERMINAL_STATUSES = ("succeeded", "failed", "cancelled")
 RECONNECT_SECONDS = 0.5
-_RECONNECTS = 5
+RECONNECT_FOR_SECONDS = 120.0
+"""A service that restarts is waited for, by who has begun to follow a job."""
 
 
 class ServiceError(Exception):
@@ -104,27 +105,33 @@ class ApiClient:
                 yield chunk
 
     def follow_job(self, job_id: str) -> Iterator[dict[str, Any]]:
-        """Events of a job until it ends, resumed by `Last-Event-ID` where the connection breaks."""
+        """Events of a job until it ends; gone on with where the connection breaks or the service restarts."""
         last_id: str | None = None
-        reconnects = 0
+        lost_at: float | None = None
         while True:
             headers = {"Accept": "text/event-stream", "Last-Event-ID": last_id or "0"}
             try:
                 path = f"/v1/jobs/{job_id}/events"
-                with self._http.stream("GET", path, headers=headers) as response:
+                with (
+                    self._translated(),
+                    self._http.stream("GET", path, headers=headers) as response,
+                ):
                     _check(response)
                     for event in read_events(response.iter_lines()):
-                        last_id = event.id or last_id
-                        reconnects = 0
-                        yield json.loads(event.data)
-            except httpx.TransportError as error:
-                reconnects += 1
-                if reconnects > _RECONNECTS:
-                    raise ServiceError(f"lost the connection to {self.url}") from error
-                continue
-            if self.get(f"/v1/jobs/{job_id}")["status"] in TERMINAL_STATUSES:
-                return
-            time.sleep(RECONNECT_SECONDS)  # the service drains, and will be back
+                        data = json.loads(event.data)
+                        if "error" in data:  # the stream's; the job's own is in an event's data
+                            raise ServiceError(_message(data["error"]), 503)
+                        last_id, lost_at = event.id or last_id, None
+                        yield data
+                if self.get(f"/v1/jobs/{job_id}")["status"] in TERMINAL_STATUSES:
+                    return
+            except ServiceError as error:
+                now = time.monotonic()
+                lost_at = lost_at or now
+                told = error.status not in (None, 503)
+                if told or last_id is None or now - lost_at > RECONNECT_FOR_SECONDS:
+                    raise
+            time.sleep(RECONNECT_SECONDS)
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         with self._translated():

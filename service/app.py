@@ -34,7 +34,7 @@ from service.auth import KeyStore, check_bind
 from service.deps import AppState
 from service.engine_pool import EnginePool
 from service.enrichment import build_enricher, build_text_vectors
-from service.errors import ApiError, from_engine_error
+from service.errors import ApiError, from_engine_error, store_unavailable
 from service.limits import RateLimits, open_buckets
 from service.metrics import DiskCollector, EngineCollector, JobCollector, Metrics
 from service.middleware import RequestMiddleware
@@ -187,7 +187,13 @@ def build_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     handle_errors(app)
-    app.add_middleware(RequestMiddleware, settings=settings, keys=state.keys, metrics=state.metrics)
+    app.add_middleware(
+        RequestMiddleware,
+        settings=settings,
+        keys=state.keys,
+        metrics=state.metrics,
+        drain=state.drain,
+    )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -256,7 +262,7 @@ def handle_errors(app: FastAPI) -> None:
         if getattr(error, "sqlite_errorname", None) == "SQLITE_FULL":
             return disk_error(_, OSError(errno.ENOSPC, str(error)))
         logger.error("a store does not answer", exc_info=error)
-        return _respond(ApiError("store_unavailable", "a store does not answer"))
+        return _respond(store_unavailable())
 
     def checkpoint_error(_: Request, error: Any) -> JSONResponse:
         logger.error("unsound checkpoint", exc_info=error)
@@ -275,11 +281,9 @@ def handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(OSError, disk_error)
     app.add_exception_handler(sqlite3.OperationalError, store_error)
     with contextlib.suppress(ImportError):
-        from redis.exceptions import ConnectionError as RedisConnectionError
-        from redis.exceptions import TimeoutError as RedisTimeoutError
+        from redis.exceptions import RedisError
 
-        app.add_exception_handler(RedisConnectionError, store_error)
-        app.add_exception_handler(RedisTimeoutError, store_error)
+        app.add_exception_handler(RedisError, store_error)
 
 
 def from_validation_error(error: RequestValidationError) -> ApiError:

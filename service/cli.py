@@ -114,22 +114,25 @@ def serve(home: Path | None, host: str | None, port: int | None, fd: int | None)
 
     settings = load_settings(home=home, host=host, port=port)
     _check_bind(settings)
-    import uvicorn
-
     from service.app import build_app
+    from service.server import LAST_WORDS_SECONDS, Config, Protocol, Server, raise_file_limit
 
-    config = uvicorn.Config(
-        build_app(settings),
+    raise_file_limit()
+    app = build_app(settings)
+    config = Config(
+        app,
+        http=Protocol,
         host=settings.host,
         port=settings.port,
         access_log=False,
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=round(settings.drain_seconds),
+        timeout_graceful_shutdown=round(LAST_WORDS_SECONDS),
     )
+    config.silence_seconds = settings.request_timeout_seconds
     sockets = None if fd is None else [socket.socket(fileno=fd)]
-    uvicorn.Server(config).run(sockets=sockets)
+    Server(config, app.state.lathe).run(sockets=sockets)
 
 
 @main.command()

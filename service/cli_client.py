@@ -41,7 +41,7 @@ def connected(url: str) -> Iterator["ApiClient"]:
 
 @click.group()
 def models() -> None:
-    """Models of a running service: list, show, load, unload, delete.
+    """Models of a running service: list, show, load, restart, unload, delete.
 
     \b
     Example:
@@ -113,6 +113,21 @@ def unload_model(model: str, url: str) -> None:
     with connected(url) as client:
         client.post(f"/v1/models/{_segment(model)}/unload")
     click.echo(f"unloaded {model}")
+
+
+@models.command("restart")
+@click.argument("model")
+@url_option
+def restart_model(model: str, url: str) -> None:
+    """Give a model a new process once what runs on it has ended, and wait until it answers.
+
+    \b
+    Example:
+      lathe models restart smollm2-135m-int4
+    """
+    with connected(url) as client:
+        restarted = client.post(f"/v1/models/{_segment(model)}/restart?wait=true")
+    click.echo(f"{model}: {restarted['state']}")
 
 
 @models.command("delete")

@@ -12,8 +12,10 @@ from jobs.files import FileStore
 from jobs.store import JobStore
 from jobs.usage import UsageStore
 from service.auth import Identity, KeyStore, Role, authenticate
+from service.drain import Drain
 from service.engine_pool import EnginePool
 from service.errors import ApiError
+from service.job_feeds import JobFeeds
 from service.limits import RateLimits
 from service.metrics import Metrics
 from service.settings import Settings
@@ -47,6 +49,11 @@ class AppState:
     usage: UsageStore | None = None
     quotas: "Quotas | None" = None
     started_at: float = field(default=0.0)
+    drain: Drain = field(default_factory=Drain)
+    feeds: JobFeeds = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.feeds = JobFeeds(self.jobs)
 
 
 class RequestModel(BaseModel):

@@ -9,6 +9,7 @@ process exists.
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from engines.protocol import (
     GenerateRequest,
     SamplingParams,
 )
+from service.drain import draining
 from service.errors import ApiError
 from service.settings import Settings
 from service.supervisor_client import (
@@ -42,6 +44,8 @@ CANARY_TIMEOUT_SECONDS = 20.0
 FRESH_SECONDS = 120.0
 LOAD_WAIT_SECONDS = 120.0
 """How long a request waits for a model that is loaded because of it."""
+LOAD_AGAIN_SECONDS = 60.0
+"""For how long nobody's request loads a model that did not load for the last one."""
 
 logger = logging.getLogger("lathe.engines")
 ModelState = Literal[
@@ -98,22 +102,32 @@ class EnginePool:
         self._loaded: dict[str, _Loaded] = {}
         self._processes: dict[str, EngineProcess] = {}
         self._supervised = False
+        self._drained = False
         self._connecting: dict[str, asyncio.Lock] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._failed_loads: dict[str, tuple[float, str]] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         self._task = asyncio.create_task(self._poll_for_ever(), name="engine-pool")
+
+    async def drain(self) -> None:
+        """End every call with "draining", and refuse further ones."""
+        self._drained = True
+        await self._close_clients(EngineError("draining", "the service is stopping"))
 
     async def aclose(self) -> None:
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        for loaded in self._loaded.values():
-            if isinstance(loaded.client, EngineClient):
-                await loaded.client.aclose()
+        await self._close_clients(None)
         self._loaded.clear()
+
+    async def _close_clients(self, error: EngineError | None) -> None:
+        for loaded in list(self._loaded.values()):
+            if isinstance(loaded.client, EngineClient):
+                await loaded.client.aclose(error)
 
     def entry(self, model_id: str) -> ModelEntry:
         """Raises: ApiError: model_not_found."""
@@ -131,8 +145,10 @@ class EnginePool:
             load: have a model loaded that is not, if few enough are.
 
         Raises:
-            ApiError: model_not_found, model_not_loaded, model_loading, engine_dead.
+            ApiError: model_not_found, model_not_loaded, model_loading, engine_dead, draining.
         """
+        if self._drained:
+            raise draining()
         self.entry(model_id)
         loaded = self._alive(model_id)
         if loaded is None:
@@ -154,6 +170,9 @@ class EnginePool:
         Raises:
             ApiError: model_load_failed, model_loading.
         """
+        failed_at, message = self._failed_loads.get(model_id, (-math.inf, ""))
+        if time.monotonic() - failed_at < LOAD_AGAIN_SECONDS:
+            raise ApiError("model_load_failed", message)
         if model_id not in self._loads:
             limit = self._settings.max_loaded_models
             if not self._supervised or model_id in self._processes or len(self._processes) >= limit:
@@ -165,12 +184,18 @@ class EnginePool:
         try:
             await self.load(model_id)
             await self.wait_loaded(model_id, LOAD_WAIT_SECONDS)
+        except ApiError as error:
+            if error.code == "model_load_failed":  # left as it is, it would keep `/ready` red
+                self._failed_loads[model_id] = time.monotonic(), error.message
+                with contextlib.suppress(ApiError):
+                    await self.unload(model_id)
+            raise
         finally:
             del self._loads[model_id]
 
     def add(self, model_id: str, engine: AsyncEngine) -> None:
         """Serve a model by an engine in this process."""
-        self._loaded[model_id] = _Loaded(engine, proved_at=time.time())
+        self._loaded[model_id] = _Loaded(engine, proved_at=time.monotonic())
 
     def _alive(self, model_id: str) -> _Loaded | None:
         loaded = self._loaded.get(model_id)
@@ -219,7 +244,7 @@ class EnginePool:
         """Wait until a model that is being loaded serves.
 
         Raises:
-            ApiError: model_load_failed; model_loading, it takes longer than the time-out.
+            ApiError: model_load_failed, its host ended before it served; model_loading, it takes longer.
         """
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
@@ -227,7 +252,7 @@ class EnginePool:
                 return (await self.status())[model_id]
             await self._refresh_processes()
             process = self._processes.get(model_id)
-            if process is not None and process.state == "failed":
+            if process is not None and process.state in ("backoff", "failed"):
                 raise ApiError("model_load_failed", f"model {model_id!r}: {process.error}")
             await asyncio.sleep(0.1)
         raise ApiError("model_loading", f"model {model_id!r} is still being loaded")
@@ -240,10 +265,25 @@ class EnginePool:
         """
         self.entry(model_id)
         await self._ask_supervisor(self._supervisor.unload(model_id))
+        await self._forget(model_id)
+        await self._refresh_processes()
+
+    async def restart(self, model_id: str) -> EngineStatus:
+        """End a model's host once what runs on it has ended, and start another; returns when that loads.
+
+        Raises:
+            ApiError: model_not_found, model_not_loaded, model_in_use, supervisor_unavailable.
+        """
+        self.entry(model_id)
+        await self._ask_supervisor(self._supervisor.restart(model_id))
+        await self._forget(model_id)
+        return (await self.status())[model_id]
+
+    async def _forget(self, model_id: str) -> None:
+        """Drop the connection to a host that has ended."""
         loaded = self._loaded.pop(model_id, None)
         if loaded is not None and isinstance(loaded.client, EngineClient):
             await loaded.client.aclose()
-        await self._refresh_processes()
 
     async def _ask_supervisor(self, question: object) -> None:
         try:
@@ -283,7 +323,7 @@ class EnginePool:
         newest = max(
             loaded.proved_at or 0.0, (loaded.stats.last_output_at or 0.0) if loaded.stats else 0.0
         )
-        return time.time() - newest < FRESH_SECONDS
+        return time.monotonic() - newest < FRESH_SECONDS
 
     async def wanted(self) -> set[str]:
         """Models that ought to be served now: the supervisor's, else those of the settings that are registered."""
@@ -339,9 +379,9 @@ class EnginePool:
             async with asyncio.timeout(CANARY_TIMEOUT_SECONDS):
                 loaded.stats = await loaded.client.stats()
                 newest = max(loaded.proved_at or 0.0, loaded.stats.last_output_at or 0.0)
-                if not loaded.stats.sleeping and time.time() - newest > CANARY_IDLE_SECONDS:
+                if not loaded.stats.sleeping and time.monotonic() - newest > CANARY_IDLE_SECONDS:
                     await _canary(loaded.client)
-                    loaded.proved_at = time.time()
+                    loaded.proved_at = time.monotonic()
         except (EngineError, TimeoutError) as error:
             logger.warning(
                 "engine does not answer", extra={"model": model_id, "reason": str(error)}

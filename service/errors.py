@@ -177,6 +177,10 @@ _ENGINE_CODES = {
 }
 
 
+def store_unavailable() -> ApiError:
+    return ApiError("store_unavailable", "a store does not answer")
+
+
 def from_engine_error(error: EngineError) -> ApiError:
     """How a client sees what an engine refused or lost."""
     return ApiError(_ENGINE_CODES.get(error.code, error.code), error.message, error.param)

@@ -1,7 +1,7 @@
 """What every resource that shows jobs asks of one: to be found by who may see it, to stop or go on, to be followed."""
 
-import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
@@ -9,14 +9,15 @@ import anyio
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
+from jobs.open import STORE_ERRORS
 from jobs.states import TERMINAL_STATUSES, InvalidTransitionError, JobStatus
 from jobs.store import Event, Job, JobNotFoundError
 from service.auth import Identity
 from service.deps import AppState
-from service.errors import ApiError
+from service.errors import ApiError, store_unavailable
 from service.sse import HEADERS, MEDIA_TYPE, with_keep_alive
 
-POLL_SECONDS = 0.5
+logger = logging.getLogger("lathe.jobs")
 Request = Literal["cancel", "pause", "resume"]
 
 
@@ -80,7 +81,8 @@ def wants_events(accept: str | None) -> bool:
 def follow_job(
     job_id: str, state: AppState, after: int, render: Callable[[Event], BaseModel | None]
 ) -> StreamingResponse:
-    """The events behind `after` as they happen, until the job has ended.
+    """The events behind `after` as they happen, until the job has ended. An error is the last event, "error"; a client
+    may go on from the last id that it has.
 
     Args:
         render: None leaves an event out.
@@ -90,8 +92,23 @@ def follow_job(
 
 
 async def _keep(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    async for chunk in with_keep_alive(chunks):
-        yield chunk
+    try:
+        async for chunk in with_keep_alive(chunks):
+            yield chunk
+    except ApiError as error:
+        yield _error_event(error)
+    except JobNotFoundError:
+        yield _error_event(ApiError("job_not_found", "the store has lost this job", "job_id"))
+    except STORE_ERRORS as error:
+        logger.warning("an event stream ends: the store does not answer (%s)", error)
+        yield _error_event(store_unavailable())
+    except Exception:
+        logger.exception("an event stream failed")
+        yield _error_event(ApiError("internal_error", "internal error"))
+
+
+def _error_event(error: ApiError) -> str:
+    return f"event: error\ndata: {json.dumps(error.body())}\n\n"
 
 
 async def _follow(
@@ -112,4 +129,4 @@ async def _follow(
         if job.status in TERMINAL_STATUSES and not events:
             return
         if not events:
-            await asyncio.sleep(POLL_SECONDS)
+            await state.feeds.news(job_id, after)

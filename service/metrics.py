@@ -7,6 +7,7 @@ Labels come from
 the model registry and fixed sets, never from a request.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engines.protocol import EngineInfo, EngineStats
+from jobs.open import STORE_ERRORS
 from jobs.store import JobCounts
 
 _TTFT = (
@@ -52,6 +54,7 @@ _VLLM_LABELS = ("model_name", "engine")
 _GEN_AI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 PROVIDER = "lathe"
 _Reading = tuple[str, str, Callable[[EngineStats], float]]
+logger = logging.getLogger("lathe.metrics")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -341,7 +344,11 @@ class JobCollector(Collector):
         self._worker_ages = worker_ages
 
     def collect(self) -> Iterable[Metric]:
-        counts = self._counts()
+        try:
+            counts, worker_ages = self._counts(), self._worker_ages()
+        except STORE_ERRORS as error:  # the others' metrics are wanted then all the more
+            logger.warning("no metrics of jobs: the store does not answer (%s)", error)
+            return
         jobs = GaugeMetricFamily(
             "lathe_jobs", "Jobs by type and status.", labels=("type", "status")
         )
@@ -358,6 +365,6 @@ class JobCollector(Collector):
         ages = GaugeMetricFamily(
             "lathe_worker_heartbeat_age_seconds", "Since a worker was seen.", labels=("worker",)
         )
-        for worker, age in self._worker_ages().items():
+        for worker, age in worker_ages.items():
             ages.add_metric((worker,), age)
         yield from (jobs, oldest, lost, ages)

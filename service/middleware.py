@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engines.origin import caused_by, current_origin, parse_traceparent
 from engines.tracing import Span, span
 from service.auth import KeyStore, authenticate, is_loopback
+from service.drain import Drain
 from service.errors import ApiError
 from service.metrics import Metrics
 from service.settings import Settings
@@ -26,6 +27,7 @@ from service.settings import Settings
 T = TypeVar("T")
 logger = logging.getLogger("lathe.http")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
+_ASKED_WHILE_DRAINING = frozenset({"/health", "/metrics", "/version"})
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
 
 
@@ -34,6 +36,7 @@ class RequestMiddleware:
 
     Args:
         keys: nobody else's body is read; who may do what is the routes' to say.
+        drain: whom it still admits.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class RequestMiddleware:
         settings: Settings,
         keys: KeyStore | None = None,
         metrics: Metrics | None = None,
+        drain: Drain | None = None,
     ) -> None:
         self._app = app
         self._settings = settings
         self._keys = keys
         self._metrics = metrics
+        self._drain = drain or Drain()
         self._allowed_hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._hosts = _LOOPBACK_NAMES | {settings.host.lower()} | self._allowed_hosts
 
@@ -60,13 +65,17 @@ class RequestMiddleware:
         caller = current_origin()  # of a job that asks our routes itself
         given_trace = parse_traceparent(headers.get(b"traceparent", b"").decode("latin-1"))
         traceparent = given_trace or caller.traceparent
-        exchange = _Exchange(scope, send, request_id)
+        exchange = _Exchange(scope, send, request_id, self._drain)
         with (
             caused_by(replace(caller, request_id=request_id, traceparent=traceparent)),
             span(scope["method"], serves=True) as traced,
         ):
             try:
-                await self._handle(scope, receive, exchange, headers)
+                if scope["path"] in _ASKED_WHILE_DRAINING:
+                    await self._handle(scope, receive, exchange, headers)
+                else:
+                    async with self._drain.admitted():
+                        await self._handle(scope, receive, exchange, headers)
             except ApiError as error:
                 await exchange.fail(error)
             except Exception:
@@ -130,9 +139,10 @@ class RequestMiddleware:
 
 
 class _Exchange:
-    """One request's answer: adds the id header, remembers status and time."""
+    """One request's answer: adds the id header, remembers status and time; while draining, the connection's last."""
 
-    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
+    def __init__(self, scope: Scope, send: Send, request_id: str, drain: Drain) -> None:
+        self._drain = drain
         self._scope = scope
         self._send = send
         self._request_id = request_id
@@ -144,6 +154,8 @@ class _Exchange:
             self._status = message["status"]
             state = self._scope.get("state", {})
             extra = {"x-request-id": self._request_id, **state.get("headers", {})}
+            if self._drain.has_begun:
+                extra["connection"] = "close"
             message["headers"] = [
                 *message.get("headers", []),
                 *((name.encode(), value.encode()) for name, value in extra.items()),

@@ -16,6 +16,7 @@ from pydantic_settings import (
 from engines.logs import LogLevel
 from engines.protocol import Skip
 from jobs.gpu import GpuPolicy
+from jobs.logic import MAX_LEASE_SECONDS
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_EMBEDDING_MODEL = "all-minilm-l6-v2"
@@ -70,7 +71,7 @@ class Settings(BaseSettings):
     request_timeout_seconds: float = 600.0
     drain_seconds: float = 30.0
 
-    job_lease_seconds: float = 60.0
+    job_lease_seconds: float = Field(default=60.0, gt=0, le=MAX_LEASE_SECONDS)
     job_heartbeat_seconds: float = 10.0
     job_cancel_grace_seconds: float = 5.0
     job_checkpoint_grace_seconds: float = 60.0

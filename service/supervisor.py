@@ -5,6 +5,7 @@ restart of the API refuses no connection, and port 0 works.
 """
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import json
@@ -13,6 +14,7 @@ import re
 import shlex
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from service.children import (
     last_line,
     limit_log,
 )
+from service.drain import draining
 from service.settings import DEFAULT_EMBEDDING_MODEL, DEFAULT_MODEL, Settings
 from service.supervisor_client import MAX_LINE_BYTES, EngineProcess, SupervisorStatus
 from service.terminal import Terminal
@@ -43,11 +46,16 @@ LISTEN_BACKLOG = 2048
 MAX_UNIX_PATH_BYTES = 107
 POLL_SECONDS = 0.2
 API_HEAD_START_SECONDS = 3.0
+REFUSE_SECONDS = 1.0
 TRIM_LOGS_SECONDS = 60.0
+API_STOP_SECONDS = 10.0
+"""What the API process gets beyond its drain, to tell those that it stops and to close."""
 ENGINE_STOP_SECONDS = 35.0
 """A host lets running requests end for 30 seconds."""
 ENGINE_POLICY = RestartPolicy(max_quick_failures=5)
 SERVICE_POLICY = RestartPolicy()
+_SO_ATTACH_FILTER = 26
+_BPF_RETURN = 0x06
 _PERCENT = re.compile(rb"(\d{1,3})%")
 
 
@@ -231,7 +239,7 @@ class Supervisor:
         api = self._service(
             "api",
             lambda: self._commands.api(listener.fileno()),
-            stop_seconds=settings.drain_seconds + 5.0,
+            stop_seconds=settings.drain_seconds + API_STOP_SECONDS,
             pass_fds=(listener.fileno(),),
         )
         api.start()
@@ -401,8 +409,8 @@ class Supervisor:
     async def _stop_all(self, runtime: _Runtime) -> None:
         """The API first, so that nothing new comes in; then the worker gives its job back; then the hosts."""
         self._say("stopping (once more to stop at once)")
-        runtime.listener.close()
         await self._stop_children([runtime.api])
+        await turn_away(runtime.listener)
         await self._stop_children([runtime.worker])
         await self._stop_children(list(runtime.engines.values()))
         for model in runtime.engines:
@@ -456,9 +464,9 @@ class Supervisor:
         operation, model = request.get("op"), request.get("model")
         if operation == "status":
             return {"status": self._status(runtime).to_json()}
-        if operation not in ("load", "unload"):
+        if operation not in ("load", "unload", "restart"):
             raise _RefusedError(
-                "invalid_value", f"op is {operation!r}; allowed: status, load, unload"
+                "invalid_value", f"op is {operation!r}; allowed: status, load, unload, restart"
             )
         if not isinstance(model, str):
             raise _RefusedError("invalid_value", "model must be a string")
@@ -466,6 +474,8 @@ class Supervisor:
             raise _RefusedError("draining", "the supervisor is stopping")
         if operation == "load":
             return {"engine": self._perform_load(runtime, model)}
+        if operation == "restart":
+            return {"engine": await self._perform_restart(runtime, model)}
         await self._perform_unload(runtime, model)
         return {}
 
@@ -483,14 +493,30 @@ class Supervisor:
         return _engine_json(child)
 
     async def _perform_unload(self, runtime: _Runtime, model: str) -> None:
-        child = runtime.engines.get(model)
-        if child is None:
-            raise _RefusedError("model_not_loaded", f"{model} is not loaded")
+        child = self._loaded(runtime, model)
         await child.stop()
         if runtime.engines.get(model) is child:
             del runtime.engines[model]
             self._settings.engine_socket(model).unlink(missing_ok=True)
             self._say(f"{model}: unloaded")
+
+    async def _perform_restart(self, runtime: _Runtime, model: str) -> dict[str, Any]:
+        child = self._loaded(runtime, model)
+        if child.snapshot.state == "stopping":
+            raise _RefusedError("model_in_use", f"{model} is being unloaded or restarted")
+        await child.stop()
+        if self._stop_requested.is_set():
+            raise _RefusedError("draining", "the supervisor is stopping")
+        if runtime.engines.get(model) is not child:
+            raise _RefusedError("model_not_loaded", f"{model} was unloaded meanwhile")
+        self._say(f"{model}: restarts")
+        return _engine_json(self._load(runtime, model))
+
+    def _loaded(self, runtime: _Runtime, model: str) -> Child:
+        child = runtime.engines.get(model)
+        if child is None:
+            raise _RefusedError("model_not_loaded", f"{model} is not loaded")
+        return child
 
     def _status(self, runtime: _Runtime) -> SupervisorStatus:
         return SupervisorStatus(
@@ -577,6 +603,49 @@ def listen(host: str, port: int) -> socket.socket:
             ) from error
         raise SupervisorError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
+
+
+async def turn_away(listener: socket.socket) -> None:
+    """Close a listening socket after a word to those who wait in it: the API process may have ended before them."""
+    waiting: list[socket.socket] = []
+    admit_nobody(listener)
+    listener.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            waiting.append(listener.accept()[0])
+    listener.close()
+    await asyncio.gather(*map(_refuse, waiting))
+
+
+def admit_nobody(listener: socket.socket) -> None:
+    """Have the kernel drop what asks for a connection, so that nobody comes to wait between the last look and the
+    close, which would reset it. Whoever asks tries again in a second, and is refused. Linux only."""
+    if sys.platform != "linux":
+        return
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+    program = struct.pack("HP", 1, ctypes.addressof(drop_all))
+    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+async def _refuse(connection: socket.socket) -> None:
+    error = draining()
+    body = json.dumps(error.body()).encode()
+    headers = error.headers() | {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    reader, writer = await asyncio.open_connection(sock=connection)
+    with suppress(OSError, TimeoutError):
+        writer.write(f"HTTP/1.1 {error.status} Service Unavailable\r\n{head}\r\n".encode() + body)
+        writer.write_eof()
+        async with asyncio.timeout(
+            REFUSE_SECONDS
+        ):  # closed with its request unread, it would be reset
+            while await reader.read(65536):
+                pass
+    writer.close()
 
 
 def _bind(listener: socket.socket, address: Any, patience_seconds: float = 1.0) -> None:

@@ -1,6 +1,6 @@
 """How to ask the supervisor: one JSON line each way over its Unix socket, one connection per question.
 
-Request `{"op": "status" | "load" | "unload", "model": id}`; answer `{"ok": true, ...}` or
+Request `{"op": "status" | "load" | "unload" | "restart", "model": id}`; answer `{"ok": true, ...}` or
 `{"ok": false, "code": ..., "message": ...}` with a code of `service/errors.py`. The supervisor itself uses the
 message classes of this module, so both ends agree by construction.
 """
@@ -24,7 +24,8 @@ class SupervisorRefusedError(Exception):
     """The supervisor answered "no".
 
     Attributes:
-        code: a key of `service.errors.ERRORS`: "model_not_found", "model_not_loaded", "draining" or "invalid_value".
+        code: a key of `service.errors.ERRORS`: "model_not_found", "model_not_loaded", "model_in_use", "draining" or
+            "invalid_value".
         message: safe to show to a client.
     """
 
@@ -87,7 +88,7 @@ class SupervisorClient:
     Args:
         socket: `settings.supervisor_socket`.
         timeout_seconds: for an answer to `status` and `load`, which come at once.
-        unload_timeout_seconds: for an answer to `unload`, which comes when the process is gone.
+        unload_timeout_seconds: for an answer to `unload` and `restart`, which comes when the process is gone.
     """
 
     def __init__(
@@ -117,6 +118,14 @@ class SupervisorClient:
     async def unload(self, model: str) -> None:
         """End the model's host; returns when its process is gone. Refused with "model_not_loaded"."""
         await self._ask({"op": "unload", "model": model}, self._unload_timeout_seconds)
+
+    async def restart(self, model: str) -> EngineProcess:
+        """End the model's host, which lets running requests end, and start another.
+
+        Refused with "model_not_loaded", and with "model_in_use" while it is being unloaded or restarted.
+        """
+        answer = await self._ask({"op": "restart", "model": model}, self._unload_timeout_seconds)
+        return EngineProcess(**answer["engine"])
 
     async def _ask(self, request: dict[str, str], timeout_seconds: float) -> dict[str, Any]:
         try:

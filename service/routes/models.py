@@ -139,6 +139,19 @@ async def unload_model(model_id: str, state: StateDep) -> ModelStatus:
     return ModelStatus(id=model_id, state="unloaded", ready=False)
 
 
+@router.post("/{model_id}/restart", dependencies=[Depends(require("admin"))])
+async def restart_model(
+    model_id: str,
+    state: StateDep,
+    wait: Annotated[bool, Query(description="Answer only when it serves again.")] = False,
+) -> ModelStatus:
+    """Put a new engine host in a model's place: running requests end first, new ones get 503 until it serves."""
+    status = await state.engines.restart(model_id)
+    if wait:
+        status = await state.engines.wait_loaded(model_id, MAX_WAIT_SECONDS)
+    return _status(status)
+
+
 @router.post("/{model_id}/sleep", dependencies=[Depends(require("admin"))])
 async def sleep_model(model_id: str, state: StateDep) -> ModelStatus:
     """Free a model's weights and caches; requests get 503 until it is woken."""

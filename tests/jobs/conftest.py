@@ -37,10 +37,15 @@ def child_environment() -> dict[str, str]:
 
 
 class RedisServer:
-    """A redis-server on a Unix socket, without persistence unless a folder is kept."""
+    """A redis-server on a Unix socket.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        keeps: what it was told, in its append-only file, before it says so.
+    """
+
+    def __init__(self, folder: Path, *, keeps: bool = True) -> None:
         self._folder = folder
+        self._keeps = keeps
         self._socket = folder / "redis.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -57,8 +62,8 @@ class RedisServer:
             "--unixsocket": str(self._socket),
             "--dir": str(self._folder),
             "--save": "",
-            "--appendonly": "yes",
-            "--appendfsync": "everysec",
+            "--appendonly": "yes" if self._keeps else "no",
+            "--appendfsync": "always",
         }
         self._process = subprocess.Popen(
             [binary, *(part for option in options.items() for part in option)],
@@ -74,6 +79,11 @@ class RedisServer:
                 return bool(client.ping())
         except redis.RedisError:
             return False
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
     def stop(self) -> None:
         if self._process is not None:

@@ -102,6 +102,19 @@ def test_a_restart_keeps_the_jobs_and_an_outage_is_told(redis_server: RedisServe
     store.close()
 
 
+def test_a_lease_that_lies_too_far_ahead_has_run_out(
+    store: RedisJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis' clock was set back by hours, and the worker died."""
+    store.create(new_job())
+    assert store.claim("w", ("test",), 60) is not None
+    now = store._now()
+    monkeypatch.setattr(store, "_now", lambda: now - 300)
+    assert store.reap() == []
+    monkeypatch.setattr(store, "_now", lambda: now - 5 * 3600)
+    assert [lost.status for lost in store.reap()] == [JobStatus.QUEUED]
+
+
 def test_a_missing_client_is_explained(monkeypatch: pytest.MonkeyPatch, location: Location) -> None:
     import sys
 

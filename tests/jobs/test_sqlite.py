@@ -22,13 +22,13 @@ class Clock:
 
 def test_time_is_the_clock_s(tmp_path: Path) -> None:
     clock = Clock()
-    store = SqliteJobStore(tmp_path / "jobs.db", clock=clock)
+    store = SqliteJobStore(tmp_path / "jobs.db", clock=clock, uptime=lambda: clock.now - 300)
     store.create(new_job())
     clock.now += 7
     assert store.counts().oldest_queued_seconds == 7
     job = store.claim("w", ("test",), 60)
     assert job is not None
-    assert (job.created_at, job.started_at, job.lease_until) == (1000, 1007, 1067)
+    assert (job.created_at, job.started_at, job.lease_until) == (1000, 1007, 767)
     clock.now += 59.9
     assert store.reap() == []
     clock.now += 0.1
@@ -37,6 +37,38 @@ def test_time_is_the_clock_s(tmp_path: Path) -> None:
     store.worker_seen("w")
     clock.now += 3601
     assert store.worker_ages() == {}
+    store.close()
+
+
+@pytest.mark.parametrize("jump", [-5 * 3600.0, 5 * 3600.0])
+def test_leases_do_not_heed_the_clock(tmp_path: Path, jump: float) -> None:
+    clock, uptime = Clock(), Clock()
+    path = tmp_path / "jobs.db"
+    store = SqliteJobStore(path, clock=clock, uptime=uptime)
+    store.create(new_job())
+    assert store.claim("w", ("test",), 60) is not None
+    clock.now += jump
+    other = SqliteJobStore(path, clock=clock, uptime=uptime)  # opened after the jump
+    assert store.reap() == other.reap() == []
+    uptime.now += 60
+    assert [lost.status for lost in other.reap()] == [JobStatus.QUEUED]
+    store.close()
+    other.close()
+
+
+def test_a_lease_does_not_outlive_the_machine_s_restart(tmp_path: Path) -> None:
+    clock, uptime = Clock(), Clock()
+    path = tmp_path / "jobs.db"
+    store = SqliteJobStore(path, clock=clock, uptime=uptime)
+    store.create(new_job())
+    assert store.claim("w", ("test",), 60) is not None
+    store.close()
+    uptime.now = 3.0
+    store = SqliteJobStore(path, clock=clock, uptime=uptime)
+    assert [lost.status for lost in store.reap()] == [JobStatus.QUEUED]
+    assert store.claim("w", ("test",), 60) is not None
+    uptime.now += 59
+    assert store.reap() == []
     store.close()
 
 

@@ -200,6 +200,21 @@ def test_an_expired_lease_is_lost_once_and_the_last_one_fails_the_job(store: Job
     assert store.counts().lease_lost_total == 3
 
 
+def test_an_attempt_that_gets_further_begins_a_new_count(store: JobStore) -> None:
+    store.create(new_job(max_attempts=2))
+    for step in (3, 8):
+        job = claim(store, 0.0)
+        store.report(job.id, job.fencing, [], progress=(step, 9))
+        (lost,) = store.reap()
+        assert (lost.status, lost.attempts_lost, lost.lost_at_step) == (JobStatus.QUEUED, 1, step)
+    job = claim(store, 60.0)
+    store.report(job.id, job.fencing, [], progress=(7, 9))
+    again = store.finish(job.id, job.fencing, JobStatus.QUEUED, reason="runner_crashed")
+    assert (again.attempts_lost, again.lost_at_step) == (2, 8)
+    claim(store, 0.0)
+    assert [lost.status for lost in store.reap()] == [JobStatus.FAILED]
+
+
 def test_a_heartbeat_keeps_the_lease(store: JobStore) -> None:
     store.create(new_job())
     job = claim(store, 0.0)

@@ -75,7 +75,7 @@ class StoreMachine(RuleBasedStateMachine):
     def claim(self, expired: bool) -> None:
         self._reap_model()
         queued = [n for n, job in enumerate(self.model) if job.status == "queued"]
-        claimed = self.store.claim("w", ("test",), 0.0 if expired else 3600.0)
+        claimed = self.store.claim("w", ("test",), 0.0 if expired else 600.0)
         if not queued:
             assert claimed is None
             return
@@ -94,7 +94,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, NUM_JOBS - 1), behind=st.integers(0, 1), expired=st.booleans())
     def heartbeat(self, number: int, behind: int, expired: bool) -> None:
         job = self.model[number]
-        lease = 0.0 if expired else 3600.0
+        lease = 0.0 if expired else 600.0
         token = job.tokens - behind
         if job.status not in HELD or behind:
             with pytest.raises(StaleLeaseError):

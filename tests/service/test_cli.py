@@ -259,11 +259,13 @@ def test_models_list(lathe: Lathe, stub: Stub) -> None:
     assert lines[2].split() == ["tiny", "ready", "decoder", "1,234", "2.0", "KiB", "-"]
 
 
-def test_models_load_waits_and_unload_and_delete(lathe: Lathe, stub: Stub) -> None:
+def test_models_load_and_restart_wait_and_unload_and_delete(lathe: Lathe, stub: Stub) -> None:
     stub.on("POST /v1/models/tiny/load?wait=true", Answer({"id": "tiny", "state": "ready"}))
+    stub.on("POST /v1/models/tiny/restart?wait=true", Answer({"id": "tiny", "state": "ready"}))
     stub.on("POST /v1/models/tiny/unload", Answer({"id": "tiny", "state": "unloaded"}))
     stub.on("DELETE /v1/models/tiny", Answer({"id": "tiny", "deleted": True}))
     assert lathe("models", "load", "tiny").output == "tiny: ready\n"
+    assert lathe("models", "restart", "tiny").output == "tiny: ready\n"
     assert lathe("models", "unload", "tiny").output == "unloaded tiny\n"
     assert lathe("models", "delete", "tiny", input="n\n").exit_code == 1
     assert lathe("models", "delete", "tiny", "--yes").output == "deleted tiny\n"

@@ -37,7 +37,7 @@ class Home:
 
     def __post_init__(self) -> None:
         clock = lambda: self.now  # noqa: E731
-        self.jobs = SqliteJobStore(self.path / "lathe.db", clock)
+        self.jobs = SqliteJobStore(self.path / "lathe.db", clock=clock, uptime=clock)
         self.files = FileStore(self.settings.files_dir)
         self.graphs = GraphStore(self.settings.graphs_dir)
         limits = RateLimits(
@@ -57,7 +57,7 @@ class Home:
 
     def start(self, number: int, owner: str = OWNER) -> Any:
         self.jobs.create(new_job(number, owner=owner))
-        return self.jobs.claim("w", ("test",), 1000)
+        return self.jobs.claim("w", ("test",), 600)
 
     def run(self, number: int, seconds: float, owner: str = OWNER) -> None:
         job = self.start(number, owner)

@@ -21,6 +21,7 @@ from service.supervisor import (
     Commands,
     Supervisor,
     SupervisorError,
+    admit_nobody,
     banner,
     child_environment,
     default_commands,
@@ -222,7 +223,7 @@ async def test_what_an_engine_says_before_it_ends_is_its_error(
     assert status.engines["tiny"].error == "ended with exit code 1: CheckpointError: no"
 
 
-async def test_loads_and_unloads(settings: Settings, commands: Commands) -> None:
+async def test_loads_restarts_and_unloads(settings: Settings, commands: Commands) -> None:
     settings = settings.model_copy(update={"models": ()})
     install(settings, "tiny")
     async with running(settings, commands) as run:
@@ -232,6 +233,11 @@ async def test_loads_and_unloads(settings: Settings, commands: Commands) -> None
         ready = (await run.until_state("tiny", "ready")).engines["tiny"]
         again = await run.client.load("tiny")
         assert again.pid == ready.pid is not None
+        restarted = await run.client.restart("tiny")
+        assert not alive(ready.pid)
+        assert (restarted.state, restarted.restarts) == ("starting", 0)
+        ready = (await run.until_state("tiny", "ready")).engines["tiny"]
+        assert ready.pid is not None
         await run.client.unload("tiny")
         assert not alive(ready.pid)
         assert (await run.client.status()).engines == {}
@@ -251,9 +257,10 @@ async def test_refuses_to_load_what_is_not_installed(
         with pytest.raises(SupervisorRefusedError) as refused:
             await run.client.load(model)
         assert refused.value.code == "model_not_found"
-        with pytest.raises(SupervisorRefusedError) as refused:
-            await run.client.unload(model)
-        assert refused.value.code == "model_not_loaded"
+        for ask in (run.client.unload, run.client.restart):
+            with pytest.raises(SupervisorRefusedError) as refused:
+                await ask(model)
+            assert refused.value.code == "model_not_loaded"
 
 
 @pytest.mark.parametrize(
@@ -357,6 +364,35 @@ async def test_one_supervisor_per_home(settings: Settings, commands: Commands) -
         with pytest.raises(SupervisorError, match=f"runs here already .process {os.getpid()}"):
             await Supervisor(settings, commands=commands).run()
         await run.client.status()
+
+
+async def test_who_waits_while_there_is_no_api_process_is_turned_away(
+    settings: Settings, commands: Commands
+) -> None:
+    """It ended, another one is not up yet, and everything stops."""
+    commands = replace(commands, api=lambda fd: (*FAKE, "wait", ""))
+    async with running(settings, commands) as run:
+        await run.until(lambda status: status.api_pid is not None)
+        port = int(run.supervisor.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+        run.supervisor.stop()
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"Retry-After: " in head
+    assert json.loads(body)["error"]["code"] == "draining"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux' sockets")
+def test_a_socket_that_admits_nobody_keeps_who_is_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address, timeout=5):
+            admit_nobody(listener)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address, timeout=0.2)
+            listener.accept()[0].close()
 
 
 async def test_a_taken_port_is_said(settings: Settings, commands: Commands) -> None:

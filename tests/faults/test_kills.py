@@ -10,13 +10,10 @@ import httpx
 import psutil
 import pytest
 
+from tests.faults.conftest import SHORT, complete
 from tests.processes.conftest import TINY, Service, eventually
 
-PROMPT = {"model": TINY, "prompt": "abc", "max_tokens": 4, "temperature": 0}
-
-
-def complete(service: Service) -> httpx.Response:
-    return httpx.post(f"{service.url}/v1/completions", json=PROMPT, timeout=60)
+pytestmark = pytest.mark.processes
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -34,11 +31,11 @@ def test_nothing_outlives_lathe_up(tiny_service: Service, number: int) -> None:
         assert list((tiny_service.home / "run").glob("*.sock")) == []
 
 
-def test_a_second_one_on_the_same_home_is_refused(tiny_service: Service) -> None:
+def test_a_second_one_on_the_same_home_is_refused(service: Service) -> None:
     second = subprocess.run(
         [
             *(sys.executable, "-m", "service.cli", "up", "--port", "0", "--model", TINY),
-            *("--home", str(tiny_service.home)),
+            *("--home", str(service.home)),
         ],
         capture_output=True,
         text=True,
@@ -46,22 +43,22 @@ def test_a_second_one_on_the_same_home_is_refused(tiny_service: Service) -> None
     )
     assert second.returncode == 1
     assert "Error: Lathe runs here already" in second.stderr
-    assert complete(tiny_service).status_code == 200
+    assert complete(service).status_code == 200
 
 
 @pytest.mark.parametrize("victim", [TINY, "api", "worker"])
-def test_a_killed_process_is_started_again(tiny_service: Service, victim: str) -> None:
-    before = complete(tiny_service).json()["choices"]
-    killed = tiny_service.children()[victim]
+def test_a_killed_process_is_started_again(service: Service, victim: str) -> None:
+    before = complete(service).json()["choices"]
+    killed = service.children()[victim]
     killed.kill()
 
     def is_back() -> bool:
-        again = tiny_service.children().get(victim)
-        return again is not None and again.pid != killed.pid and tiny_service.is_ready()
+        again = service.children().get(victim)
+        return again is not None and again.pid != killed.pid and service.is_ready()
 
     def answers() -> bool:
         try:
-            response = complete(tiny_service)
+            response = complete(service)
         except httpx.TransportError:  # the API process itself
             return False
         assert response.status_code in (200, 409, 503), response.text
@@ -69,7 +66,7 @@ def test_a_killed_process_is_started_again(tiny_service: Service, victim: str) -
 
     eventually(answers, "an answer")
     eventually(is_back, f"a new {victim}")
-    assert complete(tiny_service).json()["choices"] == before
+    assert complete(service).json()["choices"] == before
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -117,6 +114,6 @@ def test_a_compress_job_survives_kill_9(tiny_service: Service, seed: int) -> Non
     loaded = httpx.post(f"{tiny_service.url}/v1/models/tiny-int4/load?wait=true", timeout=60)
     assert loaded.status_code == 200, loaded.text
     answer = httpx.post(
-        f"{tiny_service.url}/v1/completions", json=PROMPT | {"model": "tiny-int4"}, timeout=60
+        f"{tiny_service.url}/v1/completions", json=SHORT | {"model": "tiny-int4"}, timeout=60
     )
     assert answer.status_code == 200, answer.text

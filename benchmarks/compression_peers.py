@@ -19,9 +19,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from engines.process import OPENMP_ENVIRONMENT, set_openmp_environment
+from engines.process import TORCH_ENVIRONMENT, set_torch_environment
 
-set_openmp_environment()
+set_torch_environment()
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -101,7 +101,7 @@ def _measure(
             stdout=subprocess.PIPE,
             check=True,
             text=True,
-            env=os.environ | OPENMP_ENVIRONMENT,
+            env=os.environ | TORCH_ENVIRONMENT,
         )
         cost = json.loads(run.stdout.splitlines()[-1])
     found = cost | {"perplexity": _perplexities(output, source, arguments.windows)}

@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 
-set_openmp_environment()  # before torch
+set_torch_environment()  # before torch
 
 import torch  # noqa: E402
 import transformers  # noqa: E402

@@ -33,9 +33,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 
-set_openmp_environment()  # before torch
+set_torch_environment()  # before torch
 
 import httpx  # noqa: E402
 import numpy as np  # noqa: E402

@@ -28,9 +28,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 
-set_openmp_environment()  # before torch
+set_torch_environment()  # before torch
 
 from benchmarks.peers import lathe, running, signal_all, wait_ready  # noqa: E402
 from benchmarks.serve_bench import Target, closed_loop, prompts  # noqa: E402

@@ -32,7 +32,7 @@ from compression.import_model import import_folder
 from compression.pipeline import compress
 from compression.recipe import Calibration, parse_recipe
 from compression.registry import ModelRegistry
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 from evaluation.corpora import load_corpus
 from training.batches import Batch, collate, total_loss
 from training.data import Encoded, pack_rows, read_examples
@@ -452,5 +452,5 @@ def curves(rows: list[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    set_openmp_environment()
+    set_torch_environment()
     main()

@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.service import running_service
 from conformance.expected import write_expected
 from conformance.tiny import write_tiny_home
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 from service.settings import DEFAULT_MODEL, Settings
 
 HERE = Path(__file__).parent
@@ -143,7 +143,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.checks) - CHECKS.keys():
         parser.error(f"there is no {', '.join(sorted(unknown))}")
-    set_openmp_environment()  # before anything imports torch
+    set_torch_environment()  # before anything imports torch
     names = arguments.checks or list(CHECKS)
     passed: list[bool] = []
     if guests := [name for name in names if not CHECKS[name].changes_home]:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from engines.logs import LEVELS, set_up_logging
 from engines.origin import Origin, caused_by
-from engines.process import die_with_parent, set_openmp_environment
+from engines.process import die_with_parent, set_torch_environment
 from engines.protocol import (
     ContinuationScore,
     EmbedRequest,
@@ -683,7 +683,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     arguments = parser.parse_args(argv)
     die_with_parent()
-    set_openmp_environment()
+    set_torch_environment()
     set_up_logging(arguments.log_level)
     return run_host(
         lambda report: _load_engine(arguments, report),

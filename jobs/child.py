@@ -18,7 +18,7 @@ from typing import Any
 
 from engines.logs import set_up_logging
 from engines.origin import Origin, caused_by
-from engines.process import die_with_parent, set_openmp_environment
+from engines.process import die_with_parent, set_torch_environment
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext, finite
 from jobs.store import JsonObject
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     die_with_parent()
     if os.getppid() != int(os.environ["LATHE_PARENT_PID"]):
         return 1  # the worker ended before the kernel was asked to watch it
-    set_openmp_environment()
+    set_torch_environment()
     pipe = os.fdopen(int(argv[0]), "w", buffering=1)
     attempt = json.loads(sys.stdin.read())
     cancelled = False

@@ -145,14 +145,14 @@ def engine(model: str, home: Path | None) -> None:
     Example:
       lathe engine smollm2-135m
     """
-    from engines.process import set_openmp_environment
+    from engines.process import set_torch_environment
     from service.supervisor import engine_command, is_installed
 
     settings = load_settings(home=home)
     if not is_installed(settings.models_dir, model):
         raise click.ClickException(f"there is no model {model!r}; see `lathe import --help`")
     settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    set_openmp_environment()
+    set_torch_environment()
     command = engine_command(settings, model)
     os.execv(command[0], command)
 
@@ -166,11 +166,11 @@ def worker(home: Path | None) -> None:
     Example:
       LATHE_REDIS_URL=redis://:secret@queue:6379/0 lathe worker
     """
-    from engines.process import set_openmp_environment
+    from engines.process import set_torch_environment
     from jobs import worker as jobs_worker
     from service.batches import JOB_TYPE, RUNNER
 
-    set_openmp_environment()
+    set_torch_environment()
     arguments = worker_arguments(load_settings(home=home))
     sys.exit(jobs_worker.main(arguments, {JOB_TYPE: RUNNER}))
 
@@ -418,9 +418,9 @@ def doctor(home: Path | None) -> None:
     Example:
       lathe doctor
     """
-    from engines.process import set_openmp_environment
+    from engines.process import set_torch_environment
 
-    set_openmp_environment()
+    set_torch_environment()
     from service.doctor import examine
 
     failed = False

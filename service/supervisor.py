@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 from service.children import (
     Child,
     ChildSpec,
@@ -122,7 +122,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
     }
     if settings.redis_url is not None:
         environment["LATHE_REDIS_URL"] = settings.redis_url.get_secret_value()
-    set_openmp_environment(environment)
+    set_torch_environment(environment)
     return environment
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from conformance.tiny import write_tiny_llama
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 
 # Before torch is imported: with a busy neighbour, threads that spin make small products ten times as slow.
-set_openmp_environment()
+set_torch_environment()
 REPOSITORY = Path(__file__).parent.parent
 # The device itself: in a container the driver's other files may be there without it.
 HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()

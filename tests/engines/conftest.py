@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engines.process import set_openmp_environment
+from engines.process import set_torch_environment
 from engines.protocol import Engine
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEADLINE_SECONDS = 30.0
 
-set_openmp_environment()  # before any test imports torch
+set_torch_environment()  # before any test imports torch
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ with chats (whole and streamed), completions and batches. Meanwhile it kills, en
 other, each once the one before is recovered from. The exit status is 1 if
 
 - a job that was accepted (201) is gone, never ends, or ends without an answer to each of its lines, unless it says that
-  three of the faults each cost it an attempt, which is the limit;
+  three of the faults in a row each cost it an attempt before it got any further, which is the limit;
 - a stream ends without `[DONE]` and without an error event, or a connection breaks while no API process was killed;
 - an answer is neither 200 nor an error object of the kind that says "later" (503 with Retry-After, 409 unloaded).
 
@@ -46,7 +46,7 @@ BREAK_SECONDS = 2.0
 """A connection that breaks within so many seconds of the end of its API process broke because of that."""
 NUM_LINES = 24
 GIVEN_UP = frozenset({"lease_lost", "runner_crashed"})
-"""Codes of a job that lost three attempts, to three of the faults: it is told, and kept."""
+"""Codes of a job that lost three attempts in a row to faults without getting further: it is told, and kept."""
 ENDED = ("succeeded", "failed", "cancelled")
 LATER = frozenset({503, 409})
 CHATS, COMPLETIONS, JOBS = 3, 2, 2
@@ -489,7 +489,7 @@ def report(load: Load, faults: Faults, lost: list[str], loads: list[float], seco
     lines = [
         f"{total} faults in {seconds:.0f} s, {platform.machine()}, {os.cpu_count()} cores",
         "",
-        f"- accepted jobs: {len(load.jobs)}, lost: {len(lost)}; failed, as told, for three lost attempts: "
+        f"- accepted jobs: {len(load.jobs)}, lost: {len(lost)}; failed, as told, for three lost attempts in a row: "
         f"{len(load.given_up)}",
         f"- silent cuts: {len(silent)}; otherwise wrong: {len(load.wrong) - len(silent)}",
         f"- whole answers: {sum(load.answered.values())}; errors told: {sum(load.told.values())}; connections that a "

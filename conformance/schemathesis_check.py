@@ -19,7 +19,7 @@ def command(url: str, num_examples: int) -> tuple[str, ...]:
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
         *("--max-examples", str(num_examples), "--workers", "1"),
         *("--exclude-checks", "positive_data_acceptance"),
-        *("--exclude-path-regex", "(load|sleep|events)$"),
+        *("--exclude-path-regex", "(load|sleep|restart|events)$"),
         *("--request-timeout", "60", "--no-color"),
     )
 

@@ -5,6 +5,7 @@ anything parses it; uploads (multipart) are counted as they stream.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -27,6 +28,7 @@ from service.settings import Settings
 T = TypeVar("T")
 logger = logging.getLogger("lathe.http")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
+_DISCARD_SECONDS = 1.0
 _ASKED_WHILE_DRAINING = frozenset({"/health", "/metrics", "/version"})
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
 
@@ -66,17 +68,20 @@ class RequestMiddleware:
         given_trace = parse_traceparent(headers.get(b"traceparent", b"").decode("latin-1"))
         traceparent = given_trace or caller.traceparent
         exchange = _Exchange(scope, send, request_id, self._drain)
+        body = _Body(receive)
         with (
             caused_by(replace(caller, request_id=request_id, traceparent=traceparent)),
             span(scope["method"], serves=True) as traced,
         ):
             try:
                 if scope["path"] in _ASKED_WHILE_DRAINING:
-                    await self._handle(scope, receive, exchange, headers)
+                    await self._handle(scope, body.receive, exchange, headers)
                 else:
                     async with self._drain.admitted():
-                        await self._handle(scope, receive, exchange, headers)
+                        await self._handle(scope, body.receive, exchange, headers)
             except ApiError as error:
+                if self._drain.has_begun:
+                    await body.discard()
                 await exchange.fail(error)
             except Exception:
                 logger.exception("unhandled error")
@@ -202,6 +207,26 @@ class _Exchange:
                 "key_id": getattr(identity, "key_id", None),
             },
         )
+
+
+class _Body:
+    """A request's body as it arrives."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_read = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._is_read = not message.get("more_body", False)
+        return message
+
+    async def discard(self) -> None:
+        """Take what is left of it: a connection that closes with data unread is reset, and its answer lost."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                while not self._is_read:
+                    await self.receive()
 
 
 def _host_name(host: bytes) -> str:

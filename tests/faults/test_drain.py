@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,10 +47,12 @@ def test_sigterm_cuts_nobody_off(draining: Service, capsys: pytest.CaptureFixtur
     job_id = submit_batch(service, NUM_LINES, max_tokens=60)
     until_status(service, job_id, "running")
     threads = ThreadPoolExecutor(8)
+    begun = threading.Semaphore(0)
 
     def follow(method: str, path: str, body: object = None) -> list[str]:
         with httpx.stream(method, service.url + path, json=body, timeout=120) as response:
             assert response.status_code == 200
+            begun.release()
             return events(response)
 
     streams = [threads.submit(follow, "POST", "/v1/completions", LONG) for _ in range(3)]
@@ -57,7 +60,8 @@ def test_sigterm_cuts_nobody_off(draining: Service, capsys: pytest.CaptureFixtur
         httpx.post, f"{service.url}/v1/completions", json=LONG | {"stream": False}, timeout=120
     )
     job_events = threads.submit(follow, "GET", f"/v1/jobs/{job_id}/events?stream=true")
-    eventually(lambda: "generation_tokens" in httpx.get(f"{service.url}/metrics").text, "tokens")
+    for _ in range(4):
+        assert begun.acquire(timeout=60)
     with httpx.Client(base_url=service.url, timeout=60) as client:
         assert client.get("/health").status_code == 200
         assert service.process is not None
@@ -79,7 +83,7 @@ def test_sigterm_cuts_nobody_off(draining: Service, capsys: pytest.CaptureFixtur
     )
     service.start()
     found = check_batch(service, job_id, NUM_LINES)
-    assert found["attempt"] == 2
+    assert found["attempt"] <= 2  # 1 if its last line was done before the worker was told
 
 
 def refusal(client: httpx.Client) -> httpx.Response | None:

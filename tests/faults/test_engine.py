@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_service_stays_up(
     assert response.status_code == 500, response.text
     assert response.json()["error"]["code"] == "model_load_failed"
     assert damaged.stem.replace("lathe", "checkpoint") in response.json()["error"]["message"]
-    assert service.is_ready()
+    eventually(service.is_ready, "/ready without the damaged model")
     assert httpx.get(f"{service.url}/v1/models").status_code == 200
     assert any(damaged.name in problem for problem in verify_checkpoint(folder).problems)
     shutil.rmtree(folder)

@@ -19,6 +19,7 @@ MAY_ASK = {
     "service/api_client.py",  # the command-line client
     "service/batch_runner.py",  # its own routes, in its own process
     "service/cli.py",  # a socket that it was handed
+    "service/server.py",  # the sockets that it serves
     "service/supervisor.py",  # binds the API's address
     "engines/host.py",  # a Unix socket
 }

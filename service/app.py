@@ -99,9 +99,10 @@ def build_state(settings: Settings) -> AppState:
         limits.charge(use.tenant, use.prompt_tokens + use.completion_tokens)
         used.used(use)
 
-    engines = EnginePool(settings, registry, supervisor, meter)
-    metrics = Metrics()
     tokenizers = TokenizerCache()
+    # A tokenizer is read in most of a second in which little else gets on, so not when the first request comes.
+    engines = EnginePool(settings, registry, supervisor, meter, prepare=tokenizers.get)
+    metrics = Metrics()
     cache = EnrichmentCache(settings.cache_database)
     job_store = open_job_store(settings.database, redis_url)
     file_store = FileStore(settings.files_dir)

@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -86,6 +86,7 @@ class EnginePool:
 
     Args:
         meter: told what engines do for whom.
+        prepare: what a model needs here before its first request; awaited before it counts as loaded.
     """
 
     def __init__(
@@ -94,9 +95,11 @@ class EnginePool:
         registry: ModelRegistry,
         supervisor: SupervisorClient,
         meter: Callable[[EngineUse], None] | None = None,
+        prepare: Callable[[ModelEntry], Awaitable[object]] | None = None,
     ) -> None:
         self._settings = settings
         self._meter = meter
+        self._prepare = prepare
         self._registry = registry
         self._supervisor = supervisor
         self._loaded: dict[str, _Loaded] = {}
@@ -210,6 +213,9 @@ class EnginePool:
             loaded = self._alive(model_id)
             if loaded is not None or not path.exists():
                 return loaded
+            if self._prepare is not None:
+                with contextlib.suppress(ApiError):  # a request that needs it is told
+                    await self._prepare(self.entry(model_id))
             try:
                 client = await EngineClient.connect(path)
             except EngineError:

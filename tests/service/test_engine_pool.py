@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from compression.registry import ModelRegistry
+from compression.registry import ModelEntry, ModelRegistry
 from engines.host import EngineHost
 from engines.protocol import AsyncEngine
 from service.engine_pool import EnginePool
@@ -52,13 +52,14 @@ class Supervisor:
         await host.serve(self._settings.engine_socket(model))
 
 
-def pool_of(home: Path, **options: Any) -> tuple[EnginePool, Supervisor]:
+def pool_of(home: Path, prepare: Any = None, **options: Any) -> tuple[EnginePool, Supervisor]:
     settings = Settings(home=home, max_loaded_models=2)
     settings.run_dir.mkdir()
     for name in ("one", "two", "three"):
         add_model(settings.models_dir / name, "decoder", "{}", {})
     supervisor = Supervisor(settings, **options)
-    pool = EnginePool(settings, ModelRegistry(settings.models_dir), cast(Any, supervisor))
+    registry = ModelRegistry(settings.models_dir)
+    pool = EnginePool(settings, registry, cast(Any, supervisor), prepare=prepare)
     return pool, supervisor
 
 
@@ -85,6 +86,23 @@ async def test_a_model_is_loaded_once_for_all_who_ask(tmp_path: Path) -> None:
         await pool.get("four")
     assert unknown.value.code == "model_not_found"
     assert supervisor.asked == ["one", "two"]
+    await close(pool, supervisor)
+
+
+@pytest.mark.anyio
+async def test_a_model_is_prepared_once_before_it_counts_as_loaded(tmp_path: Path) -> None:
+    prepared: list[str] = []
+
+    async def prepare(entry: ModelEntry) -> None:
+        assert entry.id not in pool._loaded
+        prepared.append(entry.id)
+        if entry.id == "two":
+            raise ApiError("model_load_failed", "its tokenizer cannot be read")
+
+    pool, supervisor = pool_of(tmp_path, prepare)
+    for model in ("one", "two", "one"):
+        assert (await pool.get(model)).info.model == model
+    assert prepared == ["one", "two"]
     await close(pool, supervisor)
 
 

@@ -185,8 +185,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_service_stays_up(
     eventually(service.is_ready, "/ready without the damaged model")
     assert httpx.get(f"{service.url}/v1/models").status_code == 200
     assert any(damaged.name in problem for problem in verify_checkpoint(folder).problems)
-    unloaded = httpx.post(f"{service.url}/v1/models/{model}/unload", timeout=60)
-    assert unloaded.status_code < 500, unloaded.text  # its host reads no tokenizer, and may be up
+    if model in service.children():  # a host reads no tokenizer
+        unloaded = httpx.post(f"{service.url}/v1/models/{model}/unload", timeout=60)
+        assert unloaded.status_code == 200, unloaded.text
     shutil.rmtree(folder)
     assert complete(service).status_code == 200
 

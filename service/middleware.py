@@ -29,7 +29,8 @@ T = TypeVar("T")
 logger = logging.getLogger("lathe.http")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _DISCARD_SECONDS = 1.0
-_ASKED_WHILE_DRAINING = frozenset({"/health", "/metrics", "/version"})
+_PROBES = frozenset({"/health", "/metrics", "/version"})
+"""Answered while draining as well, and ahead of whoever waits to begin."""
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
 
 
@@ -75,7 +76,7 @@ class RequestMiddleware:
             span(scope["method"], serves=True) as traced,
         ):
             try:
-                if scope["path"] in _ASKED_WHILE_DRAINING:
+                if scope["path"] in _PROBES:
                     await self._handle(scope, body.receive, exchange, headers)
                 else:
                     await self._turnstile.enter()

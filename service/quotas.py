@@ -105,7 +105,7 @@ class Quotas:
         limit = self.disk_limit(owner)
         if not limit:
             return None
-        return limit - self.disk_bytes(owner) + self._files.used_bytes(owner)
+        return limit - self._bytes_beside_files(owner)
 
     def job_seconds(self, owner: str) -> float:
         """That jobs held a worker for within the last 24 hours."""
@@ -114,8 +114,10 @@ class Quotas:
 
     def disk_bytes(self, owner: str) -> int:
         """Of files, graphs, folders of jobs, and the models and projectors that jobs made."""
-        used = self._files.used_bytes(owner)
-        used += sum(info.num_bytes for info in self._graphs.list_graphs(owner, limit=sys.maxsize))
+        return self._files.used_bytes(owner) + self._bytes_beside_files(owner)
+
+    def _bytes_beside_files(self, owner: str) -> int:
+        used = sum(info.num_bytes for info in self._graphs.list_graphs(owner, limit=sys.maxsize))
         for projector_id, _ in self._projectors.list_projectors(owner):
             used += folder_bytes(self._settings.projectors_dir / projector_id)
         job_ids = set()

@@ -640,9 +640,8 @@ async def _refuse(connection: socket.socket) -> None:
     with suppress(OSError, TimeoutError):
         writer.write(f"HTTP/1.1 {error.status} Service Unavailable\r\n{head}\r\n".encode() + body)
         writer.write_eof()
-        async with asyncio.timeout(
-            REFUSE_SECONDS
-        ):  # closed with its request unread, it would be reset
+        # Closed with its request unread, it would be reset.
+        async with asyncio.timeout(REFUSE_SECONDS):
             while await reader.read(65536):
                 pass
     writer.close()

@@ -598,13 +598,19 @@ def resume_job(job_id: str, url: str) -> None:
 @click.option(
     "--save", type=click.Path(path_type=Path, file_okay=False), help="Download them here."
 )
+@click.option(
+    "--delete",
+    is_flag=True,
+    help="Then delete all that the job keeps on disk: logs and checkpoints too.",
+)
 @url_option
-def job_artifacts(job_id: str, save: Path | None, url: str) -> None:
-    """List the files a job produced, or download them.
+def job_artifacts(job_id: str, save: Path | None, delete: bool, url: str) -> None:
+    """List the files a job produced, download them, delete them.
 
     \b
-    Example:
+    Examples:
       lathe jobs artifacts job-0123456789abcdef01234567 --save ./report
+      lathe jobs artifacts job-0123456789abcdef01234567 --delete
     """
     from service.job_view import human_bytes, table
 
@@ -616,6 +622,8 @@ def job_artifacts(job_id: str, save: Path | None, url: str) -> None:
             for artifact in found:
                 name = Path(artifact["name"]).name  # never out of the chosen folder
                 (save / name).write_bytes(client.get_bytes(f"{path}/{_segment(artifact['name'])}"))
+        if delete:
+            client.delete(path)
     rows = [["name", "size", "sha256"]]
     rows += [[a["name"], human_bytes(a["bytes"]), a["sha256"]] for a in found]
     _echo(table(rows) if found else ["no artifacts"])

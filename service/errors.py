@@ -49,6 +49,7 @@ ERRORS: dict[str, tuple[int, str, int | None]] = {
     "idempotency_conflict": (409, "conflict_error", None),
     "job_not_cancellable": (409, "conflict_error", None),
     "job_not_pausable": (409, "conflict_error", None),
+    "job_not_ended": (409, "conflict_error", None),
     "file_in_use": (409, "conflict_error", None),
     "model_exists": (409, "conflict_error", None),
     "projector_exists": (409, "conflict_error", None),

@@ -1,6 +1,8 @@
 """Jobs: submit, follow, cancel, and fetch what they made. A job belongs to the key that created it; admins see all."""
 
+import contextlib
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +12,7 @@ from fastapi.responses import FileResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.spec import SPECS
-from jobs.states import JobStatus
+from jobs.states import TERMINAL_STATUSES, JobStatus
 from jobs.store import Event, Job
 from service.deps import (
     AppState,
@@ -120,6 +122,12 @@ class Artifact(ResponseModel):
 class ArtifactList(ResponseModel):
     object: Literal["list"] = "list"
     data: list[Artifact]
+
+
+class ArtifactsDeleted(ResponseModel):
+    id: str
+    object: Literal["job.artifacts"] = "job.artifacts"
+    deleted: Literal[True] = True
 
 
 def _job(job: Job) -> JobObject:
@@ -290,6 +298,26 @@ async def list_artifacts(job_id: str, state: StateDep, identity: IdentityDep) ->
         return found
 
     return ArtifactList(data=await anyio.to_thread.run_sync(describe))
+
+
+@router.delete("/{job_id}/artifacts")
+async def delete_artifacts(job_id: str, state: StateDep, identity: IdentityDep) -> ArtifactsDeleted:
+    """Delete what a job that has ended keeps on the disk: artefacts, logs, checkpoints.
+
+    The job itself stays, so that its idempotency key starts no second one and its seconds count against the quota; so
+    do its events and what it registered or uploaded: models, projectors, files.
+    """
+    job = await find_job(job_id, state, identity)
+    if job.status not in TERMINAL_STATUSES:
+        raise ApiError("job_not_ended", f"the job is {job.status}", "job_id")
+    folder = state.settings.jobs_dir / job.id
+
+    def delete() -> None:
+        with contextlib.suppress(FileNotFoundError):  # deleted already
+            shutil.rmtree(folder)
+
+    await anyio.to_thread.run_sync(delete)
+    return ArtifactsDeleted(id=job.id)
 
 
 @router.get("/{job_id}/artifacts/{name}", response_class=FileResponse)

@@ -107,6 +107,7 @@ def test_what_one_key_makes_another_does_not_find(client: TestClient, secrets: l
         assert client.delete(f"/v1/{kind}/{identifier}", headers=two).status_code in (404, 405)
     for path in ("events", "logs", "artifacts"):
         assert client.get(f"/v1/jobs/{made['jobs']}/{path}", headers=two).status_code == 404
+    assert client.delete(f"/v1/jobs/{made['jobs']}/artifacts", headers=two).status_code == 404
     for verb in ("cancel", "pause", "resume"):
         assert client.post(f"/v1/jobs/{made['jobs']}/{verb}", headers=two).status_code == 404
     assert client.get(f"/v1/files/{made['files']}/content", headers=two).status_code == 404

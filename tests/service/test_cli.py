@@ -567,6 +567,21 @@ def test_artifacts_are_saved_under_their_own_name_only(
     assert not (tmp_path / "report.md").exists()
 
 
+def test_artifacts_are_deleted_when_asked_for_once_they_are_saved(
+    lathe: Lathe, stub: Stub, tmp_path: Path
+) -> None:
+    path = f"/v1/jobs/{JOB_ID}/artifacts"
+    stub.on(f"GET {path}", Answer({"data": [{"name": "report.md", "bytes": 5, "sha256": "ab"}]}))
+    stub.on(f"DELETE {path}", Answer({"id": JOB_ID, "deleted": True}))
+    assert lathe("jobs", "artifacts", JOB_ID, "--save", "out", "--delete").exit_code == 1
+    asked = [request for request, *_ in stub.requests]
+    assert asked == [f"GET {path}", f"GET {path}/report.md"]  # it was not saved: nothing is deleted
+    stub.on(f"GET {path}/report.md", Answer("hello", media_type="text/markdown"))
+    assert lathe("jobs", "artifacts", JOB_ID, "--save", "out", "--delete").exit_code == 0
+    assert stub.requests[-1][0] == f"DELETE {path}"
+    assert (tmp_path / "out" / "report.md").read_text() == "hello"
+
+
 def chat_answer(*pieces: str) -> Answer:
     chunks = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
     chunks.append({"choices": []})

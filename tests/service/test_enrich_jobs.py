@@ -15,6 +15,7 @@ from compression.registry import ModelRegistry
 from jobs.sqlite import SqliteJobStore
 from jobs.worker import Worker, WorkerConfig
 from service.app import build_app
+from service.quotas import folder_bytes
 from service.settings import Settings
 from tests.jobs.conftest import REPOSITORY, wait_until
 from tests.jobs.test_enrich import Host
@@ -61,6 +62,8 @@ def test_from_a_graph_to_artefacts(
     assert created.status_code == 201, created.text
     assert created.json()["spec"]["prompt"] == "summary@1"
     path = f"/v1/jobs/{created.json()['id']}"
+    early = http.delete(f"{path}/artifacts")  # it is queued: no worker runs
+    assert error_of(early, 409) == ("job_not_ended", "job_id")
 
     def job() -> Any:
         return http.get(path).json()
@@ -96,6 +99,20 @@ def test_from_a_graph_to_artefacts(
     answer = http.post(f"/v1/graphs/{graph_id}/enrich", json=body).json()
     assert [row["status"] for row in answer["data"]] == ["cached", "cached"]
     assert [row["text"] for row in answer["data"]] == [row["text"] for row in rows[:2]]
+
+    used = http.get("/v1/usage").json()["quotas"]["disk_bytes"]["used"]
+    kept = folder_bytes(tmp_path / path.removeprefix("/v1/"))
+    assert 0 < kept < used
+    before = job()
+    for _ in range(2):  # a second time changes nothing
+        deleted = http.delete(f"{path}/artifacts")
+        assert deleted.json() == {"id": before["id"], "object": "job.artifacts", "deleted": True}
+    assert http.get("/v1/usage").json()["quotas"]["disk_bytes"]["used"] == used - kept
+    assert http.get(f"{path}/artifacts").json()["data"] == []
+    gone = http.get(f"{path}/artifacts/enriched.arrow")
+    assert error_of(gone, 404) == ("artifact_not_found", "name")
+    assert http.get(f"{path}/logs").text == ""
+    assert job() == before
 
 
 def test_a_jobs_price_is_the_servers_unless_it_names_one(http: TestClient) -> None:

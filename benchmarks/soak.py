@@ -5,9 +5,9 @@
 Starts `lathe up` on a free port over the models of LATHE_HOME (or `--home`), and works it with clients that chat
 (whole and streamed, half with a shared beginning), ask for JSON, embed, enrich (some of it cached), run batches and
 enrichment jobs, cancel half of those, leave in the middle of a stream, and send what must be refused. Before the time
-begins, prompts fill the KV cache. Every answer that its client does not expect is counted by its class, and makes the
-exit status 1. The resident memory of each long-lived process is read every few seconds; its slope is that of a
-least-squares line through all but the first fifth. Prints Markdown.
+begins, prompts fill the KV cache, and made-up words the tokenizer's. Every answer that its client does not expect is
+counted by its class, and makes the exit status 1. The resident memory of each long-lived process is read every few
+seconds; its slope is that of a least-squares line through all but the first fifth. Prints Markdown.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import statistics
+import string
 import sys
 import time
 from collections import Counter, defaultdict
@@ -44,6 +45,8 @@ NUM_NODES = 8
 FILL_PASSAGES = 24
 FILL_TOKENS = 100_000
 """2 GiB, the KV cache on a CPU, hold 93,206 tokens of SmolLM2-135M."""
+FILL_WORDS = 12_000
+"""tokenizers keeps how it split 10,000 words."""
 JSON_SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
@@ -140,6 +143,13 @@ async def fill_kv_cache(soak: Soak) -> None:
         body = {"model": DEFAULT_MODEL, "prompt": prompt, "max_tokens": 1}
         usage = (await soak.post("/v1/completions", body, 200))["usage"]
         num_tokens += usage["prompt_tokens"]
+
+
+async def fill_tokenizer(soak: Soak) -> None:
+    """Have it meet as many words as it remembers. Its cache takes memory word by word, and then no more: no leak."""
+    draw = random.Random(0)
+    words = ("".join(draw.choices(string.ascii_lowercase, k=9)) for _ in range(FILL_WORDS))
+    await soak.post("/v1/tokenize", {"model": DEFAULT_MODEL, "prompt": " ".join(words)}, 200)
 
 
 async def chat(soak: Soak, draw: random.Random) -> str:
@@ -388,6 +398,7 @@ async def soak_service(url: str, supervisor: int, seconds: float) -> int:
     numbers = itertools.count()
     async with soak.http, asyncio.TaskGroup() as group:
         await fill_kv_cache(soak)
+        await fill_tokenizer(soak)
         began = time.monotonic()
         soak.ends_at = began + seconds
         group.create_task(memory.watch(soak))

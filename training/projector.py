@@ -182,16 +182,22 @@ class FrozenReader:
         """Rows of each centre and the text behind them."""
         parts = []
         for centre, ids in enumerate(prompt.after):
-            rows_BNH = rows_BCNH[:, centre].to(self._embed.weight.dtype)
+            rows_BNH = rows_BCNH[:, centre]
             text_TH = self._embed(torch.tensor(ids, device=rows_BNH.device))
             parts += [rows_BNH, text_TH.expand(len(rows_BNH), -1, -1)]
         return torch.cat(parts, dim=1)
 
     def _run(self, inputs_BTH: Tensor, cache: DynamicCache) -> Tensor:
-        hidden: Tensor = self._model.model(
-            inputs_embeds=inputs_BTH, use_cache=True, **{self._cache_argument: cache}
-        ).last_hidden_state
-        return hidden
+        """Products are of the weights' dtype, what layers add up is float32.
+
+        Rows become several times as long as embeddings are; what a layer adds would be rounded at their length.
+        """
+        dtype = self._embed.weight.dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            hidden: Tensor = self._model.model(
+                inputs_embeds=inputs_BTH.float(), use_cache=True, **{self._cache_argument: cache}
+            ).last_hidden_state
+        return hidden.to(dtype)
 
     def _cache(self, prompt: TaskPrompt, num_examples: int) -> DynamicCache:
         """A cache that holds the beginning of the prompt, for each example."""

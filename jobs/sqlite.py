@@ -67,16 +67,19 @@ class SqliteJobStore(JobStore):
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._connection() as db:
             db.execute("PRAGMA journal_mode = WAL")  # kept in the file
-        with self._transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                raise RuntimeError(
-                    f"{path.name} has schema {version}, this version reads {SCHEMA_VERSION}"
-                )
+            version = _schema_version(db)
+        if version == 0:  # to open one that is there, nobody waits for those who write to it
+            with self._transaction() as db:
+                version = _schema_version(db)
+                if version == 0:
+                    for statement in _SCHEMA.split(";"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                    version = SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise RuntimeError(
+                f"{path.name} has schema {version}, this version reads {SCHEMA_VERSION}"
+            )
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -333,6 +336,12 @@ class SqliteJobStore(JobStore):
         dropped = last + len(events) - logic.MAX_EVENTS
         if dropped > 0:
             db.execute("DELETE FROM events WHERE job_id = ? AND seq <= ?", (job_id, dropped))
+
+
+def _schema_version(db: sqlite3.Connection) -> int:
+    """0: nothing was made yet."""
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    return version
 
 
 def _find(db: sqlite3.Connection, job_id: str) -> Job | None:

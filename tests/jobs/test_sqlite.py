@@ -72,6 +72,20 @@ def test_a_lease_does_not_outlive_the_machine_s_restart(tmp_path: Path) -> None:
     store.close()
 
 
+def test_opening_waits_for_nobody_who_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.sqlite.BUSY_SECONDS", 0.1)
+    path = tmp_path / "jobs.db"
+    SqliteJobStore(path).close()
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    store = SqliteJobStore(path)
+    assert store.list_jobs() == []
+    store.close()
+    writer.close()
+
+
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
     SqliteJobStore(path).close()

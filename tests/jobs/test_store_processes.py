@@ -81,6 +81,7 @@ class Crew:
                     return
                 time.sleep(0.02)
             self.workers[place].send_signal(signal.SIGCONT)
+            time.sleep(random.uniform(0.0, 0.3))  # others get on, and it is met somewhere else
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -112,7 +113,7 @@ def test_killed_and_stalled_workers_lose_no_job_and_double_none(
         return store.counts().by_type_and_status.get(("test", JobStatus.SUCCEEDED), 0)
 
     try:
-        wait_until(lambda: num_done() > 0)
+        wait_until(lambda: len({*tmp_path.glob("log-*")}) == NUM_WORKERS and num_done() > 0)
         crew.stall(0)
         stalled_at = time.monotonic()
         for kill in range(NUM_KILLS):

@@ -60,7 +60,10 @@ def test_a_request_is_followed_into_the_engine(service: Service, collector: Coll
     assert host["trace_id"] == TRACE
     assert (host["prompt_tokens"], host["tokens"]) == (3, 5)
     assert host["finish_reason"] == "length"
-    (api,) = lines(service.home / "logs" / "api.log", request_id="mine-1", message="request")
+    (api,) = eventually(
+        lambda: lines(service.home / "logs" / "api.log", request_id="mine-1", message="request"),
+        "a line",
+    )
     assert (api["route"], api["status"], api["trace_id"]) == ("/v1/completions", 200, TRACE)
 
     request = span_named(collector, TRACE, "POST /v1/completions")

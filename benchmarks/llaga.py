@@ -73,7 +73,7 @@ def store_graph(graph: TextGraph, graphs: Path) -> None:
         texts=graph.texts,
         labels=[graph.classes[label] for label in graph.labels],
         splits=[None] * len(graph),
-        edges=graph.edges.tolist(),
+        edges=[(graph.ids[source], graph.ids[target]) for source, target in graph.edges.tolist()],
     )
     GraphStore(graphs).create(GRAPH_ID, columns, name=graph.name, owner=OWNER, request_hash="")
 

@@ -113,15 +113,15 @@ def engine_command(settings: Settings, model: str) -> tuple[str, ...]:
 def child_environment(settings: Settings) -> dict[str, str]:
     """Ours, with the settings that flags may have changed."""
     environment = {
+        # glibc would give a process with threads a heap for each of them, of which none is used for what the others
+        # freed: the API process has 46 MiB that reading tokenizers left, and takes more while threads come and go.
+        "MALLOC_ARENA_MAX": "2",
         **os.environ,
         "LATHE_HOME": str(settings.home),
         "LATHE_HOST": settings.host,
         "LATHE_PORT": str(settings.port),
         "LATHE_MODELS": ",".join(settings.models),
         "PYTHONUNBUFFERED": "1",
-        # glibc would give a process with threads a heap for each of them, of which none is used for what the others
-        # freed: the API process has 46 MiB that reading tokenizers left, and takes more while threads come and go.
-        "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "2"),
     }
     if settings.redis_url is not None:
         environment["LATHE_REDIS_URL"] = settings.redis_url.get_secret_value()

@@ -313,8 +313,9 @@ async def delete_artifacts(job_id: str, state: StateDep, identity: IdentityDep) 
     folder = state.settings.jobs_dir / job.id
 
     def delete() -> None:
-        with contextlib.suppress(FileNotFoundError):  # deleted already
-            shutil.rmtree(folder)
+        while folder.exists():
+            with contextlib.suppress(FileNotFoundError):  # another request deletes it, too
+                shutil.rmtree(folder)
 
     await anyio.to_thread.run_sync(delete)
     return ArtifactsDeleted(id=job.id)

@@ -104,7 +104,7 @@ def test_threads_that_come_and_go_leave_no_file_open(tmp_path: Path) -> None:
         thread = threading.Thread(target=store.get, args=("job-0",))
         thread.start()
         thread.join()
-    assert len(os.listdir("/proc/self/fd")) < before + 20  # other tests' files may close meanwhile
+    assert len(os.listdir("/proc/self/fd")) <= before  # other tests' files may close meanwhile
     store.close()
 
 

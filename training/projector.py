@@ -103,11 +103,16 @@ class FrozenReader:
     """A causal LM that reads rows between texts. Its weights never change."""
 
     def __init__(self, model: Any) -> None:
+        """Args: model: on a CPU, its attention becomes the plain one: torch's fused kernel is made for long texts, and
+        its backward takes seven times as long for a batch of questions this short.
+        """
         self._model = model
         self._embed = model.get_input_embeddings()
         self._cache_argument = cache_argument(model.model)
         self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         self.hidden_size = int(model.config.hidden_size)
+        if self.device.type == "cpu":
+            model.set_attn_implementation("eager")
 
     @property
     def device(self) -> torch.device:

@@ -7,9 +7,7 @@ import litellm
 
 common = {"api_base": f"{os.environ['LATHE_URL']}/v1", "api_key": "none"}
 model = f"openai/{os.environ['LATHE_MODEL']}"
-messages = [
-    {"role": "user", "content": "What is the capital city of France? Answer in one sentence."}
-]
+messages = [{"role": "user", "content": "What is the capital of France?"}]
 
 whole = litellm.completion(model=model, messages=messages, temperature=0, max_tokens=24, **common)
 text = whole.choices[0].message.content

@@ -8,7 +8,7 @@ const client = new OpenAI({
   apiKey: "none",
   maxRetries: 0,
 });
-const messages = [{ role: "user", content: "What is the capital city of France? Answer in one sentence." }];
+const messages = [{ role: "user", content: "What is the capital of France?" }];
 const options = { model, messages, max_tokens: 24, temperature: 0 };
 
 const whole = await client.chat.completions.create(options);

@@ -1,8 +1,9 @@
 """A whole pass in one native call: the decoder's layers without Python between their parts.
 
 The same mathematics over the same weights and cache as `DecoderModel.forward`, with float32 between products where the
-plain path rounds to bfloat16. Without AMX, passes of more rows than `max_rows` are faster the plain way, whose products
-are torch's. A row's result does not depend on the rows beside it, nor on how its prompt was cut into passes.
+plain path rounds to bfloat16 all but what layers add up. Without AMX, passes of more rows than `max_rows` are faster
+the plain way, whose products are torch's. A row's result does not depend on the rows beside it, nor on how its prompt
+was cut into passes.
 
 Shapes: T rows, H hidden, D head dim.
 """

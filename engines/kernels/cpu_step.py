@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engines.kernels import native
+from engines.kernels.cpu_attention import native_batch
 from engines.kernels.cpu_linear import ANY_NUMBER, DTYPES, CpuLinear
 from engines.kernels.linear import Linear
 from engines.kernels.metadata import BLOCK_SIZE, BatchMetadata
@@ -96,7 +97,7 @@ class CpuStep:
         """As `DecoderModel.forward` with a cache."""
         hidden_TH = hidden_TH.clone(memory_format=torch.contiguous_format)
         assert hidden_TH.dtype == self._dtype
-        batch = _batch(metadata)
+        batch = native_batch(metadata)
         self._library.functions.lathe_step(
             self._library.context,
             *(ctypes.byref(self._model), ctypes.byref(batch)),
@@ -162,20 +163,3 @@ def _linears(layer: "DecoderLayer") -> tuple[Linear, Linear, Linear, Linear]:
 def _native(linear: Linear) -> CpuLinear:
     assert isinstance(linear, CpuLinear)
     return linear
-
-
-def _batch(metadata: BatchMetadata) -> native.Batch:
-    """Valid as long as the metadata is."""
-    tables_SB = metadata.block_tables_SB
-    assert tables_SB.dtype == metadata.query_start_S1.dtype == torch.int32
-    assert metadata.positions_T.dtype == metadata.slot_mapping_T.dtype == torch.int64
-    assert tables_SB.is_contiguous()
-    return native.Batch(
-        positions_T=metadata.positions_T.data_ptr(),
-        slot_mapping_T=metadata.slot_mapping_T.data_ptr(),
-        block_tables_SB=tables_SB.data_ptr(),
-        query_start_S1=metadata.query_start_S1.data_ptr(),
-        num_rows=len(metadata.positions_T),
-        num_requests=len(tables_SB),
-        max_blocks=tables_SB.shape[1],
-    )

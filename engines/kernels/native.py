@@ -137,6 +137,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_POINTER, ctypes.POINTER(Model), _INT),
         *(ctypes.POINTER(Batch), _POINTER, _POINTER),
     ),
+    "lathe_long_attention": (
+        *(_POINTER, ctypes.POINTER(Model), _INT),
+        *(ctypes.POINTER(Batch), _POINTER, _POINTER),
+    ),
 }
 
 

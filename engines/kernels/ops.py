@@ -5,11 +5,13 @@ Products are `linear.py`'s; whole passes in one piece are `cpu_step.py`'s and `c
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engines.kernels.attention import Attention, PassFacts, TorchAttention
+from engines.kernels.cpu_attention import LongAttention, long_attention_library
 from engines.kernels.rms_norm import add_rms_norm, rms_norm
 from engines.kernels.swiglu import swiglu
 
@@ -41,9 +43,18 @@ TORCH_OPS = Ops(
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
-    """Triton's on an NVIDIA GPU that they take, else torch's; the names say why."""
-    if device.type != "cuda":
-        return TORCH_OPS
+    """Triton's on an NVIDIA GPU, torch's with our own attention on a CPU, as far as they go; the names say why not."""
+    if device.type == "cuda":
+        return _gpu_ops(device, dtype, head_dim)
+    library = long_attention_library(dtype, head_dim)
+    attention = TORCH_OPS.kernels["attention"]
+    if isinstance(library, str):
+        return _renamed({"attention": f"{attention}; not native: {library}"})
+    kernels = {"attention": f"{library.description}, over blocks as they lie"}
+    return replace(_renamed(kernels), attention=partial(LongAttention, library=library))
+
+
+def _gpu_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
     from engines.kernels.triton.support import why_not
 
     reason = why_not(device, dtype, head_dim)
@@ -51,5 +62,11 @@ def choose_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
         from engines.kernels.triton.ops import TRITON_OPS
 
         return TRITON_OPS
-    kernels = {name: f"{kernel}; no Triton: {reason}" for name, kernel in TORCH_OPS.kernels.items()}
-    return replace(TORCH_OPS, kernels=kernels)
+    return _renamed(
+        {name: f"{kernel}; no Triton: {reason}" for name, kernel in TORCH_OPS.kernels.items()}
+    )
+
+
+def _renamed(kernels: dict[str, str]) -> Ops:
+    """Torch's, some under another name."""
+    return replace(TORCH_OPS, kernels={**TORCH_OPS.kernels, **kernels})

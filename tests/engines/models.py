@@ -105,6 +105,9 @@ DECODER_CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral with wide heads": lambda: MistralConfig(**SIZES, sliding_window=None, head_dim=16),
     "qwen2": _qwen2,
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
+    "qwen3 with wide heads": lambda: Qwen3Config(
+        **SIZES, head_dim=32, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
 }
 """Configurations that `engines.model` computes."""
 

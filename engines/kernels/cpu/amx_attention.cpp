@@ -22,21 +22,6 @@ namespace {
 constexpr int kStep = 64;
 constexpr int kMaxTiles = 8;  // head_dim / 32
 
-// Rows i of the result are lanes i of sixteen vectors: four rounds of a perfect shuffle.
-LATHE_INLINE void transpose(u32x16 (&rows)[kLanes]) {
-    u32x16 shuffled[kLanes];
-    for (int round = 0; round < 4; round++) {
-        for (int i = 0; i < kLanes / 2; i++) {
-            const u32x16 a = rows[i], b = rows[i + kLanes / 2];
-            shuffled[2 * i] =
-                __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
-                                                          29, 14, 30, 15, 31);
-        }
-        std::copy(shuffled, shuffled + kLanes, rows);
-    }
-}
-
 // Two vectors of bfloat16, element by element: the first or the last sixteen of each.
 LATHE_INLINE u16x32 interleave_low(u16x32 a, u16x32 b) {
     return __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9,

@@ -26,6 +26,11 @@ void attend_with_amx(const LatheModel& model, const LatheLayer& layer, const Lat
                      const AttentionPiece& piece, int kv_head, const float* qkv_TA, int qkv_stride,
                      float* partial);
 
+// Of all rows at once, for passes of many: queries and output (T, N, D) are bfloat16 or float32, as the cache is.
+// D is a multiple of 16. The rows' keys and values are in the cache.
+void attend_long(Pool& pool, const LatheModel& model, const LatheLayer& layer, const LatheBatch& batch,
+                 const void* queries_TND, void* output_TND);
+
 // Buffers and the cut of a step's attention into pieces; `plan` once a step, the rest once a layer.
 class Attention {
    public:

@@ -130,4 +130,9 @@ void lathe_rotate_and_write(LatheContext* context, const LatheModel* model, int3
 void lathe_attention(LatheContext* context, const LatheModel* model, int32_t layer,
                      const LatheBatch* batch, const float* qkv_TA, float* output_TND);
 
+// The attention of a pass of many rows, beside torch's products: queries_TND and output_TND as the layer's cache.
+// head_dim is a multiple of 16.
+void lathe_long_attention(LatheContext* context, const LatheModel* model, int32_t layer,
+                          const LatheBatch* batch, const void* queries_TND, void* output_TND);
+
 }  // extern "C"

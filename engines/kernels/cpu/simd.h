@@ -6,6 +6,7 @@
 // whether it is computed alone or among others.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -213,6 +214,21 @@ LATHE_INLINE f32x16 even_lanes(f32x16 a, f32x16 b) {
 
 LATHE_INLINE f32x16 odd_lanes(f32x16 a, f32x16 b) {
     return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// Rows i of the result are lanes i of sixteen vectors: four rounds of a perfect shuffle.
+LATHE_INLINE void transpose(u32x16 (&rows)[kLanes]) {
+    u32x16 shuffled[kLanes];
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < kLanes / 2; i++) {
+            const u32x16 a = rows[i], b = rows[i + kLanes / 2];
+            shuffled[2 * i] =
+                __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            shuffled[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+                                                          29, 14, 30, 15, 31);
+        }
+        std::copy(shuffled, shuffled + kLanes, rows);
+    }
 }
 
 // Transpose each 4 x 4 block of lanes 4q .. 4q + 3 of four vectors.

@@ -282,4 +282,10 @@ void lathe_attention(LatheContext* context, const LatheModel* model, int32_t lay
     });
 }
 
+void lathe_long_attention(LatheContext* context, const LatheModel* model, int32_t layer,
+                          const LatheBatch* batch, const void* queries_TND, void* output_TND) {
+    const std::lock_guard<std::mutex> lock(context->mutex);
+    attend_long(context->pool, *model, model->layers[layer], *batch, queries_TND, output_TND);
+}
+
 }  // extern "C"

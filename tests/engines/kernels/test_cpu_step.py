@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from compression.hf import load_model
 from engines.kernels import cpu_step, linear, native
+from engines.kernels.cpu_attention import native_batch
 from engines.kernels.cpu_step import CpuStep, build_cpu_step
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kernels.native import NativeLibrary
@@ -82,7 +83,7 @@ class _OneLayer:
         self.values = (_random(*shape) + 0.1).to(dtype)
         self.keys[:2], self.values[:2] = torch.nan, torch.nan  # nobody's
         self.metadata = build_metadata(self.requests, CPU)
-        self.batch = cpu_step._batch(self.metadata)
+        self.batch = native_batch(self.metadata)
         angles_PR = torch.outer(torch.arange(640.0), 0.5 ** torch.arange(head_dim // 2))
         self.cos_PR, self.sin_PR = angles_PR.cos(), angles_PR.sin()
         self.query_norm, self.key_norm = _random(head_dim), _random(head_dim) + 1
@@ -174,7 +175,7 @@ def test_a_row_attends_alone_as_in_any_chunk(
             table = layer.requests[0].block_table
             rows = RequestRows(start=start + first, num_tokens=end - first, block_table=table)
             metadata = build_metadata([rows], CPU)
-            batch = cpu_step._batch(metadata)
+            batch = native_batch(metadata)
             output_TND = torch.empty(end - first, num_heads, head_dim)
             library.functions.lathe_attention(
                 *(library.context, ctypes.byref(layer.model), 0, ctypes.byref(batch)),
@@ -187,6 +188,82 @@ def test_a_row_attends_alone_as_in_any_chunk(
     assert alone.isfinite().all()
     for chunks in ([(0, 150)], [(0, 7), (7, 150)], [(0, 33), (33, 49), (49, 150)]):
         assert torch.equal(outputs(chunks), alone)
+
+
+LONG_ROWS = ((0, 70), (37, 1), (200, 97), (0, 5), (530, 33))
+"""Start and number: a prompt, a row of a decode, pieces of prompts that end within a block and a step of 64."""
+
+
+def _long_attention(library: NativeLibrary, layer: _OneLayer, queries_TND: Tensor) -> Tensor:
+    output_TND = torch.empty_like(queries_TND)
+    library.functions.lathe_long_attention(
+        *(library.context, ctypes.byref(layer.model), 0, ctypes.byref(layer.batch)),
+        *(queries_TND.data_ptr(), output_TND.data_ptr()),
+    )
+    return output_TND
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 300])
+@pytest.mark.parametrize(
+    "heads",
+    [(9, 3, 64), (4, 2, 32), (2, 2, 80), (8, 1, 128), (5, 5, 16), (2, 1, 256), (110, 1, 16)],
+)
+def test_long_attention(
+    library: NativeLibrary, dtype: torch.dtype, window: int | None, heads: tuple[int, int, int]
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    layer = _OneLayer(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        window=window,
+        rows=LONG_ROWS,
+    )
+    for request in layer.requests:  # nobody has written behind a request's last token
+        end = request.start + request.num_tokens
+        for cache in (layer.keys, layer.values):
+            cache[request.block_table[-1], end - (end - 1) // BLOCK_SIZE * BLOCK_SIZE :] = torch.nan
+    queries_TND = (3 * _random(len(layer.metadata.positions_T), num_heads, head_dim)).to(dtype)
+    output_TND = _long_attention(library, layer, queries_TND)
+    row = 0
+    for request in layer.requests:
+        for position in range(request.start, request.start + request.num_tokens):
+            keys_CKD = layer.context(layer.keys, request, position + 1)
+            values_CKD = layer.context(layer.values, request, position + 1)
+            exact = decoder_ops.attention(queries_TND[row], keys_CKD, values_CKD, window)
+            rtol = 1e-5 if dtype == torch.float32 else 2**-8
+            torch.testing.assert_close(output_TND[row].double(), exact, rtol=rtol, atol=5e-6)
+            row += 1
+
+
+@pytest.mark.parametrize("heads", [(9, 3, 64), (4, 4, 32), (32, 2, 128)])
+def test_a_row_of_a_long_pass_does_not_depend_on_the_others(
+    library: NativeLibrary, heads: tuple[int, int, int]
+) -> None:
+    """Bit for bit: with all rows of its request, and with those up to it only."""
+    num_heads, num_kv_heads, head_dim = heads
+
+    def outputs(count: int) -> Tensor:
+        layer = _OneLayer(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=torch.bfloat16,
+            rows=((100, 150),),
+        )
+        table = layer.requests[0].block_table
+        rows = RequestRows(start=100, num_tokens=count, block_table=table)
+        layer.metadata = build_metadata([rows], CPU)
+        layer.batch = native_batch(layer.metadata)
+        queries_TND = _random(150, num_heads, head_dim)[:count].bfloat16()
+        return _long_attention(library, layer, queries_TND)
+
+    whole = outputs(150)
+    assert whole.isfinite().all()
+    for count in (1, 33, 97, 149):
+        assert torch.equal(outputs(count), whole[:count])
 
 
 @pytest.mark.parametrize("norms", [False, True])

@@ -200,7 +200,7 @@ def test_an_engine_decodes_the_same_from_static_buffers(decoder_checkpoint: Chec
 def test_a_cpu_has_no_graphs_and_says_so(decoder_checkpoint: Checkpoints) -> None:
     engine = NativeEngine.load("llama", decoder_checkpoint("llama"), dtype=torch.float32)
     assert engine.info.kernels["decode step"] == "op by op: the model is on cpu"
-    assert engine.info.kernels["attention"] == TORCH_OPS.kernels["attention"]
+    assert engine.info.kernels["attention"].startswith(TORCH_OPS.kernels["attention"])
 
 
 @pytest.mark.cuda

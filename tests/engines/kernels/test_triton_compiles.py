@@ -46,7 +46,3 @@ def test_a_gpu_without_a_compiler_runs_on_torch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "no C compiler" in choose_ops(CUDA, torch.bfloat16, 64).kernels["attention"]
-
-
-def test_a_cpu_runs_on_torch() -> None:
-    assert choose_ops(CPU, torch.bfloat16, 64) is TORCH_OPS

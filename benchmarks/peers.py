@@ -224,7 +224,8 @@ def wait_ready(server: Server, process: "subprocess.Popen[bytes]") -> float:
 def memory_mib(pid: int) -> float:
     """Proportional set size of a process and all below it: shared pages are counted once."""
     root = psutil.Process(pid)
-    return sum(p.memory_full_info().pss for p in [root, *root.children(recursive=True)]) / 2**20
+    sizes: list[int] = [p.memory_full_info().pss for p in [root, *root.children(recursive=True)]]
+    return sum(sizes) / 2**20
 
 
 def ensure_int4(settings: Settings) -> None:

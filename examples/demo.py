@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from typing import Any
 
 import httpx
 from tqdm import tqdm
@@ -139,9 +140,9 @@ def show_graph(client: httpx.Client) -> None:
     client.delete(f"/v1/graphs/{graph['id']}").raise_for_status()
 
 
-def enrich(client: httpx.Client, graph_id: str, node_ids: list[str]) -> list[dict[str, object]]:
+def enrich(client: httpx.Client, graph_id: str, node_ids: list[str]) -> list[dict[str, Any]]:
     started = time.monotonic()
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for first in tqdm(range(0, len(node_ids), NODES_PER_CALL), unit="call"):
         body = {
             "node_ids": node_ids[first : first + NODES_PER_CALL],

@@ -1,5 +1,6 @@
 """A whole service for a script that talks to it."""
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ POLL_SECONDS = 0.5
 def running_service(home: Path, port: int) -> Iterator[tuple[str, int]]:
     """`lathe up` over the models of a home until the block ends; yields its address and process id, once it is ready.
 
+    SIGTERM ends the block, too, so that no service outlives who started it.
+
     Raises:
         SystemExit: it was not ready in time; with what it logged.
     """
@@ -31,11 +34,13 @@ def running_service(home: Path, port: int) -> Iterator[tuple[str, int]]:
             stdout=log,
             stderr=log,
         )
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             if not _is_ready(url, process):
                 raise SystemExit(f"lathe up was not ready:\n{(Path(folder) / 'log').read_text()}")
             yield url, process.pid
         finally:
+            signal.signal(signal.SIGTERM, before)
             process.terminate()
             process.wait()
 

@@ -23,7 +23,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKUP = re.compile(r"[<\[{|].*[>\]}|]\Z", re.DOTALL)
 
 
-class TextError(ValueError):
+class UnsafeTextError(ValueError):
     """Text that cannot be tokenized safely."""
 
 
@@ -99,10 +99,10 @@ class TextTokenizer:
             allow_special: the text is ours: spellings of control tokens become control tokens.
 
         Raises:
-            TextError: the text is no valid Unicode, or the tokenizer makes control tokens of plain characters.
+            UnsafeTextError: the text is no valid Unicode, or the tokenizer makes control tokens of plain characters.
         """
         if not text.isascii() and _SURROGATE.search(text):
-            raise TextError("the text must be valid Unicode, it has a lone surrogate")
+            raise UnsafeTextError("the text must be valid Unicode, it has a lone surrogate")
         ids = self._encode_trusted(text) if allow_special else self._encode_plain(text)
         return [*self.special_prefix, *ids, *self.special_suffix] if add_special_tokens else ids
 
@@ -110,7 +110,7 @@ class TextTokenizer:
         """Token ids of a rendered chat; control tokens only in trusted segments.
 
         Raises:
-            TextError: as `encode`.
+            UnsafeTextError: as `encode`.
         """
         ids: list[int] = []
         for segment in segments:
@@ -126,7 +126,7 @@ class TextTokenizer:
         pairs = zip(ids, encoding.offsets, strict=True)
         offsets = [at for token_id, at in pairs if token_id in self._control_ids]
         if any(end - start < 2 for start, end in offsets):
-            raise TextError("the text has a character that is a control token of this model")
+            raise UnsafeTextError("the text has a character that is a control token of this model")
         ids, position = [], 0
         for cut in [*(start + 1 for start, _ in offsets), len(text)]:
             ids += self._encode_plain(text[position:cut])

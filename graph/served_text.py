@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
-from engines.text import TextError as UnsafeTextError
-from engines.text import TextTokenizer
+from engines.text import TextTokenizer, UnsafeTextError
 from graph.enrich import TextError, TextModel
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from compression.checkpoint import checkpoint_hash
 from compression.registry import ModelEntry
 from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
-from engines.text import TextError, TextTokenizer
+from engines.text import TextTokenizer, UnsafeTextError
 from service.errors import ApiError
 
 MAX_CACHED = 16
@@ -52,7 +52,7 @@ class ModelText:
                 await asyncio.sleep(0)  # many short texts must not hold the event loop either
                 return self.tokenizer.encode(text, add_special_tokens)
             return await _on_thread(lambda: self.tokenizer.encode(text, add_special_tokens))
-        except TextError as error:
+        except UnsafeTextError as error:
             raise ApiError("invalid_value", str(error), param) from error
 
     async def encode_chat(
@@ -78,7 +78,7 @@ class ModelText:
                     template.render(messages, add_generation_prompt=add_generation_prompt)
                 )
             )
-        except (ChatTemplateError, TextError) as error:
+        except (ChatTemplateError, UnsafeTextError) as error:
             raise ApiError("invalid_value", str(error), "messages") from error
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:

@@ -17,7 +17,7 @@ from tokenizers import (
     trainers,
 )
 
-from engines.text import Segment, TextError, TextStream, TextTokenizer, build_detokenizer
+from engines.text import Segment, TextStream, TextTokenizer, UnsafeTextError, build_detokenizer
 
 CORPUS = ["the lathe turns the wood, the wood turns round", "Grüße 🙂 a b c", "  two  spaces\n\n"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -264,7 +264,7 @@ def test_marks_around_a_text() -> None:
 
 
 def test_lone_surrogates_are_refused() -> None:
-    with pytest.raises(TextError, match="lone surrogate"):
+    with pytest.raises(UnsafeTextError, match="lone surrogate"):
         TOKENIZERS["byte_level"].encode("a\ud800b")
 
 

@@ -56,7 +56,9 @@ from engines.protocol import (  # noqa: E402
 from graph.arrow_stream import MEDIA_TYPE  # noqa: E402
 from graph.cache import EnrichmentCache  # noqa: E402
 from graph.catalog import default_catalog  # noqa: E402
-from graph.enrich import Enricher, EnrichNode, EnrichRequest, TextModel  # noqa: E402
+from graph.enrich import Enricher  # noqa: E402
+from graph.enrich_types import EnrichNode, EnrichRequest  # noqa: E402
+from graph.node_text import TextModel  # noqa: E402
 from graph.served_text import ServedText  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

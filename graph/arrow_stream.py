@@ -30,7 +30,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from graph.enrich import ITEM_STATUSES, EnrichRequest, EnrichResult, EnrichRow
+from graph.enrich_types import ITEM_STATUSES, EnrichRequest, EnrichResult, EnrichRow
 from graph.store import NodeId
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"

@@ -9,10 +9,6 @@ requests at once as the engine has slots, longest texts first, so that no long o
 budget may stop it, in the order of the request. A request has one prompt, so the prompts share their beginning, which
 the engine's prefix cache then holds. A failing unit fails its own rows. Rows are told as they finish.
 
-Of a node's text that is too long, `head` keeps the beginning, `head_tail` the two ends around a mark. `chunk_mean`
-shows the LLM the head, and encodes all of the text: in windows, whose vectors are averaged by their tokens and
-normalised.
-
 Keys hold everything that shapes a value: tenant, texts, prompt body, checkpoint, decoding; nothing cached goes stale.
 Knows engines only by their protocol, and text by `TextModel`; no torch, no HTTP.
 """
@@ -22,310 +18,57 @@ import hashlib
 import logging
 import secrets
 import struct
-import unicodedata
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any
 
 import msgspec
-import numpy as np
 
 from engines.protocol import (
     AsyncEngine,
     Constraint,
-    EmbedRequest,
     EngineError,
     FinishReason,
     GenerateRequest,
     SamplingParams,
 )
 from graph.cache import EnrichmentCache, Layer
-from graph.catalog import Message, Prompt
-from graph.generation import (
-    Answer,
-    Written,
-    answer_prompt,
-    check_inputs,
-    most_repair_tokens,
-    most_tokens,
+from graph.catalog import Message
+from graph.enrich_budget import BudgetLedger
+from graph.enrich_types import (
+    ITEM_STATUSES,
+    PRIORITIES,
+    EnrichEstimate,
+    EnrichNode,
+    EnrichObserver,
+    EnrichRequest,
+    EnrichResult,
+    EnrichRow,
+    EnrichUsage,
+    ItemError,
+    ItemStatus,
+    UnsuitableModelError,
+)
+from graph.generation import Answer, Written, answer_prompt, most_repair_tokens, most_tokens
+from graph.model_calls import EmbedBatcher, generate_tokens
+from graph.node_text import (
+    Rendered,
+    TextError,
+    TextModel,
+    encoder_windows,
+    mean_vector,
+    normalise,
+    off_loop,
+    render,
 )
 from graph.single_flight import SingleFlight
-from graph.store import NodeId
 
-ItemStatus = Literal["ok", "cached", "skipped_budget", "invalid_output", "failed"]
-ITEM_STATUSES: tuple[ItemStatus, ...] = (
-    "ok",
-    "cached",
-    "skipped_budget",
-    "invalid_output",
-    "failed",
-)
-Output = Literal["text", "embedding"]
-BudgetName = Literal["max_nodes", "max_tokens", "max_seconds", "max_cost"]
-Priority = Literal["interactive", "training", "bulk"]
-PRIORITIES: dict[Priority, int] = {"interactive": 0, "training": 1, "bulk": 2}
-"""The engine's numbers; 0 is what chat has. Its scheduler lets age make up for them, so that nothing starves."""
-LongText = Literal["head", "head_tail", "chunk_mean"]
-GAP = "\n[…]\n"
-"""Stands in a prompt for the middle that `head_tail` left out."""
-
-SEPARATOR = "\n"
 KEY_VERSION = 3
 """Raise it when the way from a key's parts to its value changes."""
-EMBED_BATCH = 64
-INLINE_CHARS = 20_000
-"""Longer texts are tokenized on a thread, so that the event loop goes on."""
-_QUEUE_FULL_WAITS_SECONDS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 
 logger = logging.getLogger("lathe.enrich")
-T = TypeVar("T")
-
-
-class TextError(Exception):
-    """A model's template or tokenizer refused a text; the message may be shown to a client."""
-
-
-class TextModel(Protocol):
-    """Between text and one model's token ids. Thread-safe.
-
-    Attributes:
-        max_token_chars: no token stands for more characters.
-    """
-
-    max_token_chars: int
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A prompt for the next assistant message. Contents never become control tokens.
-
-        Raises:
-            TextError: the model has no chat template, or it refuses these messages.
-        """
-
-    def encode_text(self, text: str) -> list[int]:
-        """Tokens of the bare text.
-
-        Raises:
-            TextError: the tokenizer would make control tokens of it.
-        """
-
-    def add_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
-        """What the model expects around a text that it is to embed ([CLS] ... [SEP] for BERT)."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnrichNode:
-    """What a prompt may read of a node.
-
-    Attributes:
-        neighbors: their texts, best first.
-        neighbor_labels: of training nodes only (`generation.training_labels`).
-        variables: by name, all that the prompt has no default for.
-    """
-
-    id: NodeId
-    text: str
-    neighbors: tuple[str, ...] = ()
-    neighbor_labels: tuple[str | None, ...] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnrichBudget:
-    """The first limit that is reached stops the run; None is no limit.
-
-    Attributes:
-        nodes: the first so many nodes, cached or not, so that the same request gives the same rows.
-        tokens: prompt and generated tokens of LLM calls. Reserved before a call (prompt and most answer tokens),
-            settled after it; never exceeded. Cached texts and embeddings cost nothing.
-        cost_tokens: as `tokens`, of what money pays for.
-        seconds: wall-clock time for LLM calls; a call that is running then is aborted.
-    """
-
-    nodes: int | None = None
-    tokens: int | None = None
-    cost_tokens: int | None = None
-    seconds: float | None = None
-
-    def token_limit(self) -> tuple[int | None, BudgetName]:
-        """The tighter limit in tokens, and its name."""
-        if self.cost_tokens is None or (
-            self.tokens is not None and self.tokens <= self.cost_tokens
-        ):
-            return self.tokens, "max_tokens"
-        return self.cost_tokens, "max_cost"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnrichRequest:
-    """Nodes to enrich.
-
-    Attributes:
-        outputs: what the rows are to hold; a text is written in any case.
-        max_tokens: of an answer; None is the prompt's own number.
-        classes: to choose from, for a prompt that has them among its inputs.
-        variables: of the prompt, for every node that has none of its own.
-        tenant: nothing is shared between tenants.
-    """
-
-    nodes: tuple[EnrichNode, ...]
-    prompt: Prompt
-    model: str
-    embedding_model: str
-    outputs: frozenset[Output]
-    max_tokens: int | None = None
-    budget: EnrichBudget = EnrichBudget()
-    tenant: str = ""
-    priority: Priority = "training"
-    long_text: LongText = "head"
-    classes: tuple[str, ...] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Raises: PromptInputError: it does not give what the prompt reads, or gives what it does not."""
-        own = [node.variables for node in self.nodes]
-        check_inputs(self.prompt, self.classes, self.variables, own)
-
-    def variables_of(self, node: EnrichNode) -> dict[str, str]:
-        """What the prompt's variables are for one node, by name."""
-        given = {**self.prompt.defaults, **self.variables, **node.variables}
-        return {name: given[name] for name in self.prompt.variables}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ItemError:
-    """Attributes: code: an engine's code, or "empty_text", "empty_output", "invalid_output",
-    "budget_exhausted"."""
-
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnrichRow:
-    """One node's result.
-
-    Attributes:
-        status: "cached" means that no engine worked for this row: cache, an equal node of the request, or a request
-            that was working on it already. "invalid_output": the LLM wrote nothing usable, nor when asked again.
-        text: what is encoded beside the node's own, free of statements of a label; None where not asked for or not
-            there.
-        fields: a JSON answer as it was written; label: the class in it. None for prompts that ask for text.
-        repaired: the LLM was asked twice.
-        embedding: float32 little-endian.
-        embedding_source: "enriched"; "raw" is the node's own text alone, for an invalid output.
-        tokens_in, tokens_out: of the LLM calls that wrote the text, now or when it was cached.
-        finish_reason: "length": the answer was cut at max_tokens.
-        tokens_spent: of LLM calls made now for this row; equal rows of a request have them once.
-        truncated_tokens: tokens cut from the node's and its neighbours' texts to fit the prompt.
-        embedding_truncated_tokens: the same, to fit the encoder.
-        neighbors_used: how many neighbours the prompt read.
-        content_hash: sha256 of what the row was made from: text, and neighbours if read.
-    """
-
-    node_id: NodeId
-    status: ItemStatus
-    text: str | None = None
-    fields: dict[str, Any] | None = None
-    label: str | None = None
-    repaired: bool = False
-    embedding: bytes | None = None
-    embedding_source: Literal["enriched", "raw"] | None = None
-    tokens_in: int = 0
-    tokens_out: int = 0
-    tokens_spent: int = 0
-    finish_reason: FinishReason | None = None
-    truncated_tokens: int = 0
-    embedding_truncated_tokens: int = 0
-    neighbors_used: int = 0
-    content_hash: str
-    error: ItemError | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnrichUsage:
-    """What a request cost.
-
-    Attributes:
-        prompt_tokens, completion_tokens: of LLM calls made now.
-        prefix_hit_tokens: of the prompt tokens, those that the engine found computed.
-        embedding_tokens: encoded now.
-        cached_tokens: prompt and completion tokens that rows would have cost without cache and deduplication.
-        stopped_by: the budget that ran out first.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    prefix_hit_tokens: int
-    embedding_tokens: int
-    cached_tokens: int
-    num_nodes: int
-    num_by_status: dict[ItemStatus, int]
-    seconds: float
-    stopped_by: BudgetName | None
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnrichResult:
-    """Rows in the order of the request's nodes. Attributes: dim: of the embeddings; None without."""
-
-    rows: tuple[EnrichRow, ...]
-    usage: EnrichUsage
-    dim: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnrichEstimate:
-    """What a request would cost now, without asking a model.
-
-    Attributes:
-        num_distinct: nodes that differ in what the prompt reads of them; the others come for nothing.
-        num_empty: distinct nodes without text.
-        num_cached: distinct nodes whose text is in the cache; num_embeddings_cached: their vector too.
-        num_calls: of the LLM.
-        num_failing: distinct nodes whose prompt does not fit.
-        prompt_tokens: exact, of all calls.
-        completion_tokens: expected: as long as the cached answers are, or as those that this process saw by this
-            prompt; where there are none, as long as an answer may be.
-        seconds: at the speed that this process saw of the model; None where it saw none.
-    """
-
-    num_nodes: int
-    num_distinct: int
-    num_empty: int
-    num_cached: int
-    num_embeddings_cached: int
-    num_calls: int
-    num_failing: int
-    prompt_tokens: int
-    completion_tokens: int
-    max_completion_tokens: int
-    seconds: float | None
-
-
-class EnrichObserver(Protocol):
-    """Counts what happens; the service's metrics."""
-
-    def enrich_item(self, outcome: str) -> None: ...
-
-    def enrich_cache_hit(self, layer: str) -> None: ...
-
-
-class UnsuitableModelError(ValueError):
-    """A model that cannot do what it was named for. Attributes: param: "model" or "embedding_model"."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-        self.message = message
 
 
 class Generation(msgspec.Struct, frozen=True, array_like=True):
@@ -384,9 +127,9 @@ class _Run:
     text: TextModel
     encoder: AsyncEngine | None
     encoder_text: TextModel | None
-    batcher: "_EmbedBatcher | None"
+    batcher: EmbedBatcher | None
     max_tokens: int
-    ledger: "_Ledger"
+    ledger: BudgetLedger
     started: float
     hashes: list[str] = field(default_factory=list)
     units: dict[bytes, _Unit] = field(default_factory=dict)
@@ -395,6 +138,16 @@ class _Run:
     num_by_status: Counter[ItemStatus] = field(default_factory=Counter)
     row_tokens: int = 0
     prefix_hit_tokens: int = 0
+
+    def render(self, node: EnrichNode) -> Rendered:
+        """Raises: TextError: the prompt does not fit."""
+        return render(
+            self.request,
+            node,
+            self.text,
+            max_model_len=self.engine.info.max_model_len,
+            max_tokens=self.max_tokens,
+        )
 
 
 FinishedRows = list[tuple[int, EnrichRow]]
@@ -572,7 +325,7 @@ class Enricher:
         if "embedding" in request.outputs:
             encoder = await self._engine_for(request.embedding_model, "embedding_model")
             encoder_text = await self._text_for(request.embedding_model, "embedding_model")
-            batcher = _EmbedBatcher(encoder, request.tenant)
+            batcher = EmbedBatcher(encoder, request.tenant)
         return _Run(
             request=request,
             engine=engine,
@@ -581,7 +334,7 @@ class Enricher:
             encoder_text=encoder_text,
             batcher=batcher,
             max_tokens=max_tokens,
-            ledger=_Ledger(request.budget),
+            ledger=BudgetLedger(request.budget),
             started=asyncio.get_running_loop().time(),
         )
 
@@ -646,7 +399,7 @@ class Enricher:
 
     async def _generate_unit(self, run: _Run, unit: _Unit) -> None:
         try:
-            prompt = await _off_loop(unit.node, lambda: _render(run, unit.node))
+            prompt = await off_loop(unit.node, lambda: run.render(unit.node))
             reserved = most_tokens(run.request.prompt, len(prompt.token_ids), run.max_tokens)
             if not await run.ledger.reserve(reserved):
                 return
@@ -665,9 +418,7 @@ class Enricher:
             unit.skipped = False
             unit.error = _item_error(error)
 
-    async def _generate(
-        self, run: _Run, key: bytes, prompt: "_Rendered"
-    ) -> tuple[Generation, bool]:
+    async def _generate(self, run: _Run, key: bytes, prompt: Rendered) -> tuple[Generation, bool]:
         """Have the LLM write one text, for all requests that wait for it; keeps it in the cache.
 
         Returns:
@@ -702,7 +453,7 @@ class Enricher:
     async def _ask(
         self,
         run: _Run,
-        prompt: "_Rendered",
+        prompt: Rendered,
         messages: Sequence[Message],
         constraint: Constraint | None,
     ) -> Written | None:
@@ -765,15 +516,17 @@ class Enricher:
         assert unit.generation is not None
         text, written = normalise(unit.node.text), unit.generation.text
         encoder_text, limit = run.encoder_text, run.encoder.info.max_model_len
-        windows, truncated = await _off_loop(
+        windows, truncated = await off_loop(
             unit.node,
-            lambda: _windows(encoder_text, text, written, limit, run.request.long_text),
+            lambda: encoder_windows(encoder_text, text, written, limit, run.request.long_text),
         )
         batcher = run.batcher
         vectors = await asyncio.gather(*(batcher.embed(tuple(window)) for window in windows))
         lengths = [len(window) for window in windows]
         embedding = Embedding(
-            num_tokens=sum(lengths), truncated_tokens=truncated, vector=_mean(vectors, lengths)
+            num_tokens=sum(lengths),
+            truncated_tokens=truncated,
+            vector=mean_vector(vectors, lengths),
         )
         await self._store("embedding", key, embedding.pack())
         return embedding
@@ -823,11 +576,6 @@ class Enricher:
                 self._observer.enrich_item(row.status)
         if rows:
             run.finished.put_nowait(rows)
-
-
-def normalise(text: str) -> str:
-    """Equal texts in one spelling: Unicode NFC, line feeds, no white space at the ends."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
 def _has_text(unit: _Unit) -> bool:
@@ -903,261 +651,15 @@ def _params(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rendered:
-    messages: list[Message]
-    token_ids: list[int]
-    truncated_tokens: int
-    neighbors_used: int
-
-
-def _render(run: _Run, node: EnrichNode) -> _Rendered:
-    """The prompt about one node; long texts are cut, first to the prompt's limits, then to the context.
-
-    Of neighbours' texts and of variables the head is kept. Where a context is too small for all neighbours, the last
-    ones go.
-
-    Raises:
-        TextError: it does not fit whatever is cut from the node's text.
-    """
-    prompt, text = run.request.prompt, run.text
-    neighbors, truncated = [], 0
-    for neighbor in node.neighbors[: prompt.max_neighbors]:
-        head, cut = _head(text, text.encode_text(normalise(neighbor)), prompt.max_neighbor_tokens)
-        neighbors.append(head if cut else normalise(neighbor))
-        truncated += cut
-    variables = {}
-    for name, value in run.request.variables_of(node).items():
-        head, cut = _head(text, text.encode_text(normalise(value)), prompt.max_text_tokens)
-        variables[name] = head if cut else normalise(value)
-        truncated += cut
-    whole = normalise(node.text)
-    ids = text.encode_text(whole)
-    keep = min(len(ids), prompt.max_text_tokens)
-    room = run.engine.info.max_model_len - run.max_tokens
-    while True:
-        shown = whole if keep == len(ids) else _shown(text, ids, keep, run.request.long_text)
-        messages = prompt.fill(
-            shown,
-            neighbors,
-            neighbor_labels=node.neighbor_labels,
-            classes=run.request.classes,
-            variables=variables,
-        )
-        token_ids = text.encode_chat(messages)
-        excess = len(token_ids) - room
-        if excess <= 0:
-            return _Rendered(
-                messages=messages,
-                token_ids=token_ids,
-                truncated_tokens=truncated + len(ids) - keep,
-                neighbors_used=len(neighbors),
-            )
-        if keep <= excess and neighbors:
-            neighbors.pop()
-            keep = min(len(ids), prompt.max_text_tokens)
-            continue
-        if keep <= excess:
-            raise TextError(
-                f"prompt and answer need {len(token_ids) - keep + run.max_tokens} tokens without the "
-                f"node's text, the model holds {run.engine.info.max_model_len}"
-            )
-        keep -= excess
-
-
-def _head(text: TextModel, token_ids: Sequence[int], max_tokens: int) -> tuple[str, int]:
-    """The first tokens as text, and how many were cut."""
-    cut = max(0, len(token_ids) - max_tokens)
-    return text.decode(token_ids[:max_tokens]).rstrip("\ufffd"), cut
-
-
-def _shown(text: TextModel, token_ids: Sequence[int], keep: int, policy: LongText) -> str:
-    """What a prompt shows of a text that it must cut to `keep` tokens."""
-    if policy != "head_tail" or keep < 2:
-        return _head(text, token_ids, keep)[0]
-    tail = text.decode(token_ids[len(token_ids) - keep // 2 :]).lstrip("\ufffd")
-    return _head(text, token_ids, keep - keep // 2)[0] + GAP + tail
-
-
-def _windows(
-    encoder_text: TextModel, text: str, written: str, max_tokens: int, policy: LongText
-) -> tuple[list[list[int]], int]:
-    """Tokens of `text + separator + written` for the encoder, and how many were cut.
-
-    One window; with `chunk_mean` as many as it takes. The LLM's text is kept whole up to half of the window, of the
-    node's own what fits beside it: cutting the end of the joined text would cut what the LLM added.
-    """
-    room = max_tokens - len(encoder_text.add_special_tokens([]))
-    own = encoder_text.encode_text(text + SEPARATOR if written else text)
-    added = encoder_text.encode_text(written) if written else []
-    if policy == "chunk_mean":
-        joined = own + added
-        parts = [joined[start : start + room] for start in range(0, len(joined), room)]
-        # Of what has no tokens, such as a zero-width space, the marks alone.
-        return [encoder_text.add_special_tokens(part) for part in parts or [[]]], 0
-    num_added = min(max(min(len(added), room // 2), room - len(own)), len(added))
-    num_own = min(room - num_added, len(own))
-    num_tail = num_own // 2 if policy == "head_tail" and num_own < len(own) else 0
-    kept = own[: num_own - num_tail] + own[len(own) - num_tail :] + added[:num_added]
-    return [encoder_text.add_special_tokens(kept)], len(own) + len(added) - len(kept)
-
-
-def _mean(vectors: Sequence[bytes], lengths: Sequence[int]) -> bytes:
-    """Of several vectors the mean by length, of unit norm; one stays as it is."""
-    if len(vectors) == 1:
-        return vectors[0]
-    rows = np.stack([np.frombuffer(vector, "<f4") for vector in vectors]).astype(np.float64)
-    mean = np.average(rows, axis=0, weights=lengths)
-    norm = float(np.linalg.norm(mean))
-    return (mean / norm if norm > 0 else mean).astype("<f4").tobytes()
-
-
 def _prompt_lengths(run: _Run, units: Sequence[_Unit]) -> list[int]:
     """Tokens of each prompt; those that do not fit are left out."""
     lengths = []
     for unit in units:
         try:
-            lengths.append(len(_render(run, unit.node).token_ids))
+            lengths.append(len(run.render(unit.node).token_ids))
         except TextError:
             continue
     return lengths
-
-
-async def _off_loop(node: EnrichNode, work: Callable[[], T]) -> T:
-    """Do the work of tokenizing a node: here if it is short, else on a thread."""
-    if len(node.text) + sum(map(len, node.neighbors)) <= INLINE_CHARS:
-        return work()
-    return await asyncio.to_thread(work)
-
-
-async def generate_tokens(
-    engine: AsyncEngine, request: GenerateRequest
-) -> tuple[list[int], FinishReason, int]:
-    """Generated tokens without the one that ended them, and how many prompt tokens were found computed.
-
-    A full queue is waited for.
-
-    Raises:
-        EngineError
-    """
-    for seconds in (*_QUEUE_FULL_WAITS_SECONDS, None):
-        try:
-            stream = await engine.generate(request)
-            break
-        except EngineError as error:
-            if error.code != "queue_full" or seconds is None:
-                raise
-            await asyncio.sleep(seconds)
-    token_ids: list[int] = []
-    finish_reason: FinishReason = "abort"  # of a stream that just ends
-    num_hits = 0
-    async with aclosing(stream):  # leaving early aborts the request
-        async for output in stream:
-            token_ids += output.token_ids
-            if output.stop_token_id is not None and token_ids[-1:] == [output.stop_token_id]:
-                token_ids.pop()
-            if output.finish_reason == "error":
-                raise EngineError(output.error_code or "internal_error", output.error or "")
-            finish_reason = output.finish_reason or finish_reason
-            num_hits = max(num_hits, output.num_cached_tokens)
-    if finish_reason == "abort":
-        raise EngineError("internal_error", "the engine aborted the request")
-    return token_ids, finish_reason, num_hits
-
-
-class _EmbedBatcher:
-    """Collects texts that are ready together into one call of the encoder."""
-
-    def __init__(self, engine: AsyncEngine, tenant: str) -> None:
-        self._engine = engine
-        self._tenant = tenant
-        self._waiting: list[tuple[tuple[int, ...], asyncio.Future[bytes]]] = []
-        self._task: asyncio.Task[None] | None = None
-
-    async def embed(self, token_ids: tuple[int, ...]) -> bytes:
-        """Raises: EngineError."""
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._waiting.append((token_ids, future))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
-        return await future
-
-    async def _run(self) -> None:
-        await asyncio.sleep(0)  # those that are ready in this turn of the loop come along
-        while self._waiting:
-            batch, self._waiting = self._waiting[:EMBED_BATCH], self._waiting[EMBED_BATCH:]
-            wanted = [(ids, future) for ids, future in batch if not future.done()]
-            if not wanted:
-                continue
-            try:
-                vectors = await self._embed([ids for ids, _ in wanted])
-            except Exception as error:
-                for _, future in wanted:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), vector in zip(wanted, vectors, strict=True):
-                if not future.done():
-                    future.set_result(vector)
-
-    async def _embed(self, token_ids: list[tuple[int, ...]]) -> list[bytes]:
-        result = await self._engine.embed(
-            EmbedRequest(
-                request_id=f"enrich-{secrets.token_hex(12)}",
-                token_ids=tuple(token_ids),
-                tenant=self._tenant,
-            )
-        )
-        size = 4 * result.dim
-        return [result.vectors[i * size : (i + 1) * size] for i in range(len(token_ids))]
-
-
-class _Ledger:
-    """The budget of one request: what is spent, what is reserved, and what stopped it."""
-
-    def __init__(self, budget: EnrichBudget) -> None:
-        self._max_tokens, self._token_budget = budget.token_limit()
-        self._spent = 0
-        self._reserved = 0
-        self._changed = asyncio.Event()
-        self._turn = (
-            asyncio.Lock()
-        )  # first come, first served: the nodes that are skipped are the last
-        self.stopped_by: BudgetName | None = None
-        self.exhausted = False
-        now = asyncio.get_running_loop().time()
-        self.deadline = None if budget.seconds is None else now + budget.seconds
-
-    async def reserve(self, tokens: int) -> bool:
-        """Set tokens aside; while others may give some back, wait for them. False: the budget is exhausted."""
-        if self._max_tokens is None:
-            return True
-        async with self._turn:
-            while not self.exhausted and self._spent + self._reserved + tokens > self._max_tokens:
-                if self._reserved == 0:
-                    self.stop(self._token_budget)
-                else:
-                    await self._changed.wait()
-            if not self.exhausted:
-                self._reserved += tokens
-            return not self.exhausted
-
-    def settle(self, reserved: int, used: int) -> None:
-        """Give back what was set aside, and count what was used of it."""
-        if self._max_tokens is not None:
-            self._reserved -= reserved
-            self._spent += used
-            self._wake()
-
-    def stop(self, name: BudgetName) -> None:
-        self.exhausted = True
-        self.stopped_by = self.stopped_by or name
-        self._wake()
-
-    def _wake(self) -> None:
-        """Let everyone who waits look again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 class _Pace:

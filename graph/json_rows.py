@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from graph.arrow_stream import EmbeddingDtype, vector
-from graph.enrich import EnrichRequest, EnrichRow, EnrichUsage
+from graph.enrich_types import EnrichRequest, EnrichRow, EnrichUsage
 
 
 def json_row(

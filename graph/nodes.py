@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from graph.catalog import Prompt
-from graph.enrich import EnrichNode
+from graph.enrich_types import EnrichNode
 from graph.generation import training_classes, training_labels
 from graph.store import Graph, NodeId, UnknownNodeError
 

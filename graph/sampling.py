@@ -37,17 +37,11 @@ from engines.protocol import (
 )
 from graph.cache import EnrichmentCache
 from graph.catalog import Message, Prompt, build_prompt
-from graph.enrich import (
-    PRIORITIES,
-    Enricher,
-    EnrichRequest,
-    TextError,
-    TextModel,
-    UnsuitableModelError,
-    generate_tokens,
-    normalise,
-)
+from graph.enrich import Enricher
+from graph.enrich_types import PRIORITIES, EnrichRequest, UnsuitableModelError
 from graph.generation import Written, answer_prompt, training_labels
+from graph.model_calls import generate_tokens
+from graph.node_text import TextError, TextModel, normalise
 from graph.nodes import classes_of_graph, nodes_of_graph
 from graph.store import Graph, Int64s
 from graph.text_vectors import TextVectors, VectorUsage

@@ -1,11 +1,11 @@
-"""A checkpoint's tokenizer and chat template as enrichment uses them: `graph.enrich`'s `TextModel`."""
+"""A checkpoint's tokenizer and chat template as enrichment uses them: `graph.node_text`'s `TextModel`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from engines.text import TextTokenizer, UnsafeTextError
-from graph.enrich import TextError, TextModel
+from graph.node_text import TextError, TextModel
 
 
 class ServedText(TextModel):

@@ -17,7 +17,7 @@ import numpy as np
 
 from engines.protocol import EmbedRequest, EmbedResult, EngineError, EngineInfo
 from graph.cache import EnrichmentCache
-from graph.enrich import TextError, TextModel, normalise
+from graph.node_text import TextError, TextModel, normalise
 from graph.store import Float32s, Graph, Int64s
 
 VECTOR_VERSION = 2

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from graph.enrich import EnrichNode
+from graph.enrich_types import EnrichNode
 from graph.store import MAX_ID_BYTES, MAX_NODES, NodeId
 from jobs.files import UploadPurpose
 from training.data import DataError, read_examples

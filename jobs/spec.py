@@ -25,7 +25,7 @@ from compression.recipe import (
 from compression.registry import MODEL_ID_PATTERN
 from evaluation.corpora import CorpusName
 from graph.arrow_stream import EmbeddingDtype
-from graph.enrich import LongText, Output, Priority
+from graph.enrich_types import LongText, Output, Priority
 from graph.llaga.filling import Template
 from graph.llaga.hops import HopOperator
 from graph.llaga.projector import PROJECTOR_ID_PATTERN

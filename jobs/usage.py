@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from engines.metering import EngineUse
-from graph.enrich import EnrichRequest, EnrichUsage
+from graph.enrich_types import EnrichRequest, EnrichUsage
 
 FLUSH_SECONDS = 2.0
 BUSY_SECONDS = 10

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from compression.registry import ModelRegistry
 from engines.metering import ForwardingEngine
 from engines.protocol import AsyncEngine, GenerateRequest, TokenStream
-from graph.enrich import PRIORITIES
+from graph.enrich_types import PRIORITIES
 from graph.store import GraphStore
 from jobs.context import JobCancelledError, JobFailedError, RunnerContext
 from jobs.file_check import FileContentError, read_batch

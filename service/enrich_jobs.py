@@ -2,7 +2,7 @@
 
 import asyncio
 
-from graph.enrich import EnrichNode, EnrichRequest, UnsuitableModelError
+from graph.enrich_types import EnrichNode, EnrichRequest, UnsuitableModelError
 from graph.generation import PromptInputError
 from graph.nodes import classes_of_graph
 from graph.selection.request import SelectError, SelectRequest, with_price

@@ -17,22 +17,21 @@ from graph import arrow_stream, user_prompts
 from graph.arrow_stream import EmbeddingDtype
 from graph.cache import EnrichmentCache
 from graph.catalog import Prompt, PromptNotFoundError
-from graph.enrich import (
+from graph.enrich import Enricher, EnrichStream
+from graph.enrich_types import (
     EnrichBudget,
-    Enricher,
     EnrichNode,
     EnrichRequest,
     EnrichResult,
     EnrichRow,
-    EnrichStream,
     ItemStatus,
     LongText,
     Priority,
-    TextModel,
     UnsuitableModelError,
 )
 from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
+from graph.node_text import TextModel
 from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.text_vectors import TextVectors

@@ -24,21 +24,21 @@ from engines.protocol import AsyncEngine, EngineError
 from graph.arrow_stream import ArrowWriter
 from graph.cache import EnrichmentCache
 from graph.catalog import Prompt, PromptNotFoundError
-from graph.enrich import (
+from graph.enrich import Enricher
+from graph.enrich_types import (
     ITEM_STATUSES,
     BudgetName,
     EnrichBudget,
-    Enricher,
     EnrichNode,
     EnrichRequest,
     EnrichRow,
     EnrichUsage,
     ItemStatus,
-    TextModel,
     UnsuitableModelError,
 )
 from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
+from graph.node_text import TextModel
 from graph.nodes import classes_of_graph, nodes_of_graph
 from graph.selection.request import SelectError, SelectRequest
 from graph.selection.select import needs_text_vectors, select_nodes

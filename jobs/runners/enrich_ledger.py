@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from graph.enrich import EnrichRow
+from graph.enrich_types import EnrichRow
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (place INTEGER PRIMARY KEY, tokens_spent INTEGER NOT NULL, row BLOB NOT NULL);

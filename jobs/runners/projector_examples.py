@@ -18,10 +18,10 @@ from engines.protocol import EmbedRequest, EmbedResult
 from engines.text import TextTokenizer
 from engines.transformers_engine import eos_token_ids
 from graph.cache import EnrichmentCache
-from graph.enrich import TextModel, normalise
 from graph.llaga.filling import Float32s, Template, plan_questions, question_vectors
 from graph.llaga.prompts import MAX_DESCRIPTION_TOKENS, Task, answer_text, build_prompt
 from graph.llaga.questions import TaskQuestions
+from graph.node_text import TextModel, normalise
 from graph.served_text import ServedText
 from graph.store import Graph, Int64s
 from graph.text_vectors import TextVectors, VectorUsage, text_tokens

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from pydantic import ConfigDict, Field
 
 from graph.catalog import Prompt
-from graph.enrich import EnrichNode
+from graph.enrich_types import EnrichNode
 from graph.nodes import classes_of_graph, nodes_of_graph
 from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, StateDep, require

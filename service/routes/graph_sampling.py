@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from engines.protocol import EngineError
-from graph.enrich import UnsuitableModelError
+from graph.enrich_types import UnsuitableModelError
 from graph.generation import PromptInputError
 from graph.sampling import (
     EmbedScorer,

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from engines.protocol import EngineError
 from graph.catalog import MAX_NEIGHBORS_READ, Prompt
-from graph.enrich import EnrichNode
+from graph.enrich_types import EnrichNode
 from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
 from graph.selection.quotas import GroupShare
 from graph.selection.request import (

@@ -16,7 +16,7 @@ from engines.protocol import (
     ScoreResult,
     TokenOutput,
 )
-from graph.enrich import TextError
+from graph.node_text import TextError
 
 EOS = 0
 CLS, SEP = 1, 2

@@ -15,19 +15,17 @@ import pytest
 from engines.protocol import AsyncEngine, EngineError
 from graph.cache import EnrichmentCache
 from graph.catalog import default_catalog
-from graph.enrich import (
-    GAP,
+from graph.enrich import Enricher, EnrichStream
+from graph.enrich_types import (
     EnrichBudget,
-    Enricher,
     EnrichEstimate,
     EnrichNode,
     EnrichRequest,
     EnrichResult,
     EnrichRow,
-    EnrichStream,
-    TextModel,
     UnsuitableModelError,
 )
+from graph.node_text import GAP, TextModel
 from graph.single_flight import SingleFlight
 from tests.graph.fakes import CLS, SEP, CodePointText, ScriptedEngine, own_text
 
@@ -308,7 +306,7 @@ async def test_a_failing_encoder_keeps_the_text(tmp_path: Path) -> None:
 
 
 async def test_a_full_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graph.enrich._QUEUE_FULL_WAITS_SECONDS", (0, 0, 0))
+    monkeypatch.setattr("graph.model_calls._QUEUE_FULL_WAITS_SECONDS", (0, 0, 0))
     house = House(tmp_path)
     house.writer.num_full = 3
     assert statuses(await house.enrich(["a"])) == ["ok"]

@@ -11,7 +11,13 @@ import pytest
 
 from engines.protocol import Constraint, GenerateRequest
 from graph.catalog import Prompt, default_catalog
-from graph.enrich import EnrichBudget, EnrichNode, EnrichRequest, EnrichResult, UnsuitableModelError
+from graph.enrich_types import (
+    EnrichBudget,
+    EnrichNode,
+    EnrichRequest,
+    EnrichResult,
+    UnsuitableModelError,
+)
 from graph.generation import (
     InvalidAnswerError,
     PromptInputError,

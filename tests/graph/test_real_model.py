@@ -11,7 +11,9 @@ from engines.engine import NativeEngine
 from engines.protocol import AsyncEngine, GenerateRequest, TokenOutput
 from graph.cache import EnrichmentCache
 from graph.catalog import Prompt, default_catalog
-from graph.enrich import Enricher, EnrichNode, EnrichRequest, EnrichRow, TextModel
+from graph.enrich import Enricher
+from graph.enrich_types import EnrichNode, EnrichRequest, EnrichRow
+from graph.node_text import TextModel
 from graph.sampling import Neighborhood, RankScorer
 from graph.served_text import ServedText
 from tests.engines.decoding import run_one

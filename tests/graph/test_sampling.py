@@ -27,7 +27,8 @@ from engines.transformers_engine import TransformersEngine
 from graph import sampling
 from graph.cache import EnrichmentCache
 from graph.catalog import build_prompt, default_catalog
-from graph.enrich import TextModel, UnsuitableModelError
+from graph.enrich_types import UnsuitableModelError
+from graph.node_text import TextModel
 from graph.sampling import (
     PAIR_PROMPT,
     EmbedScorer,

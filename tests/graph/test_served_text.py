@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from engines.chat_template import ChatTemplate
 from engines.text import TextTokenizer
-from graph.enrich import TextError
+from graph.node_text import TextError
 from graph.served_text import ServedText
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "user"]

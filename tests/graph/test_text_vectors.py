@@ -8,7 +8,7 @@ import pytest
 
 from engines.protocol import AsyncEngine, EngineError
 from graph.cache import EnrichmentCache
-from graph.enrich import TextError, TextModel
+from graph.node_text import TextError, TextModel
 from graph.store import Graph, GraphStore
 from graph.text_vectors import BATCH, TextVectors, VectorUsage
 from tests.graph.fakes import CLS, SEP, CodePointText, ScriptedEngine

@@ -24,7 +24,8 @@ from engines.protocol import AsyncEngine, EmbedRequest, EmbedResult, EngineError
 from graph.arrow_stream import MEDIA_TYPE
 from graph.cache import EnrichmentCache
 from graph.catalog import default_catalog
-from graph.enrich import GAP, Enricher, TextModel
+from graph.enrich import Enricher
+from graph.node_text import GAP, TextModel
 from graph.store import GraphNotFoundError, GraphStore
 from graph.text_vectors import TextVectors
 from service.auth import LOCAL_IDENTITY, KeyStore

@@ -111,7 +111,7 @@ def test_perplexity_is_that_of_transformers(
 def test_long_passes_in_bfloat16_are_nearer_to_float32_than_transformers(
     real_model_dir: Path,
 ) -> None:
-    """What layers add up stays float32; rounded like the rest, the ratio is 0.95 in torch's passes."""
+    """What layers add up is float32: 0.72 of their error, with torch's attention 0.74; rounded like the rest, 0.85."""
     exact, theirs = (load_model(real_model_dir, dtype=t) for t in (torch.float32, torch.bfloat16))
     engine = NativeEngine.load("smollm2-135m", real_model_dir, device="cpu")
     windows = windows_of(
@@ -131,7 +131,7 @@ def test_long_passes_in_bfloat16_are_nearer_to_float32_than_transformers(
         wanted, found = (_token_logprobs(model, ids) for model in (exact, theirs))
         squares += torch.stack([(ours - wanted).square().sum(), (found - wanted).square().sum()])
     ours_over_theirs = float((squares[0] / squares[1]).sqrt())
-    assert ours_over_theirs < 0.85
+    assert ours_over_theirs < 0.8
 
 
 def _token_logprobs(model: Any, ids: Sequence[int]) -> torch.Tensor:

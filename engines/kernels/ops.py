@@ -46,6 +46,8 @@ def choose_ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
     """Triton's on an NVIDIA GPU, torch's with our own attention on a CPU, as far as they go; the names say why not."""
     if device.type == "cuda":
         return _gpu_ops(device, dtype, head_dim)
+    if device.type != "cpu":
+        return TORCH_OPS
     library = long_attention_library(dtype, head_dim)
     attention = TORCH_OPS.kernels["attention"]
     if isinstance(library, str):

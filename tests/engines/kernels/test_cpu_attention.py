@@ -14,6 +14,10 @@ LIBRARY = NativeLibrary(
 )
 
 
+def test_what_is_no_cpu_does_not_get_the_cpu_library() -> None:
+    assert choose_ops(torch.device("meta"), torch.bfloat16, 64) is TORCH_OPS
+
+
 @pytest.mark.parametrize(
     ("library", "features", "dtype", "head_dim", "reason"),
     [

@@ -4,7 +4,7 @@ Shapes: T rows, S requests, H hidden, N query heads, K key/value heads, A = N + 
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,8 +108,20 @@ class _OneLayer:
             rms_norm_epsilon=EPSILON,
         )
 
-    def context(self, cache: Tensor, request: RequestRows, length: int) -> Tensor:
-        return cache[list(request.block_table)].flatten(0, 1)[:length]
+    def exact_attention(self, queries_TND: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of every row its output (N, D) in float64, and the values (C, K, D) that it may see."""
+        row = 0
+        for request in self.requests:
+            for position in range(request.start, request.start + request.num_tokens):
+                keys_CKD, values_CKD = (
+                    cache[list(request.block_table)].flatten(0, 1)[: position + 1]
+                    for cache in (self.keys, self.values)
+                )
+                exact_ND = decoder_ops.attention(
+                    queries_TND[row], keys_CKD, values_CKD, self.window
+                )
+                yield exact_ND, values_CKD
+                row += 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,15 +152,10 @@ def test_attention(
     on_amx = library.has_amx and dtype == torch.bfloat16 and head_dim % 32 == 0
     if on_amx:
         queries_TND = queries_TND.bfloat16().float()
-    row = 0
-    for request in layer.requests:
-        for position in range(request.start, request.start + request.num_tokens):
-            keys_CKD = layer.context(layer.keys, request, position + 1)
-            values_CKD = layer.context(layer.values, request, position + 1)
-            exact = decoder_ops.attention(queries_TND[row], keys_CKD, values_CKD, window)
-            atol = 2**-9 * float(values_CKD.abs().max()) if on_amx else 2e-6
-            torch.testing.assert_close(output_TND[row].double(), exact, rtol=1e-5, atol=atol)
-            row += 1
+    exact = layer.exact_attention(queries_TND)
+    for actual_ND, (exact_ND, values_CKD) in zip(output_TND, exact, strict=True):
+        atol = 2**-9 * float(values_CKD.abs().max()) if on_amx else 2e-6
+        torch.testing.assert_close(actual_ND.double(), exact_ND, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("window", [None, 7, 300])
@@ -227,15 +234,10 @@ def test_long_attention(
             cache[request.block_table[-1], end - (end - 1) // BLOCK_SIZE * BLOCK_SIZE :] = torch.nan
     queries_TND = (3 * _random(len(layer.metadata.positions_T), num_heads, head_dim)).to(dtype)
     output_TND = _long_attention(library, layer, queries_TND)
-    row = 0
-    for request in layer.requests:
-        for position in range(request.start, request.start + request.num_tokens):
-            keys_CKD = layer.context(layer.keys, request, position + 1)
-            values_CKD = layer.context(layer.values, request, position + 1)
-            exact = decoder_ops.attention(queries_TND[row], keys_CKD, values_CKD, window)
-            rtol = 1e-5 if dtype == torch.float32 else 2**-8
-            torch.testing.assert_close(output_TND[row].double(), exact, rtol=rtol, atol=5e-6)
-            row += 1
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    exact = layer.exact_attention(queries_TND)
+    for actual_ND, (exact_ND, _) in zip(output_TND, exact, strict=True):
+        torch.testing.assert_close(actual_ND.double(), exact_ND, rtol=rtol, atol=5e-6)
 
 
 @pytest.mark.parametrize("heads", [(9, 3, 64), (4, 4, 32), (32, 2, 128)])

@@ -20,7 +20,7 @@ from engines.kernels.cuda_graphs import (
     row_counts,
 )
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
-from engines.kernels.ops import TORCH_OPS, Ops
+from engines.kernels.ops import TORCH_OPS, Ops, choose_ops
 from engines.kernels.paged_attention import LayerCache
 from engines.kernels.triton.int4_matmul import MAX_ROWS, MIN_DOT
 from engines.kernels.triton.launch import tile
@@ -200,7 +200,9 @@ def test_an_engine_decodes_the_same_from_static_buffers(decoder_checkpoint: Chec
 def test_a_cpu_has_no_graphs_and_says_so(decoder_checkpoint: Checkpoints) -> None:
     engine = NativeEngine.load("llama", decoder_checkpoint("llama"), dtype=torch.float32)
     assert engine.info.kernels["decode step"] == "op by op: the model is on cpu"
-    assert engine.info.kernels["attention"].startswith(TORCH_OPS.kernels["attention"])
+    ops = choose_ops(torch.device("cpu"), torch.float32, head_dim=8)
+    assert ops.attention is TORCH_OPS.attention
+    assert engine.info.kernels["attention"] == ops.kernels["attention"]
 
 
 @pytest.mark.cuda

@@ -8,19 +8,19 @@ pass ends with the logits of its last token. Prints one JSON line per length: mi
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import interleaved
 from compression.hf import load_model
 from engines.kernels.metadata import BLOCK_SIZE, RequestRows, build_metadata
 from engines.kernels.ops import TORCH_OPS, Ops
 from engines.model import DecoderModel, build_kv_cache, load_decoder
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -68,18 +68,6 @@ def prefill(decoder: DecoderModel, ops: Ops, ids_T: torch.Tensor) -> Callable[[]
         decoder.logits(decoder.forward(decoder.embed(ids_T), metadata, cache)[-1:])
 
     return run
-
-
-@torch.inference_mode()
-def interleaved(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if repeat:  # the first is the warm-up
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ the template. Prints one JSON line per shape: seconds of a step, medians.
 
 import argparse
 import json
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import interleaved
 from compression.hf import load_model
 from training.projector import FrozenReader, Projector, TaskPrompt
 
@@ -34,15 +34,13 @@ def main() -> None:
     reader = FrozenReader(model)
     projector = Projector(WIDTH, reader.hidden_size, num_layers=1)
     for name, num_rows in ROWS.items():
-        seconds: dict[str, list[float]] = {"eager": [], "sdpa": []}
-        for repeat in range(options.repeats + 1):
-            for attention, taken in seconds.items():
-                model.set_attn_implementation(attention)
-                started = time.perf_counter()
-                step(reader, projector, num_rows)
-                if repeat:  # the first is the warm-up
-                    taken.append(time.perf_counter() - started)
-        plain, fused = (statistics.median(taken) for taken in seconds.values())
+
+        def step_with(attention: str, num_rows: int = num_rows) -> None:
+            model.set_attn_implementation(attention)
+            step(reader, projector, num_rows)
+
+        steps = {kind: partial(step_with, kind) for kind in ("eager", "sdpa")}
+        plain, fused = interleaved(steps, options.repeats).values()
         shown = {"plain": round(plain, 3), "fused": round(fused, 3), "ratio": fused / plain}
         print(json.dumps({"template": name, "dtype": options.dtype, **shown}), flush=True)
 

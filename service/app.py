@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
@@ -174,8 +175,9 @@ def build_app(settings: Settings) -> FastAPI:
             await asyncio.to_thread(used.close)
             await asyncio.to_thread(shut_down_tracing)
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs comes with its scripts
         title="Lathe",
+        redoc_url=None,  # shows a picture from its makers' host
         version=importlib.metadata.version("lathe"),
         description="Compresses, serves and finetunes language models, and lends them to graph jobs.",
         lifespan=lifespan,

@@ -13,8 +13,8 @@ from service.app import OPEN_ROUTES, ROUTERS
 from service.auth import KeyStore, PublicBindError, Role, check_bind
 from tests.security.conftest import Guarded, check_error
 
-DOCUMENTS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
-"""FastAPI's own, which describe the program and not what it holds."""
+DOCUMENTS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/static-offline-docs"}
+"""FastAPI's own, which describe the program and not what it holds, and the scripts of the page."""
 ROLE_OF: dict[str, set[Role]] = {
     "/v1/jobs": {"jobs"},
     "/v1/batches": {"jobs"},

@@ -1,6 +1,7 @@
 """Row 20: a page in a browser on the same machine reaches nothing: no CORS, known Hosts only, no foreign Origin, and
 bodies that a browser cannot send without asking first."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,3 +119,17 @@ def test_on_a_public_address_the_key_is_what_counts(home: Path) -> None:
         bearer = {"authorization": f"Bearer {secret}"}
         assert client.get("/v1/models", headers=foreign | bearer).status_code == 200
     KeyStore(settings.keys_file).revoke(key.id)
+
+
+def test_the_api_page_loads_nothing_from_elsewhere(keyless: TestClient) -> None:
+    page = keyless.get("/docs").text
+    loaded = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(loaded) == 3, "a style sheet, an icon and a script"
+    for path in loaded:
+        assert path.startswith("/static-offline-docs/"), path
+        response = keyless.get(path)
+        assert response.status_code == 200
+        assert len(response.content) > 1000
+    assert "//" not in re.sub(r"<!--.*?-->", "", page), "another host"
+    assert check_error(keyless.get("/static-offline-docs/../app.py"), 404) == "not_found"
+    assert check_error(keyless.get("/static-offline-docs/%2e%2e/core.py"), 404) == "not_found"

@@ -225,7 +225,11 @@ def plot(rows: Sequence[Row], folder: Path, name: str) -> None:
     models = _distinct(budgets, lambda row: row["model"])
     if budgets:
         figure, axes = pyplot.subplots(
-            len(splits), len(models), figsize=(4 * len(models), 3.2 * len(splits)), squeeze=False
+            len(splits),
+            len(models),
+            figsize=(4 * len(models), 3.2 * len(splits)),
+            squeeze=False,
+            layout="constrained",
         )
         for split, line in zip(splits, axes, strict=True):
             for model, axis in zip(models, line, strict=True):
@@ -235,11 +239,12 @@ def plot(rows: Sequence[Row], folder: Path, name: str) -> None:
                     [r for r in budgets if r["split"] == split and r["model"] == model],
                     f"{model.upper()}, {split}",
                 )
-        axes[0][0].legend(fontsize=7)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
         _save(figure, folder / f"{name}_budgets.png")
     depth = [row for row in rows if "depth" in row["studies"]]
     if depth:
-        figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4))
+        figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
         _plot_depth(axes, depth)
         _save(figure, folder / f"{name}_depth.png")
 
@@ -248,7 +253,6 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     figure.savefig(path, dpi=PNG_DPI)
     pyplot.close(figure)
 

@@ -1,9 +1,8 @@
 """API keys: made by `lathe keys`, stored as hashes, compared in constant time.
 
 Roles are `inference` (generation, embeddings, enrichment, graphs), `jobs` (compression and other jobs) and `admin`
-(everything, and loading models). A role implies no other but admin, which implies all. The file is read again
-whenever it
-changes, so a revocation takes effect at once.
+(everything, and loading models). A role implies no other but admin, which implies all. The file is read again whenever
+it changes, so a revocation takes effect at once.
 """
 
 import hashlib

@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import platform
+import secrets
 import signal
 import statistics
 import tempfile
@@ -141,11 +142,12 @@ async def lateness(
     """
     texts = itertools.islice(prompts(concurrency), concurrency * REQUESTS_PER_CLIENT_LATE)
     seen: dict[str, tuple[float, float]] = {}
+    run = secrets.token_hex(4)  # the log has the lines of earlier runs, too
 
     async def client(number: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for text in texts:
-            request_id = f"late-{stream}-{concurrency}-{number}-{len(seen)}"
+            request_id = f"late-{run}-{number}-{len(seen)}"
             body = {"model": model, "prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0}
             data = json.dumps(body | {"ignore_eos": True, "stream": stream}).encode()
             head = (

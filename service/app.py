@@ -252,7 +252,8 @@ def handle_errors(app: FastAPI) -> None:
     def http_error(request: Request, error: Any) -> JSONResponse:
         headers = dict(error.headers or {})
         if error.status_code == 405:
-            headers["Allow"] = ", ".join(sorted(_allowed(app, request)))
+            allowed = _allowed(app, request) or {"GET", "HEAD"}  # no route: a file of the API page
+            headers["Allow"] = ", ".join(sorted(allowed))
         return _respond(_from_http(request, error), headers)
 
     def disk_error(_: Request, error: Any) -> JSONResponse:

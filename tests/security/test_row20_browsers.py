@@ -130,6 +130,9 @@ def test_the_api_page_loads_nothing_from_elsewhere(keyless: TestClient) -> None:
         response = keyless.get(path)
         assert response.status_code == 200
         assert len(response.content) > 1000
+        refused = keyless.post(path)
+        assert check_error(refused, 405) == "method_not_allowed"
+        assert refused.headers["allow"] == "GET, HEAD"
     assert "//" not in re.sub(r"<!--.*?-->", "", page), "another host"
     assert check_error(keyless.get("/static-offline-docs/../app.py"), 404) == "not_found"
     assert check_error(keyless.get("/static-offline-docs/%2e%2e/core.py"), 404) == "not_found"

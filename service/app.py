@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import importlib.metadata
+import itertools
 import logging
 import re
 import sqlite3
@@ -320,7 +321,10 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
 
 def _allowed(app: FastAPI, request: Request) -> set[str]:
     """Methods of this path; Starlette names only those of the first route that has the path."""
-    routes = (route for route in app.routes if isinstance(route, Route))
+    included = (
+        route for router in ROUTERS for route in router.routes
+    )  # which the app's own list has not
+    routes = (route for route in itertools.chain(app.routes, included) if isinstance(route, Route))
     matching = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
     return {method for route in matching for method in route.methods or ()}
 

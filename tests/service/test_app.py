@@ -185,6 +185,15 @@ def test_every_failure_has_the_error_shape(
     assert response.headers["x-request-id"].startswith("req-")
 
 
+def test_a_refused_method_is_told_all_others(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert len(paths) > 30
+    for path, operations in paths.items():
+        refused = client.options(path.replace("{", "").replace("}", ""))
+        assert refused.status_code == 405, path
+        assert set(refused.headers["allow"].split(", ")) == {m.upper() for m in operations}, path
+
+
 def test_body_rules(client: TestClient) -> None:
     text = client.post("/v1/completions", content=b"x", headers={"content-type": "text/plain"})
     assert (text.status_code, error_of(text)["code"]) == (415, "unsupported_media_type")

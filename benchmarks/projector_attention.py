@@ -33,13 +33,13 @@ def main() -> None:
     model = load_model(options.model, dtype=getattr(torch, options.dtype))
     reader = FrozenReader(model)
     projector = Projector(WIDTH, reader.hidden_size, num_layers=1)
+
+    def step_with(attention: str, num_rows: int) -> None:
+        model.set_attn_implementation(attention)
+        step(reader, projector, num_rows)
+
     for name, num_rows in ROWS.items():
-
-        def step_with(attention: str, num_rows: int = num_rows) -> None:
-            model.set_attn_implementation(attention)
-            step(reader, projector, num_rows)
-
-        steps = {kind: partial(step_with, kind) for kind in ("eager", "sdpa")}
+        steps = {kind: partial(step_with, kind, num_rows) for kind in ("eager", "sdpa")}
         plain, fused = interleaved(steps, options.repeats).values()
         shown = {"plain": round(plain, 3), "fused": round(fused, 3), "ratio": fused / plain}
         print(json.dumps({"template": name, "dtype": options.dtype, **shown}), flush=True)

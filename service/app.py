@@ -321,9 +321,8 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
 
 def _allowed(app: FastAPI, request: Request) -> set[str]:
     """Methods of this path; Starlette names only those of the first route that has the path."""
-    included = (
-        route for router in ROUTERS for route in router.routes
-    )  # which the app's own list has not
+    # The application's own list has a router in one piece.
+    included = (route for router in ROUTERS for route in router.routes)
     routes = (route for route in itertools.chain(app.routes, included) if isinstance(route, Route))
     matching = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
     return {method for route in matching for method in route.methods or ()}

@@ -5,8 +5,8 @@ For each node: render the prompt, look the text up in the cache, have the LLM wr
 
 What costs nothing is settled first: equal nodes of a request are one unit of work, cached units need no engine, and a
 unit that another request is working on right now is waited for, not repeated. The work that is left runs with as many
-requests at once as the engine has slots, longest texts first, so that no long one is left over at the end; where a
-budget may stop it, in the order of the request. A request has one prompt, so the prompts share their beginning, which
+requests at once as the engine has slots, longest texts first, so that no long one is left over at the end; where tokens
+or time are limited, in the order of the request. A request has one prompt, so the prompts share their beginning, which
 the engine's prefix cache then holds. A failing unit fails its own rows. Rows are told as they finish.
 
 Keys hold everything that shapes a value: tenant, texts, prompt body, checkpoint, decoding; nothing cached goes stale.
@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -52,11 +53,12 @@ from graph.enrich_types import (
     UnsuitableModelError,
 )
 from graph.generation import Answer, Written, answer_prompt, most_repair_tokens, most_tokens
-from graph.model_calls import EmbedBatcher, generate_tokens
+from graph.model_calls import EMBED_BATCH, EmbedBatcher, generate_tokens
 from graph.node_text import (
     Rendered,
     TextError,
     TextModel,
+    TextTooLongError,
     encoder_windows,
     mean_vector,
     normalise,
@@ -67,6 +69,8 @@ from graph.single_flight import SingleFlight
 
 KEY_VERSION = 3
 """Raise it when the way from a key's parts to its value changes."""
+ESTIMATED_CHARS = 200_000
+"""Of prompts that an estimate renders at a time; between them it can be left."""
 
 logger = logging.getLogger("lathe.enrich")
 
@@ -109,6 +113,7 @@ class _Unit:
 
     key: bytes
     node: EnrichNode
+    text_hash: bytes
     content_hash: str
     generation: Generation | None = None
     embedding: Embedding | None = None
@@ -280,7 +285,7 @@ class Enricher:
         if run.encoder is not None:
             vectors = await self._cached_embeddings(run, [_embedding_key(run, u) for u in known])
         missing = [unit for unit in units if unit.generation is None]
-        lengths = await asyncio.to_thread(_prompt_lengths, run, missing)
+        lengths = await _prompt_lengths(run, missing)
         outs = [unit.generation.tokens_out for unit in known if unit.generation is not None]
         length = sum(outs) / len(outs) if outs else self._pace.answer_tokens(run)
         prompt_tokens, completion = sum(lengths), round(len(lengths) * length)
@@ -341,11 +346,13 @@ class Enricher:
     async def _find_units(self, run: _Run) -> None:
         """Equal nodes as one unit each, of the nodes that the budget looks at."""
         nodes = run.request.nodes[: run.request.budget.nodes]
-        if len(nodes) < len(run.request.nodes):
-            run.ledger.stopped_by = "max_nodes"
-        keys, run.hashes = await asyncio.to_thread(_keys, run)
-        for index, (node, key) in enumerate(zip(nodes, keys, strict=False)):
-            run.units.setdefault(key, _Unit(key=key, node=node, content_hash=run.hashes[index]))
+        keys = await asyncio.to_thread(_keys, run)
+        run.hashes = [content_hash for _, content_hash, _ in keys]
+        for index, (node, (key, content_hash, text_hash)) in enumerate(
+            zip(nodes, keys, strict=False)
+        ):
+            unit = _Unit(key=key, node=node, text_hash=text_hash, content_hash=content_hash)
+            run.units.setdefault(key, unit)
             run.places.setdefault(key, []).append(index)
 
     async def _complete(self, run: _Run) -> None:
@@ -387,6 +394,7 @@ class Enricher:
         for unit in units:
             try:
                 async with asyncio.timeout_at(run.ledger.deadline):
+                    await asyncio.sleep(0)  # a deadline that is over is seen here
                     await self._generate_unit(run, unit)
             except TimeoutError:
                 run.ledger.stop("max_seconds")
@@ -399,7 +407,8 @@ class Enricher:
 
     async def _generate_unit(self, run: _Run, unit: _Unit) -> None:
         try:
-            prompt = await off_loop(unit.node, lambda: run.render(unit.node))
+            num_chars = _num_chars(run.request, unit.node)
+            prompt = await off_loop(num_chars, lambda: run.render(unit.node))
             reserved = most_tokens(run.request.prompt, len(prompt.token_ids), run.max_tokens)
             if not await run.ledger.reserve(reserved):
                 return
@@ -505,7 +514,7 @@ class Enricher:
             unit.embedding, unit.encoder_ran = await self._embeddings.run(
                 key, lambda: self._embed(run, unit, key)
             )
-        except EngineError as error:
+        except (EngineError, TextError) as error:
             unit.error = _item_error(error)
         self._finish(run, [unit])
 
@@ -514,14 +523,19 @@ class Enricher:
         assert run.encoder_text is not None
         assert run.batcher is not None
         assert unit.generation is not None
-        text, written = normalise(unit.node.text), unit.generation.text
+        text, written = unit.node.text, unit.generation.text
         encoder_text, limit = run.encoder_text, run.encoder.info.max_model_len
         windows, truncated = await off_loop(
-            unit.node,
-            lambda: encoder_windows(encoder_text, text, written, limit, run.request.long_text),
+            len(text),
+            lambda: encoder_windows(
+                encoder_text, normalise(text), written, limit, run.request.long_text
+            ),
         )
         batcher = run.batcher
-        vectors = await asyncio.gather(*(batcher.embed(tuple(window)) for window in windows))
+        vectors = []
+        for first in range(0, len(windows), EMBED_BATCH):
+            some = windows[first : first + EMBED_BATCH]
+            vectors += await asyncio.gather(*(batcher.embed(tuple(window)) for window in some))
         lengths = [len(window) for window in windows]
         embedding = Embedding(
             num_tokens=sum(lengths),
@@ -579,15 +593,15 @@ class Enricher:
 
 
 def _has_text(unit: _Unit) -> bool:
-    if normalise(unit.node.text):
+    if unit.node.text and not unit.node.text.isspace():
         return True
     unit.skipped = False
     unit.error = ItemError(code="empty_text", message="the node's text is empty")
     return False
 
 
-def _keys(run: _Run) -> tuple[list[bytes], list[str]]:
-    """Text key and content hash of every node."""
+def _keys(run: _Run) -> list[tuple[bytes, str, bytes]]:
+    """Text key, content hash and hash of the text alone, of every node."""
     request, info = run.request, run.engine.info
     shared = (
         KEY_VERSION,
@@ -600,14 +614,14 @@ def _keys(run: _Run) -> tuple[list[bytes], list[str]]:
         request.long_text == "head_tail",  # the other two show the LLM the same
         msgspec.to_builtins(_params(run.max_tokens)),  # greedy: no seed
     )
-    keys, hashes = [], []
+    keys = []
     for node in request.nodes:
         neighbors = node.neighbors[: request.prompt.max_neighbors]
-        content = (_text_hash(node.text), [_text_hash(text) for text in neighbors])
+        text_hash = _text_hash(node.text)
+        content = (text_hash, [_text_hash(text) for text in neighbors])
         content_hash = _digest((*content, *_other_inputs(request, node))).hex()
-        hashes.append(content_hash)
-        keys.append(_digest(("text", content_hash, shared)))
-    return keys, hashes
+        keys.append((_digest(("text", content_hash, shared)), content_hash, text_hash))
+    return keys
 
 
 def _other_inputs(request: EnrichRequest, node: EnrichNode) -> list[Any]:
@@ -624,7 +638,7 @@ def _embedding_key(run: _Run, unit: _Unit) -> bytes:
     assert run.encoder is not None
     assert unit.generation is not None
     info = run.encoder.info
-    joined = (_text_hash(unit.node.text), _text_hash(unit.generation.text))
+    joined = (unit.text_hash, _text_hash(unit.generation.text))
     return _digest(
         (
             "embedding",
@@ -651,8 +665,26 @@ def _params(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
 
-def _prompt_lengths(run: _Run, units: Sequence[_Unit]) -> list[int]:
-    """Tokens of each prompt; those that do not fit are left out."""
+def _num_chars(request: EnrichRequest, node: EnrichNode) -> int:
+    """That are looked at to render a node's prompt."""
+    texts = [node.text, *node.neighbors[: request.prompt.max_neighbors]]
+    return sum(map(len, [*texts, *request.variables_of(node).values(), *request.classes]))
+
+
+async def _prompt_lengths(run: _Run, units: Sequence[_Unit]) -> list[int]:
+    """Tokens of each prompt; those that do not fit are left out. Ends soon where it is cancelled."""
+    lengths: list[int] = []
+    first = num_chars = 0
+    for number, unit in enumerate(units, start=1):
+        num_chars += _num_chars(run.request, unit.node)
+        if num_chars > ESTIMATED_CHARS or number == len(units):
+            some = units[first:number]
+            lengths += await off_loop(num_chars, partial(_lengths, run, some))
+            first, num_chars = number, 0
+    return lengths
+
+
+def _lengths(run: _Run, units: Sequence[_Unit]) -> list[int]:
     lengths = []
     for unit in units:
         try:
@@ -701,11 +733,16 @@ class _Pace:
 def _item_error(error: EngineError | TextError) -> ItemError:
     if isinstance(error, EngineError):
         return ItemError(code=error.code, message=error.message)
-    return ItemError(code="context_length_exceeded", message=str(error))
+    too_long = isinstance(error, TextTooLongError)
+    return ItemError(
+        code="context_length_exceeded" if too_long else "invalid_value", message=str(error)
+    )
 
 
 def _skipped_row(run: _Run, index: int) -> EnrichRow:
-    message = f"the budget ran out: {run.ledger.stopped_by}"
+    allowed = run.request.budget.nodes
+    beyond = allowed is not None and index >= allowed
+    message = f"the budget ran out: {'max_nodes' if beyond else run.ledger.stopped_by}"
     return EnrichRow(
         node_id=run.request.nodes[index].id,
         status="skipped_budget",
@@ -762,6 +799,8 @@ def _usage(run: _Run) -> EnrichUsage:
     units = list(run.units.values())
     ran = [u.generation for u in units if u.generation is not None and u.llm_ran]
     encoded = [u.embedding for u in units if u.embedding is not None and u.encoder_ran]
+    allowed = run.request.budget.nodes
+    all_allowed = allowed is None or allowed >= len(run.request.nodes)
     prompt_tokens = sum(generation.tokens_in for generation in ran)
     completion_tokens = sum(generation.tokens_out for generation in ran)
     return EnrichUsage(
@@ -773,5 +812,5 @@ def _usage(run: _Run) -> EnrichUsage:
         num_nodes=len(run.request.nodes),
         num_by_status={status: run.num_by_status[status] for status in ITEM_STATUSES},
         seconds=asyncio.get_running_loop().time() - run.started,
-        stopped_by=run.ledger.stopped_by,
+        stopped_by=run.ledger.stopped_by or (None if all_allowed else "max_nodes"),
     )

@@ -7,6 +7,7 @@ LLM the head, and encodes all of the text: in windows, whose vectors are average
 import asyncio
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -19,12 +20,17 @@ GAP = "\n[…]\n"
 """Stands in a prompt for the middle that `head_tail` left out."""
 SEPARATOR = "\n"
 INLINE_CHARS = 20_000
-"""Longer texts are tokenized on a thread, so that the event loop goes on."""
+"""What is longer is tokenized on a thread, so that the event loop goes on."""
 T = TypeVar("T")
+_threads = ThreadPoolExecutor(2, thread_name_prefix="node-text")
 
 
 class TextError(Exception):
     """A model's template or tokenizer refused a text; the message may be shown to a client."""
+
+
+class TextTooLongError(TextError):
+    """A prompt does not fit a model."""
 
 
 class TextModel(Protocol):
@@ -82,26 +88,26 @@ def render(
 ) -> Rendered:
     """The prompt about one node; long texts are cut, first to the prompt's limits, then to the context.
 
-    Of neighbours' texts and of variables the head is kept. Where a context is too small for all neighbours, the last
-    ones go.
+    Of neighbours' texts and of variables the head is kept, and only what may be in it is looked at. Where a context is
+    too small for all neighbours, the last ones go.
 
     Args:
         max_model_len: tokens of prompt and answer.
         max_tokens: of the answer.
 
     Raises:
-        TextError: it does not fit whatever is cut from the node's text.
+        TextTooLongError: it does not fit whatever is cut from the node's text.
+        TextError
     """
     prompt = request.prompt
     neighbors, truncated = [], 0
     for neighbor in node.neighbors[: prompt.max_neighbors]:
-        head, cut = _head(text, text.encode_text(normalise(neighbor)), prompt.max_neighbor_tokens)
-        neighbors.append(head if cut else normalise(neighbor))
+        head, cut = text_head(text, neighbor, prompt.max_neighbor_tokens)
+        neighbors.append(head)
         truncated += cut
     variables = {}
     for name, value in request.variables_of(node).items():
-        head, cut = _head(text, text.encode_text(normalise(value)), prompt.max_text_tokens)
-        variables[name] = head if cut else normalise(value)
+        variables[name], cut = text_head(text, value, prompt.max_text_tokens)
         truncated += cut
     whole = normalise(node.text)
     ids = text.encode_text(whole)
@@ -130,11 +136,19 @@ def render(
             keep = min(len(ids), prompt.max_text_tokens)
             continue
         if keep <= excess:
-            raise TextError(
+            raise TextTooLongError(
                 f"prompt and answer need {len(token_ids) - keep + max_tokens} tokens without the "
                 f"node's text, the model holds {max_model_len}"
             )
         keep -= excess
+
+
+def text_head(text: TextModel, given: str, max_tokens: int) -> tuple[str, int]:
+    """The first tokens of a text, normalised, and how many were cut: of a very long one, at least so many."""
+    whole = normalise(given)
+    seen = whole[: max_tokens * text.max_token_chars]
+    head, cut = _head(text, text.encode_text(seen), max_tokens)
+    return (whole if cut == 0 and seen == whole else head), cut
 
 
 def _head(text: TextModel, token_ids: Sequence[int], max_tokens: int) -> tuple[str, int]:
@@ -184,8 +198,9 @@ def mean_vector(vectors: Sequence[bytes], lengths: Sequence[int]) -> bytes:
     return (mean / norm if norm > 0 else mean).astype("<f4").tobytes()
 
 
-async def off_loop(node: EnrichNode, work: Callable[[], T]) -> T:
-    """Do the work of tokenizing a node: here if it is short, else on a thread."""
-    if len(node.text) + sum(map(len, node.neighbors)) <= INLINE_CHARS:
+async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
+    """Do the work of tokenizing so many characters: here if they are few, else on one of two threads."""
+    if num_chars <= INLINE_CHARS:
+        await asyncio.sleep(0)  # many short texts must not hold the event loop either
         return work()
-    return await asyncio.to_thread(work)
+    return await asyncio.get_running_loop().run_in_executor(_threads, work)

@@ -27,7 +27,7 @@ class ServedText(TextModel):
             raise TextError("the model has no chat template")
         try:
             return self._tokenizer.encode_segments(self._template.render(messages))
-        except ChatTemplateError as error:
+        except (ChatTemplateError, UnsafeTextError) as error:
             raise TextError(str(error)) from error
 
     def encode_text(self, text: str) -> list[int]:

@@ -169,6 +169,14 @@ class Graph:
         lengths = pc.utf8_length(self.nodes.column("text"))
         return np.asarray(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
 
+    def text_bytes(self, indices: Sequence[int] | npt.NDArray[Any]) -> Int64s:
+        """Bytes of some nodes' texts in UTF-8, without reading them."""
+        column = self.nodes.column("text")
+        offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset :]
+        rows = np.asarray(indices, dtype=np.int64)
+        lengths: Int64s = offsets[rows + 1] - offsets[rows]
+        return lengths
+
     def neighbors(self, index: int) -> Int32s:
         """Indices of the neighbours, direction aside, ascending."""
         return self.indices[self.indptr[index] : self.indptr[index + 1]]

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from graph.catalog import Prompt
 from graph.enrich_types import EnrichNode, EnrichRequest, UnsuitableModelError
 from graph.generation import PromptInputError
 from graph.nodes import classes_of_graph
@@ -31,7 +32,7 @@ async def complete_enrich(spec: EnrichSpec, state: AppState, identity: Identity)
             await asyncio.to_thread(find_nodes, graph, spec.node_ids)
         if spec.select is not None:
             await _check_selection(graph, with_price(spec.select, price), state)
-        classes = classes or await asyncio.to_thread(classes_of_graph, graph, prompt)
+        classes = classes or await _classes(graph, prompt)
     model = spec.model or DEFAULT_MODEL
     embedding_model = spec.embedding_model or state.settings.embedding_model
     # A file's nodes may give variables of their own, which the job finds out; a graph's have none.
@@ -61,6 +62,14 @@ async def complete_enrich(spec: EnrichSpec, state: AppState, identity: Identity)
             "select": None if spec.select is None else with_price(spec.select, price),
         }
     )
+
+
+async def _classes(graph: Graph, prompt: Prompt) -> tuple[str, ...]:
+    """Raises: ApiError."""
+    try:
+        return await asyncio.to_thread(classes_of_graph, graph, prompt)
+    except PromptInputError as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
 
 
 def _priced(budget: EnrichBudgetSpec, price: float | None) -> EnrichBudgetSpec:

@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
@@ -32,6 +32,7 @@ from graph.enrich_types import (
 from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
 from graph.node_text import TextModel
+from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
 from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.text_vectors import TextVectors
@@ -345,6 +346,26 @@ def find_nodes(graph: Graph, node_ids: list[NodeId]) -> list[int]:
             )
         seen.add(index)
     return indices
+
+
+def read_nodes(
+    graph: Graph,
+    indices: Sequence[int],
+    prompt: Prompt,
+    *,
+    neighbors: Sequence[Sequence[NodeId]] | None = None,
+    variables: Sequence[Mapping[str, str]] | None = None,
+) -> tuple[tuple[EnrichNode, ...], tuple[str, ...]]:
+    """What a prompt reads of nodes of a graph, and the graph's classes. Args: as of `nodes_of_graph`.
+
+    Raises:
+        ApiError
+    """
+    try:
+        nodes = nodes_of_graph(graph, indices, prompt, neighbors=neighbors, variables=variables)
+        return nodes, classes_of_graph(graph, prompt)
+    except (NodeInputError, PromptInputError) as error:
+        raise ApiError("invalid_value", error.message, error.param) from error
 
 
 async def answer_enrich(

@@ -1,7 +1,6 @@
 """Stateless enrichment: node texts in, LLM texts and embeddings out; and what an enrichment would cost."""
 
 import asyncio
-from collections.abc import Sequence
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -9,7 +8,6 @@ from pydantic import ConfigDict, Field
 
 from graph.catalog import Prompt
 from graph.enrich_types import EnrichNode
-from graph.nodes import classes_of_graph, nodes_of_graph
 from service.auth import Identity
 from service.deps import AppState, IdentityDep, RequestModel, StateDep, require
 from service.enrichment import (
@@ -27,9 +25,11 @@ from service.enrichment import (
     find_nodes,
     find_prompt,
     open_graph,
+    read_nodes,
 )
 from service.errors import ApiError, error_responses
 from service.generation_body import present
+from service.middleware import answer_in_time
 
 router = APIRouter(
     prefix="/v1",
@@ -89,9 +89,16 @@ async def enrich(
 
 @router.post("/enrich/estimate")
 async def estimate(
-    body: EstimateBody, state: StateDep, identity: IdentityDep
+    body: EstimateBody, request: Request, state: StateDep, identity: IdentityDep
 ) -> EnrichEstimateBody:
     """What an enrichment would cost: equal nodes, cache hits, tokens, seconds, money. Asks no model."""
+    work = _estimate(body, state, identity)
+    return await answer_in_time(
+        request, work, state.settings.request_timeout_seconds, "the estimate"
+    )
+
+
+async def _estimate(body: EstimateBody, state: AppState, identity: Identity) -> EnrichEstimateBody:
     prompt = find_prompt(body.prompt, state, identity)
     classes: tuple[str, ...] = ()
     if (body.nodes is None) == (body.graph is None):
@@ -112,8 +119,7 @@ def _graph_nodes(
     assert body.graph is not None
     graph = open_graph(state, identity, body.graph, "graph")
     if body.node_ids is not None:
-        indices: Sequence[int] = find_nodes(graph, body.node_ids)
-        return nodes_of_graph(graph, indices, prompt), classes_of_graph(graph, prompt)
+        return read_nodes(graph, find_nodes(graph, body.node_ids), prompt)
     num_nodes = min(graph.info.num_nodes, body.budget.max_nodes or graph.info.num_nodes)
     if num_nodes > MAX_ESTIMATED_NODES:
         raise ApiError(
@@ -121,7 +127,7 @@ def _graph_nodes(
             f"at most {MAX_ESTIMATED_NODES} nodes are estimated, the graph has {num_nodes}: name some",
             "node_ids",
         )
-    return nodes_of_graph(graph, range(num_nodes), prompt), classes_of_graph(graph, prompt)
+    return read_nodes(graph, range(num_nodes), prompt)
 
 
 def _nodes(nodes: list[NodeBody]) -> tuple[EnrichNode, ...]:

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from engines.protocol import EngineError
 from graph.catalog import MAX_NEIGHBORS_READ, Prompt
 from graph.enrich_types import EnrichNode
-from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
 from graph.selection.quotas import GroupShare
 from graph.selection.request import (
     BudgetName,
@@ -68,6 +67,7 @@ from service.enrichment import (
     find_prompt,
     graph_not_found,
     open_graph,
+    read_nodes,
 )
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import json_response
@@ -511,13 +511,9 @@ def _graph_nodes(
     """Nodes, and the classes of the graph."""
     graph = open_graph(state, identity, graph_id)
     indices = find_nodes(graph, body.node_ids)
-    try:
-        nodes = nodes_of_graph(
-            graph, indices, prompt, neighbors=body.neighbors, variables=body.node_variables
-        )
-    except NodeInputError as error:
-        raise ApiError("invalid_value", error.message, error.param) from error
-    return nodes, classes_of_graph(graph, prompt)
+    return read_nodes(
+        graph, indices, prompt, neighbors=body.neighbors, variables=body.node_variables
+    )
 
 
 def _graph_object(info: GraphInfo) -> GraphObject:

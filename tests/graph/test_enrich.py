@@ -4,7 +4,8 @@ import asyncio
 import logging
 import sqlite3
 import struct
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from engines.protocol import AsyncEngine, EngineError
+from graph import enrich
 from graph.cache import EnrichmentCache
 from graph.catalog import default_catalog
 from graph.enrich import Enricher, EnrichStream
@@ -25,7 +27,15 @@ from graph.enrich_types import (
     EnrichRow,
     UnsuitableModelError,
 )
-from graph.node_text import GAP, TextModel
+from graph.node_text import (
+    GAP,
+    INLINE_CHARS,
+    Rendered,
+    TextError,
+    TextModel,
+    off_loop,
+    text_head,
+)
 from graph.single_flight import SingleFlight
 from tests.graph.fakes import CLS, SEP, CodePointText, ScriptedEngine, own_text
 
@@ -397,6 +407,117 @@ async def test_time_budget_aborts_what_runs(tmp_path: Path) -> None:
     assert statuses(result) == ["cached", "skipped_budget", "skipped_budget"]
     assert result.usage.stopped_by == "max_seconds"
     await until(lambda: len(house.writer.aborted) == 2)
+
+
+async def test_a_row_names_the_budget_that_skipped_it(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    result = await house.enrich(["a", "b", "c"], budget={"nodes": 2, "seconds": 1e-9})
+    assert result.usage.stopped_by == "max_seconds"
+    told = [row.error.message for row in result.rows if row.error is not None]
+    assert told == [f"the budget ran out: max_{name}" for name in ("seconds", "seconds", "nodes")]
+
+
+async def test_time_is_looked_at_where_no_prompt_fits(tmp_path: Path) -> None:
+    """Nothing waits for an engine then; the event loop must get its turn all the same."""
+    house = House(tmp_path, ScriptedEngine(max_model_len=150))
+    result = await house.enrich(["a"] * 3 + ["b"], max_tokens=50, budget={"seconds": 1e-9})
+    assert statuses(result) == ["skipped_budget"] * 4
+    whole = await house.enrich(["a", "b"], max_tokens=50)
+    assert [row.error.code for row in whole.rows if row.error] == ["context_length_exceeded"] * 2
+
+
+class ThreadText(CodePointText):
+    """Remembers where prompts were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[str] = []
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        self.threads.append(threading.current_thread().name)
+        return super().encode_chat(messages)
+
+
+LONG = "x" * (INLINE_CHARS + 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nodes": (EnrichNode(id=0, text=LONG),)},
+        {"prompt": "digest@1", "nodes": (EnrichNode(id=0, text="a", neighbors=(LONG,)),)},
+        {"prompt": "pseudo_label@1", "classes": ("a", LONG)},
+        {"prompt": "edge@1", "variables": {"other": LONG}},
+    ],
+)
+async def test_long_prompts_are_made_off_the_loop(tmp_path: Path, options: dict[str, Any]) -> None:
+    text = ThreadText()
+    house = House(tmp_path, text=text)
+    request = house.request(["a"], **options)
+    await house.enricher.estimate(request)
+    await house.enricher.enrich(request)
+    probes, made = (
+        text.threads[::2],
+        text.threads[1::2],
+    )  # whether the model can chat, and the prompt
+    assert [name for name in probes if name.startswith("node-text")] == []
+    assert [name for name in made if not name.startswith("node-text")] == []
+    assert len(made) == 2
+
+
+async def test_an_estimate_can_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enrich, "ESTIMATED_CHARS", INLINE_CHARS)
+    arrived, leave = threading.Event(), threading.Event()
+    rendered: list[str] = []
+
+    def render(request: EnrichRequest, node: EnrichNode, *_: Any, **__: Any) -> Rendered:
+        rendered.append(node.text)
+        arrived.set()
+        assert leave.wait(60)
+        return Rendered(messages=[], token_ids=[1], truncated_tokens=0, neighbors_used=0)
+
+    monkeypatch.setattr(enrich, "render", render)
+    house = House(tmp_path)
+    task = asyncio.create_task(house.estimate([f"{i}{LONG}" for i in range(5)]))
+    assert await asyncio.to_thread(arrived.wait, 60)
+    task.cancel()
+    leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await off_loop(INLINE_CHARS + 1, lambda: len(rendered)) == 1
+
+
+async def test_of_a_neighbour_only_what_may_be_shown_is_tokenized(tmp_path: Path) -> None:
+    class Counting(CodePointText):
+        max_token_chars = 4
+        longest = 0
+
+        def encode_text(self, text: str) -> list[int]:
+            self.longest = max(self.longest, len(text))
+            return super().encode_text(text)
+
+    text = Counting()
+    limit = default_catalog().get("digest@1").max_neighbor_tokens
+    for length, cut in ((limit, 0), (limit + 1, 1), (10 * limit, 3 * limit)):
+        head, truncated = text_head(text, "y" * length, limit)
+        assert (head, truncated) == ("y" * limit, cut)
+    assert text.longest == 4 * limit
+
+
+async def test_a_text_that_the_encoder_refuses_fails_its_row(tmp_path: Path) -> None:
+    class Refusing(CodePointText):
+        def encode_text(self, text: str) -> list[int]:
+            if "bad" in text:
+                raise TextError("refused by script")
+            return super().encode_text(text)
+
+    house = House(tmp_path)
+    house.encoder_text = Refusing()
+    result = await house.enrich(["good", "bad"], both=True)
+    assert statuses(result) == ["ok", "failed"]
+    error = result.rows[1].error
+    assert error is not None
+    assert (error.code, error.message) == ("invalid_value", "refused by script")
 
 
 async def test_a_client_that_leaves_aborts_its_work(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from engines.chat_template import ChatTemplate
-from engines.text import TextTokenizer
+from engines.text import TextTokenizer, UnsafeTextError
 from graph.node_text import TextError
 from graph.served_text import ServedText
 
@@ -58,3 +58,17 @@ def test_a_template_that_refuses() -> None:
     text = ServedText(tokenizer(marks=False), template(source))
     with pytest.raises(TextError, match="no system messages"):
         text.encode_chat([{"role": "system", "content": "a"}])
+
+
+def test_a_text_that_cannot_be_made_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> list[int]:
+        raise UnsafeTextError("a control token")
+
+    tokens = tokenizer(marks=False)
+    monkeypatch.setattr(tokens, "encode", refuse)
+    monkeypatch.setattr(tokens, "encode_segments", refuse)
+    text = ServedText(tokens, template(CHAT))
+    with pytest.raises(TextError, match="control token"):
+        text.encode_text("a")
+    with pytest.raises(TextError, match="control token"):
+        text.encode_chat([{"role": "user", "content": "a"}])

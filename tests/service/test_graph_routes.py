@@ -21,10 +21,12 @@ from fastapi.testclient import TestClient
 
 from compression.registry import ModelRegistry
 from engines.protocol import AsyncEngine, EmbedRequest, EmbedResult, EngineError
+from graph import nodes
 from graph.arrow_stream import MEDIA_TYPE
 from graph.cache import EnrichmentCache
 from graph.catalog import default_catalog
 from graph.enrich import Enricher
+from graph.enrich_types import EnrichEstimate, EnrichRequest
 from graph.node_text import GAP, TextModel
 from graph.store import GraphNotFoundError, GraphStore
 from graph.text_vectors import TextVectors
@@ -951,6 +953,40 @@ def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) 
     only_nodes = {"prompt": "digest@1", "model": "writer", "nodes": NODES, "node_ids": ["a"]}
     response = service.client.post("/v1/enrich/estimate", json=only_nodes)
     assert error_of(response) == ("invalid_value", "node_ids")
+
+
+def test_an_estimate_has_a_time_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(request: EnrichRequest) -> EnrichEstimate:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(service.state.enricher, "estimate", never)
+    service.state.settings.request_timeout_seconds = 0.05
+    response = service.client.post("/v1/enrich/estimate", json=ENRICH)
+    assert error_of(response, 408) == ("request_timeout", None)
+
+
+def test_limits_of_what_is_read_of_a_graph(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph_id = service.graph_id()
+    body = {"prompt": "summary@1", "model": "writer", "node_ids": ["a", "b"]}
+    monkeypatch.setattr(nodes, "MAX_TEXT_BYTES_AT_ONCE", 1)
+    for path, fields in (
+        (f"/v1/graphs/{graph_id}/enrich", {}),
+        ("/v1/enrich/estimate", {"graph": graph_id}),
+    ):
+        response = service.client.post(path, json={**body, **fields})
+        assert error_of(response) == ("invalid_value", "node_ids")
+    monkeypatch.undo()
+    monkeypatch.setattr(nodes, "MAX_CLASSES", 0)
+    body["prompt"] = "pseudo_label@1"
+    for path, fields in (
+        (f"/v1/graphs/{graph_id}/enrich", {}),
+        ("/v1/enrich/estimate", {"graph": graph_id}),
+    ):
+        response = service.client.post(path, json={**body, **fields})
+        assert error_of(response) == ("invalid_value", "classes")
 
 
 @pytest.mark.parametrize(

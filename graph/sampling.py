@@ -42,7 +42,7 @@ from graph.enrich_types import PRIORITIES, EnrichRequest, UnsuitableModelError
 from graph.generation import Written, answer_prompt, training_labels
 from graph.model_calls import generate_tokens
 from graph.node_text import TextError, TextModel, normalise
-from graph.nodes import classes_of_graph, nodes_of_graph
+from graph.nodes import classes_of_graph, nodes_of_graph, num_at_once
 from graph.store import Graph, Int64s
 from graph.text_vectors import TextVectors, VectorUsage
 
@@ -52,6 +52,10 @@ MAX_CANDIDATES = 256
 """Of a node with more neighbours so many are drawn evenly, and only they are judged."""
 RANK_CHUNK = 16
 """Neighbours in one call of `llm_rank`, halved until the prompt fits the context."""
+MAX_JUDGED_TOKENS = 384
+"""Of a text in a prompt."""
+TEXTS_AT_ONCE = 64
+"""That are read of a graph together."""
 KEY_VERSION = 1
 
 Float64s = npt.NDArray[np.float64]
@@ -64,7 +68,7 @@ PAIR_PROMPT = build_prompt(
         "description": "Whether a neighbour is about the same topic; the answer is not written but weighed.",
         "inputs": ["text", "other"],
         "max_tokens": 1,
-        "max_text_tokens": 384,
+        "max_text_tokens": MAX_JUDGED_TOKENS,
         "max_neighbors": 0,
         "max_neighbor_tokens": 0,
         "output": {"type": "text"},
@@ -94,7 +98,7 @@ def rank_prompt(num_neighbors: int) -> Prompt:
             "description": "How relevant each of several neighbours is, from 0 to 10.",
             "inputs": ["text", "neighbors"],
             "max_tokens": 16 + 12 * num_neighbors,
-            "max_text_tokens": 384,
+            "max_text_tokens": MAX_JUDGED_TOKENS,
             "max_neighbors": num_neighbors,
             "max_neighbor_tokens": 96,
             "output": {
@@ -336,8 +340,14 @@ class EmbedScorer:
             UnsuitableModelError
             PromptInputError: the prompt needs more than the graph has.
         """
-        if not centres:
-            return
+        while centres:
+            number = await asyncio.to_thread(num_at_once, self._graph, centres, prompt)
+            await self._enrich_some(enricher, centres[:number], prompt, model)
+            centres = centres[number:]
+
+    async def _enrich_some(
+        self, enricher: Enricher, centres: Sequence[int], prompt: Prompt, model: str
+    ) -> None:
         result = await enricher.enrich(
             EnrichRequest(
                 nodes=await asyncio.to_thread(nodes_of_graph, self._graph, centres, prompt),
@@ -378,8 +388,7 @@ class EmbedScorer:
 
     async def _raw_vectors(self, indices: Sequence[int]) -> dict[int, Float64s | None]:
         """Unit vectors of the nodes' own texts; None of an empty text."""
-        texts = await asyncio.to_thread(self._graph.texts, indices)
-        nodes = [i for i, text in zip(indices, texts, strict=True) if normalise(text)]
+        nodes = await asyncio.to_thread(_with_text, self._graph, indices)
         usage = VectorUsage()
         vectors = await self._text_vectors.encode(
             self._graph,
@@ -416,7 +425,9 @@ class _LlmScorer:
         self._text = text
         self._cache = cache
         self._tenant = tenant
-        self._slots = asyncio.Semaphore(self._num_calls_at_once(engine))
+        num_calls = self._num_calls_at_once(engine)
+        self._slots = asyncio.Semaphore(num_calls)
+        self._in_memory = asyncio.Semaphore(2 * num_calls)
         self.usage = ScorerUsage()
 
     def _num_calls_at_once(self, engine: AsyncEngine) -> int:
@@ -443,9 +454,12 @@ class _LlmScorer:
         return [task.result() for task in tasks]
 
     async def _judge(self, neighborhood: Neighborhood) -> Judged:
+        async with self._in_memory:
+            return await self._judge_in_memory(neighborhood)
+
+    async def _judge_in_memory(self, neighborhood: Neighborhood) -> Judged:
         """Scores of the candidates with a text, zero for the others."""
-        indices = [neighborhood.centre, *neighborhood.neighbors]
-        centre, *neighbors = map(normalise, await asyncio.to_thread(self._graph.texts, indices))
+        centre, *neighbors = await asyncio.to_thread(self._heads, neighborhood)
         places = [i for i, text in enumerate(neighbors) if text] if centre else []
         try:
             scores = await self._scores(centre, [neighbors[i] for i in places])
@@ -453,6 +467,16 @@ class _LlmScorer:
             return Judged(scores=None, fault=str(error))
         found = dict(zip(places, scores, strict=True))
         return Judged(scores=tuple(found.get(i, 0.0) for i in range(len(neighbors))))
+
+    def _heads(self, neighborhood: Neighborhood) -> list[str]:
+        """Of the centre's and the candidates' texts, what a prompt may read."""
+        longest = MAX_JUDGED_TOKENS * self._text.max_token_chars
+        indices = [neighborhood.centre, *neighborhood.neighbors]
+        return [
+            normalise(text)[:longest].rstrip()
+            for first in range(0, len(indices), TEXTS_AT_ONCE)
+            for text in self._graph.texts(indices[first : first + TEXTS_AT_ONCE])
+        ]
 
     async def _scores(self, centre: str, neighbors: Sequence[str]) -> list[float]:
         """Raises: _JudgementError, EngineError."""
@@ -619,6 +643,16 @@ class PairScorer(_LlmScorer):
         raise _JudgementError(
             f"a pair does not fit the {self._engine.info.max_model_len} tokens of the model"
         )
+
+
+def _with_text(graph: Graph, indices: Sequence[int]) -> list[int]:
+    """Those whose text is not empty."""
+    found: list[int] = []
+    for first in range(0, len(indices), TEXTS_AT_ONCE):
+        some = indices[first : first + TEXTS_AT_ONCE]
+        texts = graph.texts(some)
+        found += [i for i, text in zip(some, texts, strict=True) if text and not text.isspace()]
+    return found
 
 
 def _unit(vector: npt.NDArray[Any]) -> Float64s:

@@ -92,7 +92,7 @@ class TextVectors:
         vectors = np.zeros((len(nodes), engine.info.hidden_size), dtype=np.float32)
         for first in range(0, len(nodes), BATCH):
             some = nodes[first : first + BATCH]
-            texts = await asyncio.to_thread(graph.texts, some)
+            texts = await asyncio.to_thread(_texts, graph, some)
             rows = await self._encode_some(engine, text, texts, tenant, usage)
             vectors[first : first + len(some)] = rows
             on_batch(first + len(some), len(nodes))
@@ -102,12 +102,11 @@ class TextVectors:
         self,
         engine: Embedder,
         text: TextModel,
-        given_texts: Sequence[str],
+        texts: Sequence[str],
         tenant: str,
         usage: VectorUsage,
     ) -> Float32s:
-        texts = [normalise(given) for given in given_texts]
-        keys = [_key(engine.info, given, tenant) for given in texts]
+        keys = await asyncio.to_thread(lambda: [_key(engine.info, t, tenant) for t in texts])
         known = await asyncio.to_thread(self._cache.get_many, "embedding", keys)
         missing = {
             key: given for key, given in zip(keys, texts, strict=True) if key not in known
@@ -140,6 +139,10 @@ class TextVectors:
         found |= known
         joined = b"".join(found[key] for key in keys)
         return np.frombuffer(joined, dtype="<f4").reshape(len(texts), dim)
+
+
+def _texts(graph: Graph, nodes: Int64s) -> list[str]:
+    return [normalise(given) for given in graph.texts(nodes)]
 
 
 def _key(info: EngineInfo, text: str, tenant: str) -> bytes:

@@ -24,10 +24,10 @@ from engines.protocol import (
     ScoreResult,
 )
 from engines.transformers_engine import TransformersEngine
-from graph import sampling
+from graph import nodes, sampling
 from graph.cache import EnrichmentCache
 from graph.catalog import build_prompt, default_catalog
-from graph.enrich_types import UnsuitableModelError
+from graph.enrich_types import EnrichRequest, EnrichResult, UnsuitableModelError
 from graph.node_text import TextModel
 from graph.sampling import (
     PAIR_PROMPT,
@@ -539,3 +539,63 @@ async def test_scoring_runs_as_wide_as_the_engine(tmp_path: Path, cache: Enrichm
     engine.release()
     assert len(await task) == 37
     assert engine.most_running <= 3
+
+
+async def test_few_neighbourhoods_are_in_memory_at_once(
+    tmp_path: Path, cache: EnrichmentCache
+) -> None:
+    ids = list(range(40))
+    graph = graph_of(tmp_path, ids, [(a, b) for a in ids for b in ids[:3] if a > b])
+    engine = ScriptedEngine(rate, max_num_seqs=3)
+    engine.hold()
+    begun: list[int] = []
+
+    class Watched(RankScorer):
+        def _heads(self, neighborhood: Neighborhood) -> list[str]:
+            begun.append(neighborhood.centre)
+            return super()._heads(neighborhood)
+
+    scorer = Watched(graph, engine, CodePointText(), cache)
+    centres = [Neighborhood(centre=i, neighbors=(0, 1, 2)) for i in ids[3:]]
+    task = asyncio.ensure_future(scorer.score(centres))
+    await engine.arrived.wait()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(begun) <= 6
+    engine.release()
+    assert len(await task) == len(begun) == 37
+
+
+async def test_of_a_judged_text_only_the_head_is_kept(
+    tmp_path: Path, cache: EnrichmentCache
+) -> None:
+    long = "long " * 200_000
+    graph = star(tmp_path, ["centre", long, " \n", "short"])
+    text = CodePointText()
+    text.max_token_chars = 3
+    scorer = PairScorer(graph, ScriptedEngine(), text, cache)
+    heads = scorer._heads(Neighborhood(centre=0, neighbors=(1, 2, 3)))
+    limit = 3 * PAIR_PROMPT.max_text_tokens
+    assert heads == ["centre", long[:limit].rstrip(), "", "short"]
+
+
+async def test_centres_are_enriched_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = random_graph(tmp_path, 10)
+    prompt = default_catalog().get("summary@1")
+    monkeypatch.setattr(nodes, "MAX_TEXT_BYTES_AT_ONCE", 2 * len("text of 0"))
+    house = House(tmp_path)
+    vectors = TextVectors(engine_for=house._engine_for, text_for=house._text_for, cache=house.cache)
+    scorer = EmbedScorer(graph, vectors, "encoder")
+    asked: list[int] = []
+    whole = house.enricher.enrich
+
+    async def enrich(request: EnrichRequest) -> EnrichResult:
+        asked.append(len(request.nodes))
+        return await whole(request)
+
+    monkeypatch.setattr(house.enricher, "enrich", enrich)
+    await scorer.enrich_centres(house.enricher, list(range(10)), prompt, "writer")
+    assert asked == [2] * 5
+    assert sorted(scorer._enriched) == list(range(10))

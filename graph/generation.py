@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy.typing as npt
@@ -91,14 +92,24 @@ Ask = Callable[[Sequence[Message], Constraint | None], Awaitable[Written | None]
 
 
 async def answer_prompt(
-    prompt: Prompt, messages: Sequence[Message], classes: Sequence[str], max_tokens: int, ask: Ask
+    prompt: Prompt,
+    messages: Sequence[Message],
+    classes: Sequence[str],
+    max_tokens: int,
+    ask: Ask,
+    *,
+    shown_labels: Sequence[str] = (),
 ) -> Answered:
-    """Have a filled prompt answered. An empty text is for the caller to judge; JSON is repaired once."""
+    """Have a filled prompt answered. An empty text is for the caller to judge; JSON is repaired once.
+
+    Args:
+        shown_labels: of the neighbours in the messages.
+    """
     share = min(1.0, max_tokens / prompt.max_tokens)
     first = await ask(messages, constraint_of(prompt, classes, share))
     assert first is not None, "the prompt was fitted to the context"
     try:
-        answer = parse_answer(prompt, first.text, classes)
+        answer = parse_answer(prompt, first.text, classes, shown_labels=shown_labels)
         return Answered(answer=answer, fault=None, calls=(first,))
     except InvalidAnswerError as error:
         fault = str(error)
@@ -109,7 +120,7 @@ async def answer_prompt(
     if again is None:
         return Answered(answer=None, fault=fault, calls=(first,))
     try:
-        answer = parse_answer(prompt, again.text, classes)
+        answer = parse_answer(prompt, again.text, classes, shown_labels=shown_labels)
         return Answered(answer=answer, fault=None, calls=(first, again))
     except InvalidAnswerError as error:
         return Answered(answer=None, fault=str(error), calls=(first, again))
@@ -166,10 +177,13 @@ def constraint_of(prompt: Prompt, classes: Sequence[str], share: float = 1.0) ->
     return Constraint(kind="json_schema", text=json.dumps(schema))
 
 
-def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer:
+def parse_answer(
+    prompt: Prompt, written: str, classes: Sequence[str], *, shown_labels: Sequence[str] = ()
+) -> Answer:
     """Raises: InvalidAnswerError: no JSON, or not of the prompt's schema."""
+    names = (*classes, *shown_labels)
     if prompt.output["type"] == "text":
-        return Answer(text=_without_labels(prompt, read_answer(written), classes))
+        return Answer(text=_without_labels(prompt, read_answer(written), names))
     try:
         fields = json.loads(written)
     except ValueError:
@@ -179,7 +193,7 @@ def parse_answer(prompt: Prompt, written: str, classes: Sequence[str]) -> Answer
         raise InvalidAnswerError(fault)
     parts = [_as_text(fields[name]) for name in prompt.output["text"]]
     text = "\n".join(part for part in parts if part)
-    text = _without_labels(prompt, text, classes)
+    text = _without_labels(prompt, text, names)
     return Answer(text=text, label=_label(fields, prompt.output.get("label")), fields=fields)
 
 
@@ -191,9 +205,10 @@ def repair_messages(messages: Sequence[Message], written: str, fault: str) -> li
     ]
 
 
-def _without_labels(prompt: Prompt, text: str, classes: Sequence[str]) -> str:
-    """What is encoded: an LLM that knows the classes may have stated one."""
-    return strip_label_statements(text, classes) if "classes" in prompt.inputs else text
+def _without_labels(prompt: Prompt, text: str, names: Sequence[str]) -> str:
+    """What is encoded: an LLM that knows the classes, or labels of neighbours, may have stated one."""
+    reads_labels = {"classes", "neighbor_labels"} & set(prompt.inputs)
+    return strip_label_statements(text, names) if reads_labels else text
 
 
 def _as_text(value: Any) -> str:
@@ -215,14 +230,21 @@ def _label(fields: dict[str, Any], name: str | None) -> str | None:
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
+_ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|cf|vs|et al)\.\Z", re.IGNORECASE)
+"""Ends no sentence."""
+_NUMBER = re.compile(r"\W*(?:\d{1,2}|[a-z])[.):]\W*", re.IGNORECASE)
+"""Of a list's item, alone."""
+_ITEM = r"[\W_]*(?:(?:\d{1,2}|[a-z])[.):][\W_]*)?"
+"""What may stand before a sentence: markup, and such a number."""
 _HEAD = re.compile(
-    r"\W*(?:(?:the|my|final|best|predicted|likeliest|most likely|correct)\s+)*"
+    rf"{_ITEM}(?:(?:the|my|final|best|predicted|likeliest|most likely|correct)\s+)*"
     r"(?:answer|label|category|class|classification|prediction)(?:s|es)?\s*(?:[:=–—-]|is\b|are\b|would\b)",
     re.IGNORECASE,
 )
 """Begins a sentence that states a label, whatever follows."""
 _FRAME = re.compile(
-    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fits?|answer|predict(?:ed|ion)|assigned)\b",
+    r"\b(?:labels?|labell?ed|categor\w+|class(?:es|if\w+)?|belongs?|falls?|fit(?:s|ted|ting)?|answer|choice|"
+    r"predict(?:ed|ion)|assign(?:s|ed)?)\b",
     re.IGNORECASE,
 )
 """Makes a sentence that names a class a statement of it."""
@@ -241,22 +263,52 @@ _FILLER = {
     "the",
     "this",
 }
+_HEDGE = (
+    r"(?:(?:most|more|very|quite)[\W_]+)?(?:likel(?:y|iest)|probably|possibly|presumably)[\W_]+"
+)
+_SHORT = r"\((?-i:[A-Z]{2,6}s?)\)"
+_VERDICT = rf"""(?:\s*{_SHORT})?[*_`~"'”’)\]]*(?:
+    \s*(?:$ | [.,:;!?=/—] | (?!{_SHORT})\()
+  | \s+[-–] | [-–]\s
+  | \s+(?:\d | since\b | because\b)
+  | \s+(?:is|are|was|were)\s+(?:chosen|picked|selected)\b
+  | \s+(?:is|are|was|were|seems?|appears?|would\s+be)\s+(?:to\s+be\s+)?(?:clearly\s+)?(?:the|my|a|an)\s+
+    (?:\w+\s+)?(?:right|best|better|correct|likel\w+|closest|appropriate|suitable|obvious|natural|choice|answer)\b
+)"""
+"""Behind a class's name that begins a sentence, and maybe its abbreviation: that it states a label."""
+_CHOICE = r"""(?:
+    choos\w+ | chosen? | pick(?:s|ed)? | select(?:s|ed)?
+  | (?:go(?:es)?|put|filed?|sort(?:ed)?)[\W_]+(?:(?:it|this|that)[\W_]+)?(?:under|into|in|with)
+)[\W_]+(?:(?:the|this|that|it|paper|text|node|is|be|as|for|to)[\W_]+)*"""
+"""Before a class's name: that it is chosen."""
 
 
 def strip_label_statements(text: str, classes: Sequence[str]) -> str:
     """The text without the sentences that state a label; rather one too many than one too few.
 
-    A sentence goes if it begins as a statement of the label ("Answer: ..."), if it names a class and speaks of
-    classes or belonging, or if it is nothing but names of classes. One that only uses a class's words for its topic
-    stays.
+    A sentence goes if it begins as a statement of the label ("Answer: ..."), or with a class as a verdict ("Theory:
+    ...", "Most likely theory", "Theory is the best ..."), if it names a class as what is chosen, or names one and
+    speaks of classes or belonging, or if it is nothing but names of classes. One that only uses a class's words for
+    its topic stays.
     """
-    names = [name for name in map(_words, classes) if name]
-    kept = [
-        sentence
-        for sentence in _SENTENCE_END.split(text)
-        if sentence.strip() and not _states_label(sentence, names)
-    ]
-    return " ".join(sentence.strip() for sentence in kept)
+    names = [name for name in dict.fromkeys(map(_words, classes)) if name]
+    kept: list[str] = []
+    for sentence in _sentences(text):
+        if not _states_label(sentence, names):
+            kept.append(sentence)
+        elif kept and _NUMBER.fullmatch(kept[-1]):
+            kept.pop()  # its own
+    return " ".join(kept)
+
+
+def _sentences(text: str) -> list[str]:
+    sentences: list[str] = []
+    for piece in filter(None, map(str.strip, _SENTENCE_END.split(text))):
+        if sentences and _ABBREVIATION.search(sentences[-1]):
+            sentences[-1] += f" {piece}"
+        else:
+            sentences.append(piece)
+    return sentences
 
 
 def _states_label(sentence: str, names: Sequence[str]) -> bool:
@@ -266,11 +318,22 @@ def _states_label(sentence: str, names: Sequence[str]) -> bool:
     named = [name for name in names if f" {name} " in words]
     if not named:
         return False
-    if _FRAME.search(sentence):
+    if _FRAME.search(sentence) or _verdict(tuple(named)).search(sentence):
         return True
     for name in sorted(named, key=len, reverse=True):
         words = words.replace(f" {name} ", "  ")
-    return not set(words.split()) - _FILLER
+    return all(word in _FILLER or word.isdigit() for word in words.split())
+
+
+@lru_cache(maxsize=64)
+def _verdict(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds in a sentence one of these names, as `_words` makes them, as what begins a verdict or what is chosen."""
+    spelled = (r"[\W_]+".join(map(re.escape, name.split())) for name in names)
+    name = rf"(?:{'|'.join(spelled)})"
+    listed = rf"{name}(?:\s*(?:\band\b|\bor\b|/|&)\s*{name})*"
+    begins = rf"\A{_ITEM}(?:{_HEDGE}{name}(?![^\W_])|{listed}{_VERDICT})"
+    chosen = rf"(?<![^\W_]){_CHOICE}{name}(?![^\W_])"
+    return re.compile(rf"{begins}|{chosen}", re.IGNORECASE | re.VERBOSE)
 
 
 def _words(text: str) -> str:

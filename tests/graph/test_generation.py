@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engines.protocol import Constraint, GenerateRequest
-from graph.catalog import Prompt, default_catalog
+from graph.catalog import Message, Prompt, default_catalog
 from graph.enrich_types import (
     EnrichBudget,
     EnrichNode,
@@ -21,6 +21,8 @@ from graph.enrich_types import (
 from graph.generation import (
     InvalidAnswerError,
     PromptInputError,
+    Written,
+    answer_prompt,
     constraint_of,
     parse_answer,
     strip_label_statements,
@@ -289,6 +291,11 @@ def test_text_answers_are_stripped_where_classes_are_known() -> None:
     explain = default_catalog().get("explain@1")
     plain = replace(explain, output={"type": "text"})
     assert parse_answer(plain, "It is Theory. It has proofs.", CLASSES).text == "It has proofs."
+    digest = json.dumps(
+        {"digest": "Label: Theory. The category of both is Theory. Bounds are proved."}
+    )
+    labelled = default_catalog().get("labelled_digest@1")
+    assert parse_answer(labelled, digest, (), shown_labels=["Theory"]).text == "Bounds are proved."
     free = default_catalog().get("summary@1")
     assert parse_answer(free, "It is Theory. It has proofs.", ()).text.startswith("It is Theory")
 
@@ -313,11 +320,52 @@ def test_text_answers_are_stripped_where_classes_are_known() -> None:
         ("A classification algorithm is proposed.", "A classification algorithm is proposed."),
         ("NEURAL-NETWORKS is the predicted class.", ""),
         ("Labels are scarce. The classes overlap.", "The classes overlap."),
+        ("Theory is the right choice. It is long.", "It is long."),
+        ("Theory (0.9), Neural Networks (0.1). Because bounds are proved.", "Because bounds are proved."),
+        ("Theory 0.9", ""),
+        ("**Theory** - it proves bounds", ""),
+        ("## Theory\nIt proves bounds.", "It proves bounds."),
+        ("1. Theory: it proves bounds", ""),
+        ("1. Theory (60%)\n2. It is short.\n3) Neural Networks, for its layers.", "2. It is short."),
+        ("1. Answer: unknown. 2. It is short.", "2. It is short."),
+        ("1. It is Theory. 2. It is short.", "2. It is short."),
+        ("Theory—it proves bounds", ""),
+        ("Theory and Neural Networks: both are named.", ""),
+        ("Theory was chosen, as it proves bounds.", ""),
+        ("Theory because bounds are proved.", ""),
+        ("Most likely Theory, since bounds are proved.", ""),
+        ("Probably neural networks given its layers.", ""),
+        ("I would choose Theory because it proves bounds.", ""),
+        ("I'd pick the theory. It is long.", "It is long."),
+        ("It should go under Neural Networks.", ""),
+        ("One may assign the paper to theory.", ""),
+        ("Neural networks (NNs): layers are trained.", ""),
+        ("Neural networks (NNs) are trained on images.", "Neural networks (NNs) are trained on images."),
+        ("Neural networks are trained on images of cats.", "Neural networks are trained on images of cats."),
+        ("Theory of mind is studied in monkeys.", "Theory of mind is studied in monkeys."),
+        ("Theory-based methods, e.g. theory, age.", "Theory-based methods, e.g. theory, age."),
+        ("Neural networks choose actions. 1. It is short.", "Neural networks choose actions. 1. It is short."),
         ("", ""),
     ],
 )  # fmt: skip
 def test_label_statements_are_stripped(text: str, kept: str) -> None:
     assert strip_label_statements(text, CLASSES) == kept
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("first", ["{", '{"digest": "Theory: bounds are proved. It is long."}'])
+async def test_shown_labels_are_stripped_of_both_calls(first: str) -> None:
+    answers = [first, '{"digest": "Theory: bounds are proved. It is long."}']
+
+    async def ask(messages: Sequence[Message], constraint: Constraint | None) -> Written:
+        return Written(text=answers.pop(0), tokens_in=1, tokens_out=1, finish_reason="stop")
+
+    prompt = default_catalog().get("labelled_digest@1")
+    answered = await answer_prompt(
+        prompt, prompt.fill("abc"), (), 160, ask, shown_labels=["Theory"]
+    )
+    assert answered.answer is not None
+    assert answered.answer.text == "It is long."
 
 
 # What a graph lends to a prompt

@@ -4,7 +4,7 @@ JSON lines or, for calibration, Parquet. Read line by line or in pieces: a hosti
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,9 +63,10 @@ def read_texts(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         is_parquet = file.read(4) == b"PAR1"
     num_bytes = 0
-    for line, text in enumerate(_parquet_texts(path) if is_parquet else _line_texts(path), start=1):
+    for line, text in _parquet_texts(path) if is_parquet else _line_texts(path):
         if not isinstance(text, str):
             raise FileContentError('needs "text", a string', line)
+        _check_writable({"text": text}, line)
         num_bytes += len(text.encode())
         if num_bytes > MAX_CALIBRATION_BYTES:
             raise FileContentError(
@@ -84,6 +85,7 @@ def read_nodes(path: Path) -> Iterator[EnrichNode]:
     seen: set[NodeId] = set()
     kind: type | None = None
     for number, row in _json_lines(path):
+        _check_writable(row, number)
         try:
             node = msgspec.convert(row, _NodeLine)
         except msgspec.ValidationError as error:
@@ -104,8 +106,8 @@ def read_nodes(path: Path) -> Iterator[EnrichNode]:
         )
 
 
-def _line_texts(path: Path) -> Iterator[Any]:
-    return (row.get("text") for _, row in _json_lines(path))
+def _line_texts(path: Path) -> Iterator[tuple[int, Any]]:
+    return ((number, row.get("text")) for number, row in _json_lines(path))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -130,7 +132,21 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _parquet_texts(path: Path) -> Iterator[Any]:
+def _check_writable(row: Mapping[str, Any], line: int) -> None:
+    """What can be read need not be JSON that can be written again. Raises: FileContentError."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            message = f"{name!r:.40} must be valid Unicode, it has a lone surrogate"
+            raise FileContentError(message, line) from None
+        except ValueError:
+            raise FileContentError(f"{name!r:.40} has a number that is not finite", line) from None
+        except RecursionError:
+            raise FileContentError(f"{name!r:.40} is nested too deep", line) from None
+
+
+def _parquet_texts(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,6 +172,7 @@ def _parquet_texts(path: Path) -> Iterator[Any]:
                     raise FileContentError(
                         f"a row group has {size} bytes of text, at most {MAX_CALIBRATION_BYTES}"
                     )
+            row = 0
             for batch in reader.iter_batches(_ROWS_PER_PIECE, columns=["text"], use_threads=False):
                 batch.validate(full=True)
                 if batch.nbytes > MAX_CALIBRATION_BYTES:
@@ -163,7 +180,8 @@ def _parquet_texts(path: Path) -> Iterator[Any]:
                         f"the text of a calibration file has at most {MAX_CALIBRATION_BYTES} bytes"
                     )
                 for text in batch.column(0):
-                    yield text.as_py()
+                    row += 1
+                    yield row, text.as_py()
     except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise FileContentError(f"not a readable Parquet file: {reason}") from None
@@ -191,6 +209,7 @@ def read_batch(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise FileContentError('needs "url", a string, and "body", an object', number)
         if custom_id in seen:
             raise FileContentError("its custom_id was on a line before", number)
+        _check_writable(row, number)
         seen.add(custom_id)
         yield number, row
     if not seen:

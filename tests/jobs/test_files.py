@@ -272,6 +272,16 @@ TASK = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {}
         ("calibration", ['{"text": " "}', '{"text": ""}'], "no line has any text"),
         ("calibration", [TEXT, b'{"text": "\xff"}'], "line 2: not UTF-8"),
         ("calibration", ["[" * 100_000], "line 1: not valid JSON: nested too deep"),
+        (
+            "calibration",
+            [TEXT, "", '{"text": "a \\ud800"}'],
+            "line 3: 'text' must be valid Unicode",
+        ),
+        (
+            "fine-tune",
+            [CHAT, CHAT.replace('"b"', '"\\udc00"')],
+            "line 2: messages[1]: 'content' has a lone",
+        ),
         ("fine-tune", [CHAT] * 16 + ['{"messages": '], "line 17: not JSON"),
         ("fine-tune", [CHAT, CHAT.replace("user", "pirate")], "line 2: messages[0]: unknown role"),
         ("fine-tune", [CHAT, CHAT.replace('"b"', '"b", "weight": 0')], "line 2: every assistant"),
@@ -279,6 +289,27 @@ TASK = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {}
         ("batch", [json.dumps(TASK | {"method": "GET"})], 'line 1: needs "custom_id"'),
         ("batch", [json.dumps(TASK | {"body": "x"})], 'line 1: needs "url"'),
         ("batch", ["", " "], "no line"),
+        (
+            "batch",
+            [json.dumps(TASK | {"custom_id": "\ud800"})],
+            "line 1: 'custom_id' must be valid Unicode",
+        ),
+        (
+            "batch",
+            [json.dumps(TASK | {"body": {"a": ["\udc00"]}})],
+            "line 1: 'body' must be valid Unicode",
+        ),
+        (
+            "batch",
+            [json.dumps(TASK | {"body": {"\ud800": 1}})],
+            "line 1: 'body' must be valid Unicode",
+        ),
+        (
+            "batch",
+            [json.dumps(TASK | {"body": {"a": [float("nan")]}})],
+            "line 1: 'body' has a number",
+        ),
+        ("batch", [json.dumps(TASK).replace("{}", '{"a": 1e999}')], "line 1: 'body' has a number"),
     ],
 )
 def test_bad_content_is_refused_with_its_line(
@@ -299,9 +330,10 @@ def test_a_line_that_is_far_too_long_is_not_read_whole(
 
 
 def test_good_content_is_read_as_written(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "f", '{"text": "é", "id": 3}', "", '{"text": "b\\nc"}')
+    other = '{"text": "\\ud83d\\ude00", "id": "\\ud800"}'  # an id is not read
+    path = write_lines(tmp_path / "f", '{"text": "é", "id": 3}', "", '{"text": "b\\nc"}', other)
     check_file(path, "calibration")
-    assert list(read_texts(path)) == ["é", "b\nc"]
+    assert list(read_texts(path)) == ["é", "b\nc", "😀"]
     check_file(write_lines(tmp_path / "b", json.dumps(TASK)), "batch")
     check_file(write_lines(tmp_path / "t", CHAT, '{"prompt": "a", "completion": "b"}'), "fine-tune")
     check_file(write_lines(tmp_path / "u", b"\xff\x00"), "user_data")

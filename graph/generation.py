@@ -36,12 +36,18 @@ _REPAIR = (
 
 
 class PromptInputError(ValueError):
-    """What was given is not what a prompt reads. Attributes: param: the place at fault."""
+    """What was given is not what a prompt reads.
 
-    def __init__(self, param: str, message: str) -> None:
+    Attributes:
+        param: the place at fault.
+        node: the place of the node whose own `variables` are at fault; None where it is no single node's.
+    """
+
+    def __init__(self, param: str, message: str, node: int | None = None) -> None:
         super().__init__(message)
         self.param = param
         self.message = message
+        self.node = node
 
 
 class InvalidAnswerError(ValueError):
@@ -148,12 +154,14 @@ def check_inputs(
         raise PromptInputError("classes", "a class is named twice")
     known = set(prompt.variables)
     needed = known - set(prompt.defaults) - set(variables)
-    for given in (variables, *own):
+    for node, given in ((None, variables), *enumerate(own)):
         if unknown := sorted(set(given) - known):
-            raise PromptInputError("variables", f"{prompt.ref} has no variable {unknown[0]!r:.40}")
-    for given in own:
+            message = f"{prompt.ref} has no variable {unknown[0]!r:.40}"
+            raise PromptInputError("variables", message, node)
+    for node, given in enumerate(own):
         if missing := sorted(needed - set(given)):
-            raise PromptInputError("variables", f"{prompt.ref} needs the variable {missing[0]!r}")
+            message = f"{prompt.ref} needs the variable {missing[0]!r}"
+            raise PromptInputError("variables", message, node if any(own) else None)
 
 
 def most_repair_tokens(num_prompt_tokens: int, max_tokens: int) -> int:

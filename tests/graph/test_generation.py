@@ -23,6 +23,7 @@ from graph.generation import (
     PromptInputError,
     Written,
     answer_prompt,
+    check_inputs,
     constraint_of,
     parse_answer,
     strip_label_statements,
@@ -269,6 +270,23 @@ def test_inputs_are_neither_missing_nor_in_vain(
             outputs=frozenset({"text"}),
             **options,
         )
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "place"),
+    [
+        ({}, [{}, {}], None),
+        ({"more": ""}, [{"digest": "d"}], None),
+        ({"digest": "d"}, [{}, {"more": ""}], 1),
+        ({}, [{"digest": "d"}, {}], 1),
+    ],
+)
+def test_the_node_whose_variables_are_at_fault_is_told(
+    shared: dict[str, str], own: list[dict[str, str]], place: int | None
+) -> None:
+    with pytest.raises(PromptInputError) as caught:
+        check_inputs(default_catalog().get("rewrite@1"), (), shared, own)
+    assert (caught.value.param, caught.value.node) == ("variables", place)
 
 
 def test_terms_are_lines_each_once() -> None:

@@ -62,7 +62,7 @@ class ArrowWriter:
 
     Args:
         sink: a binary file.
-        node_id: one of them, for their type.
+        node_id: any id of their type.
         dim: of the embeddings, where they are asked for.
         usage: for the schema's metadata, if it is known.
     """

@@ -9,10 +9,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -43,11 +43,11 @@ from graph.nodes import classes_of_graph, nodes_of_graph
 from graph.selection.request import SelectError, SelectRequest
 from graph.selection.select import needs_text_vectors, select_nodes
 from graph.served_text import ServedText
-from graph.store import Graph, GraphNotFoundError, GraphStore
+from graph.store import Float32s, Graph, GraphNotFoundError, GraphStore, NodeId
 from graph.text_vectors import TextVectors
 from graph.user_prompts import UserPrompts, find_prompt
 from jobs.context import JobFailedError, RunnerContext
-from jobs.file_check import read_nodes
+from jobs.file_check import FileContentError, read_nodes
 from jobs.files import FileStore, UploadNotFoundError
 from jobs.runners.enrich_ledger import Ledger
 from jobs.store import JsonObject
@@ -61,7 +61,8 @@ ENGINE_SECONDS = 120.0
 """How long an engine may be away, or asleep, before the job fails."""
 _RETRY_SECONDS = 1.0
 TRANSIENT = frozenset({"engine_dead", "sleeping", "queue_full"})
-"""Codes of rows that are asked for again."""
+"""Codes of rows, and of vectors for a selection, that are asked for again."""
+T = TypeVar("T")
 
 logger = logging.getLogger("lathe.enrich.job")
 
@@ -121,6 +122,11 @@ class _Nodes(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def any_id(self) -> NodeId:
+        """One of their type, also where there are none."""
+        ...
+
     def part(self, places: Sequence[int]) -> tuple[EnrichNode, ...]: ...
 
 
@@ -133,6 +139,10 @@ class _GraphNodes:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def any_id(self) -> NodeId:
+        return "" if self.graph.info.id_type == "string" else 0
+
     def part(self, places: Sequence[int]) -> tuple[EnrichNode, ...]:
         return nodes_of_graph(self.graph, [self.indices[place] for place in places], self.prompt)
 
@@ -143,6 +153,10 @@ class _FileNodes:
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    @property
+    def any_id(self) -> NodeId:
+        return self.nodes[0].id
 
     def part(self, places: Sequence[int]) -> tuple[EnrichNode, ...]:
         return tuple(self.nodes[place] for place in places)
@@ -236,7 +250,7 @@ class _Job:
                 while left := sorted(set(piece) - self._ledger.places(piece.start, piece.stop)):
                     await self._work(request, nodes, left)
                 context.progress(piece.stop, len(nodes))
-            return self._finish(request, nodes)
+            return self._finish(request, nodes, await self._dim(request))
         finally:
             self._cache.close()
             await self._engines.aclose()
@@ -266,23 +280,49 @@ class _Job:
         try:
             vectors = None
             if needs_text_vectors(graph, select):
-                vectors = await self._vectors.encode(
-                    graph,
-                    np.arange(graph.info.num_nodes),
-                    model=select.embedding_model or request.embedding_model,
-                    tenant=self._context.owner,
-                )
+                model = select.embedding_model or request.embedding_model
+                vectors = await self._encode(graph, model)
             chosen = await asyncio.to_thread(select_nodes, graph, select, text_vectors=vectors)
         except SelectError as error:
             message = f"select.{error.param}: {error.message}"
             raise JobFailedError("invalid_value", message) from None
-        except EngineError as error:
-            raise JobFailedError("engine_unavailable", error.message) from None
         indices: list[int] = chosen.indices.tolist()
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(msgspec.json.encode(indices))
         temporary.replace(path)
         return indices
+
+    async def _encode(self, graph: Graph, model: str) -> Float32s:
+        """Vectors of all texts. Raises: JobFailedError: an engine stayed away, or refused."""
+        most = 0
+
+        def went_on(done: int, total: int) -> None:
+            nonlocal most
+            if done > most:  # else only what is cached already
+                most, self._away_since = done, None
+
+        return await self._once_there(
+            lambda: self._vectors.encode(
+                graph,
+                np.arange(graph.info.num_nodes),
+                model=model,
+                tenant=self._context.owner,
+                on_batch=went_on,
+            )
+        )
+
+    async def _once_there(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What asking engines gives, asked again while one is away. Raises: JobFailedError."""
+        while True:
+            try:
+                found = await ask()
+            except EngineError as error:
+                if error.code not in TRANSIENT:
+                    raise JobFailedError("engine_unavailable", error.message) from None
+                await self._wait(error.message)
+            else:
+                self._away_since = None
+                return found
 
     async def _work(self, request: EnrichRequest, nodes: _Nodes, places: Sequence[int]) -> None:
         """Once through some nodes of a piece. What an engine lost stays out of the ledger, and is waited for."""
@@ -304,7 +344,11 @@ class _Job:
                     self._context.progress(ledger.num_rows, len(nodes))
             totals.add(stream.usage)
             ledger.add([], {"totals": asdict(totals)})
-        except (PromptInputError, UnsuitableModelError) as error:
+        except PromptInputError as error:
+            place = "" if error.node is None else f" of node {part[error.node].id!r:.80}"
+            message = f"{error.param}{place}: {error.message}"
+            raise JobFailedError("invalid_value", message) from None
+        except UnsuitableModelError as error:
             raise JobFailedError("invalid_value", f"{error.param}: {error.message}") from None
         except EngineError as error:
             lost = error.message
@@ -350,7 +394,18 @@ class _Job:
             seconds=None if seconds is None else max(0.0, seconds - self._totals.seconds),
         )
 
-    def _finish(self, request: EnrichRequest, nodes: _Nodes) -> JsonObject:
+    async def _dim(self, request: EnrichRequest) -> int | None:
+        """Of the embeddings; the encoder's own where no row has told it. Raises: JobFailedError."""
+        if "embedding" not in request.outputs:
+            return None
+        told: int | None = self._ledger.fact("dim", None)
+        if told is not None:
+            return told
+        model = request.embedding_model
+        encoder = await self._once_there(lambda: self._engines.engine(model, "embedding_model"))
+        return encoder.info.hidden_size
+
+    def _finish(self, request: EnrichRequest, nodes: _Nodes, dim: int | None) -> JsonObject:
         """Write the artefacts, in the order of the nodes; returns the job's result."""
         usage = self._usage(len(nodes))
         cost = json_usage(usage)
@@ -360,8 +415,8 @@ class _Job:
             writer = ArrowWriter(
                 arrow_file,
                 request,
-                node_id=nodes.part([0])[0].id,
-                dim=self._ledger.fact("dim", None),
+                node_id=nodes.any_id,
+                dim=dim,
                 dtype=dtype,
                 usage=cost,
             )
@@ -452,4 +507,7 @@ def _read_file(context: RunnerContext) -> _FileNodes:
         _, path = FileStore(context.home / "files").open_for_job(context.spec["file"])
     except UploadNotFoundError as error:
         raise JobFailedError("file_not_found", str(error)) from None
-    return _FileNodes(list(read_nodes(path)))
+    try:
+        return _FileNodes(list(read_nodes(path)))
+    except FileContentError as error:
+        raise JobFailedError("invalid_file", f"{context.spec['file']}: {error}") from None

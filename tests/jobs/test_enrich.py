@@ -6,18 +6,22 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pytest
+from lathe_client.arrow import read_all
+from lathe_client.results import join
 
 from compression.import_model import import_folder
 from compression.registry import ModelRegistry
 from engines.client import EngineClient
-from engines.protocol import EngineStats
+from engines.protocol import EmbedRequest, EmbedResult, EngineError, EngineStats, ErrorCode
 from graph.store import GraphStore
 from graph.upload import columns_from_lists
 from graph.user_prompts import UserPrompts
@@ -37,6 +41,7 @@ from tests.jobs.conftest import REPOSITORY, child_environment, wait_until
 NUM_NODES = 30
 SEATS = 4
 """Requests that the host runs at once."""
+IDS = [f"n{i}" for i in range(NUM_NODES)]
 TEXTS = ["", "abc", "abc", *(f"{chr(97 + i % 26)}{chr(97 + i // 26)}z" for i in range(3, 30))]
 
 
@@ -103,13 +108,13 @@ def slow_host(home: Path) -> Iterator[Host]:
     host.kill()
 
 
-def create_graph(home: Path) -> str:
+def create_graph(home: Path, ids: Sequence[Any] = IDS) -> str:
     columns = columns_from_lists(
-        ids=[f"n{i}" for i in range(NUM_NODES)],
+        ids=ids,
         texts=TEXTS,
         labels=[None] * NUM_NODES,
         splits=[None] * NUM_NODES,
-        edges=[(f"n{i}", f"n{i + 1}") for i in range(NUM_NODES - 1)],
+        edges=list(pairwise(ids)),
     )
     GraphStore(home / "graphs").create(
         "graph-1", columns, name="letters", owner="me", request_hash="h", directed=False
@@ -290,11 +295,39 @@ def test_selected_nodes_best_first(home: Path, host: Host) -> None:
     assert [row["node_id"] for row in rows_of(context)] == ["n1", "n2", "n3", "n4"]
 
 
+@pytest.mark.parametrize("ids", [IDS, range(NUM_NODES)], ids=["string", "int64"])
+@pytest.mark.parametrize("outputs", [["text"], ["text", "embedding"]], ids="+".join)
+def test_a_selection_that_chooses_nothing(
+    home: Path, host: Host, ids: Sequence[Any], outputs: list[str]
+) -> None:
+    create_graph(home, ids)
+    fields: dict[str, Any] = {"return": outputs}
+    select = {"strategy": "random", "budget": {"tokens": 1}}
+    context = context_of(home, select=select, **fields)
+    usage = enrich.run(context)["usage"]
+    assert (usage["num_nodes"], usage["total_tokens"], usage["embedding_tokens"]) == (0, 0, 0)
+    assert rows_of(context) == []
+    enriched = read_all((context.artifacts / "enriched.arrow").read_bytes())
+    kind = pa.int64() if ids[0] == 0 else pa.string()
+    assert enriched.table.schema.field("node_id").type == kind
+    assert (list(enriched.rows()), enriched.node_ids) == ([], [])
+    assert enriched.usage is not None
+    assert enriched.usage.num_by_status["ok"] == 0
+    if "embedding" in outputs:
+        whole = context_of(home, job_id="job-2", node_ids=[ids[1]], **fields)
+        enrich.run(whole)
+        more = read_all((whole.artifacts / "enriched.arrow").read_bytes())
+        assert enriched.embeddings.shape == (0, more.dim)
+        assert len(join([enriched, more])) == 1
+
+
+CLUSTERS = {"strategy": "clustering_distance", "num_clusters": 3, "budget": {"nodes": 9}}
+
+
 def test_a_selection_that_encodes_texts_is_kept(home: Path, host: Host) -> None:
     """A second attempt keeps to what the first one chose, here after a kill before the first row."""
     create_graph(home)
-    select = {"strategy": "clustering_distance", "num_clusters": 3, "budget": {"nodes": 9}}
-    context = context_of(home, select=select)
+    context = context_of(home, select=CLUSTERS)
     enrich.run(context)
     first = [row["node_id"] for row in rows_of(context)]
     kept = context.folder / "selected.json"
@@ -306,6 +339,65 @@ def test_a_selection_that_encodes_texts_is_kept(home: Path, host: Host) -> None:
     kept.write_text(json.dumps(chosen[::-1]))  # as an older version chose
     enrich.run(context)
     assert [row["node_id"] for row in rows_of(context)] == first[::-1]
+
+
+class Falters:
+    """An encoder whose engine is lost before every call that is not repeated."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: ErrorCode) -> None:
+        embed = EngineClient.embed
+
+        async def falter(client: EngineClient, request: EmbedRequest) -> EmbedResult:
+            if request.token_ids not in self._lost:
+                self._lost.append(request.token_ids)
+                raise EngineError(code, "lost")
+            return await embed(client, request)
+
+        self._lost: list[Any] = []
+        monkeypatch.setattr(EngineClient, "embed", falter)
+
+    @property
+    def num_lost(self) -> int:
+        return len(self._lost)
+
+
+@pytest.mark.parametrize("code", sorted(enrich.TRANSIENT))
+def test_a_selection_waits_for_an_engine(
+    home: Path, host: Host, monkeypatch: pytest.MonkeyPatch, code: ErrorCode
+) -> None:
+    """However often it is lost, as long as texts are encoded in between."""
+    monkeypatch.setattr("graph.text_vectors.BATCH", 6)
+    monkeypatch.setattr(enrich, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(enrich, "ENGINE_SECONDS", 0)  # each second wait in a row is one too many
+    monkeypatch.setattr(enrich, "time", SimpleNamespace(monotonic=count(1).__next__))
+    create_graph(home)
+    falters = Falters(monkeypatch, code)
+    fields: dict[str, Any] = {"return": ["text"], "select": CLUSTERS}
+    context = context_of(home, **fields)
+    assert enrich.run(context)["usage"]["num_nodes"] == 9
+    assert falters.num_lost == 5
+
+
+def test_a_selection_whose_engine_stays_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enrich, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(enrich, "ENGINE_SECONDS", 3)
+    clock = count(1)
+    monkeypatch.setattr(enrich, "time", SimpleNamespace(monotonic=clock.__next__))
+    create_graph(home)
+    with pytest.raises(JobFailedError, match="stayed away") as caught:
+        enrich.run(context_of(home, select=CLUSTERS))
+    assert caught.value.code == "engine_unavailable"
+    assert next(clock) == 6
+
+
+def test_a_selection_whose_engine_refuses(
+    home: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_graph(home)
+    Falters(monkeypatch, "invalid_value")
+    with pytest.raises(JobFailedError, match=r"lost\Z") as caught:
+        enrich.run(context_of(home, select=CLUSTERS))
+    assert caught.value.code == "engine_unavailable"
 
 
 def test_neighbours_of_the_graph_are_read(home: Path, host: Host) -> None:
@@ -470,14 +562,18 @@ def test_a_prompt_of_ones_own(home: Path, host: Host) -> None:
     assert caught.value.code == "prompt_not_found"
 
 
-def test_a_file_of_nodes(home: Path, host: Host) -> None:
+def add_file(home: Path, content: bytes, file_id: str = "file-1") -> None:
     store = FileStore(home / "files")
     with store.begin() as upload:
-        upload.write(b'{"id": 7, "text": "abc", "neighbors": ["xy"]}\n{"id": 8, "text": "def"}\n')
+        upload.write(content)
         store.add(
-            upload, file_id="file-1", owner="me", filename="nodes.jsonl", purpose="enrich",
+            upload, file_id=file_id, owner="me", filename="nodes.jsonl", purpose="enrich",
             request_hash="h", max_owner_bytes=10**6,
         )  # fmt: skip
+
+
+def test_a_file_of_nodes(home: Path, host: Host) -> None:
+    add_file(home, b'{"id": 7, "text": "abc", "neighbors": ["xy"]}\n{"id": 8, "text": "def"}\n')
     context = context_of(home, graph=None, file="file-1", prompt="digest@1")
     enrich.run(context)
     rows = rows_of(context)
@@ -486,6 +582,30 @@ def test_a_file_of_nodes(home: Path, host: Host) -> None:
     with pytest.raises(JobFailedError) as caught:
         enrich.run(context_of(home, job_id="job-2", graph=None, file="file-2"))
     assert caught.value.code == "file_not_found"
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "message"),
+    [
+        (
+            [{"id": "a", "text": "b"}, {"id": "c", "text": "d", "variables": {"tone": "mild"}}],
+            "invalid_value",
+            "variables of node 'c': summary@1 has no variable 'tone'",
+        ),
+        (  # of before such a file was refused
+            [{"id": "a", "text": "b"}, {"id": "\ud800", "text": "b"}],
+            "invalid_file",
+            "file-1: line 2: 'id' must be valid Unicode",
+        ),
+    ],
+)
+def test_files_that_cannot_be_worked_on(
+    home: Path, host: Host, lines: list[JsonObject], code: str, message: str
+) -> None:
+    add_file(home, "\n".join(map(json.dumps, lines)).encode())
+    with pytest.raises(JobFailedError, match=message) as caught:
+        enrich.run(context_of(home, graph=None, file="file-1"))
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -502,6 +622,24 @@ def test_a_file_of_nodes(home: Path, host: Host) -> None:
         ('{"id": 1, "text": 5}', "line 1"),
         ('{"id": 1, "text": "a", "neighbors": [2]}', "line 1"),
         ('["id"]', "line 1: not a JSON object"),
+        ('{"id": "\\ud800", "text": "a"}', "line 1: 'id' must be valid Unicode"),
+        (
+            '{"id": 1, "text": "a"}\n{"id": 2, "text": "\\ud800"}',
+            "line 2: 'text' must be valid Unicode",
+        ),
+        (
+            '{"id": 1, "text": "a", "neighbors": ["\\udc00"]}',
+            "line 1: 'neighbors' must be valid Unicode",
+        ),
+        (
+            '{"id": 1, "text": "a", "variables": {"a": "\\ud800"}}',
+            "line 1: 'variables' must be valid",
+        ),
+        (
+            '{"id": 1, "text": "a", "variables": {"\\ud800": "a"}}',
+            "line 1: 'variables' must be valid",
+        ),
+        ('{"id": 1, "text": "a", "\\ud800": 1}', "line 1: .* must be valid Unicode"),
     ],
 )
 def test_files_that_hold_no_nodes(tmp_path: Path, content: str, message: str) -> None:

@@ -13,6 +13,9 @@ MAX_ITEMS = 32
 MAX_PROPERTIES = 16
 MAX_DEPTH = 4
 MAX_INTEGER = 10**9
+MAX_ENUM_NUMBER = 2**53
+MIN_ENUM_FRACTION = 1e-15
+"""Besides 0. Engines write numbers out as doubles: what is outside comes back as another number, or is cut."""
 CLASSES = {"$classes": True}
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "object": ({"type", "properties"}, {"required", "additionalProperties"}),
@@ -39,6 +42,22 @@ def check_schema(schema: Any) -> None:
     if not isinstance(schema, dict) or schema.get("type") != "object":
         raise SchemaError("", "the schema must be of type object")
     _check(schema, "", 0)
+
+
+def check_enum_numbers(schema: Any, path: str = "") -> None:
+    """Of a schema that is one for answers; apart from `check_schema`, as what is registered stays readable.
+
+    Raises:
+        SchemaError: no answer could hold a number of an enum.
+    """
+    for value in schema.get("enum", ()):
+        if isinstance(value, int | float) and not _is_writable(value):
+            limits = f"0, or from {MIN_ENUM_FRACTION} to {MAX_ENUM_NUMBER} in size"
+            raise SchemaError(path, f"the numbers of an enum are {limits}, got {value!r:.40}")
+    for name, part in schema.get("properties", {}).items():
+        check_enum_numbers(part, f"{path}.properties.{name}".lstrip("."))
+    if "items" in schema:
+        check_enum_numbers(schema["items"], f"{path}.items")
 
 
 def uses_classes(schema: Any) -> bool:
@@ -104,6 +123,10 @@ def find_fault(value: Any, schema: Any, path: str = "answer") -> str | None:
     if kind == "integer" and not schema["minimum"] <= value <= schema["maximum"]:
         return f"{path} is {value}"
     return None
+
+
+def _is_writable(value: float) -> bool:
+    return value == 0 or MIN_ENUM_FRACTION <= abs(value) <= MAX_ENUM_NUMBER
 
 
 def _is_of(value: Any, kind: str) -> bool:

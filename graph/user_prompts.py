@@ -19,6 +19,7 @@ from graph.catalog import (
     build_prompt,
     default_catalog,
 )
+from graph.output_schema import SchemaError, check_enum_numbers
 
 MAX_PROMPTS = 1000
 """Versions of one owner, deleted ones included."""
@@ -47,7 +48,8 @@ class UserPrompts:
             PromptError: they are no prompt, or the id is a shipped one's.
             TooManyPromptsError
         """
-        build_prompt({**fields, "version": 1})  # before the id becomes a file's name
+        prompt = build_prompt({**fields, "version": 1})  # before the id becomes a file's name
+        _check_enum_numbers(prompt)
         if default_catalog().versions(fields["id"]):
             raise PromptError("id", f"{fields['id']!r} is a prompt that Lathe ships")
         folder = self._folder(owner)
@@ -144,6 +146,15 @@ class UserPrompts:
         if not _OWNER.match(owner):
             raise ValueError(f"an owner is a key's id, got {owner[:80]!r}")
         return self._dir / owner
+
+
+def _check_enum_numbers(prompt: Prompt) -> None:
+    """Raises: PromptError."""
+    if prompt.output["type"] == "json":
+        try:
+            check_enum_numbers(prompt.output["schema"])
+        except SchemaError as error:
+            raise PromptError("output.schema", str(error)) from error
 
 
 def find_prompt(prompts: UserPrompts, owner: str, ref: str) -> Prompt:

@@ -67,7 +67,7 @@ from graph.node_text import (
 )
 from graph.single_flight import SingleFlight
 
-KEY_VERSION = 3
+KEY_VERSION = 4
 """Raise it when the way from a key's parts to its value changes."""
 ESTIMATED_CHARS = 200_000
 """Of prompts that an estimate renders at a time; between them it can be left."""
@@ -415,7 +415,7 @@ class Enricher:
             used = 0
             try:
                 (generation, ran), led = await self._generations.run(
-                    unit.key, lambda: self._generate(run, unit.key, prompt)
+                    unit.key, lambda: self._generate(run, unit, prompt)
                 )
                 ran = ran and led
                 used = generation.tokens_in + generation.tokens_out if ran else 0
@@ -427,21 +427,23 @@ class Enricher:
             unit.skipped = False
             unit.error = _item_error(error)
 
-    async def _generate(self, run: _Run, key: bytes, prompt: Rendered) -> tuple[Generation, bool]:
+    async def _generate(self, run: _Run, unit: _Unit, prompt: Rendered) -> tuple[Generation, bool]:
         """Have the LLM write one text, for all requests that wait for it; keeps it in the cache.
 
         Returns:
             The text, and whether the LLM ran.
         """
-        again = await self._cached_generations([key])
-        if key in again:  # another request finished it after we had looked
-            return again[key], False
+        again = await self._cached_generations([unit.key])
+        if unit.key in again:  # another request finished it after we had looked
+            return again[unit.key], False
+        shown_labels = filter(None, unit.node.neighbor_labels[: prompt.neighbors_used])
         answered = await answer_prompt(
             run.request.prompt,
             prompt.messages,
             run.request.classes,
             run.max_tokens,
             lambda messages, constraint: self._ask(run, prompt, messages, constraint),
+            shown_labels=tuple(dict.fromkeys(shown_labels)),
         )
         answer = answered.answer or Answer(text="")
         generation = Generation(
@@ -456,7 +458,7 @@ class Enricher:
             num_calls=len(answered.calls),
             fault=answered.fault,
         )
-        await self._store("text", key, msgspec.msgpack.encode(generation))
+        await self._store("text", unit.key, msgspec.msgpack.encode(generation))
         return generation, True
 
     async def _ask(

@@ -464,7 +464,11 @@ def enrich_request(
             variables=body.variables,
         )
     except PromptInputError as error:
-        raise ApiError("invalid_value", error.message, error.param) from error
+        param = error.param
+        if error.node is not None:
+            by_node = getattr(body, "node_variables", None) is not None
+            param = f"node_variables[{error.node}]" if by_node else f"nodes[{error.node}].variables"
+        raise ApiError("invalid_value", error.message, param) from error
 
 
 def negotiate(accept: str | None, *, stream: bool) -> str:

@@ -39,7 +39,7 @@ from graph.enrich_types import (
 from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
 from graph.node_text import TextModel
-from graph.nodes import classes_of_graph, nodes_of_graph
+from graph.nodes import classes_of_graph, nodes_of_graph, num_at_once
 from graph.selection.request import SelectError, SelectRequest
 from graph.selection.select import needs_text_vectors, select_nodes
 from graph.served_text import ServedText
@@ -127,6 +127,10 @@ class _Nodes(Protocol):
         """One of their type, also where there are none."""
         ...
 
+    def num_at_once(self, places: Sequence[int]) -> int:
+        """How many of the first of them memory is given for."""
+        ...
+
     def part(self, places: Sequence[int]) -> tuple[EnrichNode, ...]: ...
 
 
@@ -143,6 +147,9 @@ class _GraphNodes:
     def any_id(self) -> NodeId:
         return "" if self.graph.info.id_type == "string" else 0
 
+    def num_at_once(self, places: Sequence[int]) -> int:
+        return num_at_once(self.graph, [self.indices[place] for place in places], self.prompt)
+
     def part(self, places: Sequence[int]) -> tuple[EnrichNode, ...]:
         return nodes_of_graph(self.graph, [self.indices[place] for place in places], self.prompt)
 
@@ -157,6 +164,9 @@ class _FileNodes:
     @property
     def any_id(self) -> NodeId:
         return self.nodes[0].id
+
+    def num_at_once(self, places: Sequence[int]) -> int:
+        return len(places)
 
     def part(self, places: Sequence[int]) -> tuple[EnrichNode, ...]:
         return tuple(self.nodes[place] for place in places)
@@ -248,7 +258,8 @@ class _Job:
             for start in range(0, len(nodes), PIECE):
                 piece = range(start, min(start + PIECE, len(nodes)))
                 while left := sorted(set(piece) - self._ledger.places(piece.start, piece.stop)):
-                    await self._work(request, nodes, left)
+                    number = await asyncio.to_thread(nodes.num_at_once, left)
+                    await self._work(request, nodes, left[:number])
                 context.progress(piece.stop, len(nodes))
             return self._finish(request, nodes, await self._dim(request))
         finally:
@@ -498,7 +509,10 @@ def _request(context: RunnerContext) -> EnrichRequest:
 def _classes(context: RunnerContext, prompt: Prompt) -> tuple[str, ...]:
     """The graph's own, as in a request about a graph."""
     graph = _find_graph(context)
-    return () if graph is None else classes_of_graph(graph, prompt)
+    try:
+        return () if graph is None else classes_of_graph(graph, prompt)
+    except PromptInputError as error:
+        raise JobFailedError("invalid_value", f"{error.param}: {error.message}") from None
 
 
 def _read_file(context: RunnerContext) -> _FileNodes:

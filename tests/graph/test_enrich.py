@@ -520,6 +520,16 @@ async def test_a_text_that_the_encoder_refuses_fails_its_row(tmp_path: Path) -> 
     assert (error.code, error.message) == ("invalid_value", "refused by script")
 
 
+async def test_labels_of_neighbours_are_not_encoded(tmp_path: Path) -> None:
+    told = '{"digest": "It is like the others. The category of both is Theory. So is Agents."}'
+    house = House(tmp_path, ScriptedEngine(lambda _: told))
+    node = EnrichNode(
+        id=0, text="a", neighbors=("b", "c", "d"), neighbor_labels=("Theory", None, "Theory")
+    )
+    result = await house.enrich([], nodes=(node,), prompt="labelled_digest@1")
+    assert result.rows[0].text == "It is like the others. So is Agents."
+
+
 async def test_a_client_that_leaves_aborts_its_work(tmp_path: Path) -> None:
     house = House(tmp_path)
     house.writer.hold()

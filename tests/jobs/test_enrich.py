@@ -22,6 +22,7 @@ from compression.import_model import import_folder
 from compression.registry import ModelRegistry
 from engines.client import EngineClient
 from engines.protocol import EmbedRequest, EmbedResult, EngineError, EngineStats, ErrorCode
+from graph import nodes
 from graph.store import GraphStore
 from graph.upload import columns_from_lists
 from graph.user_prompts import UserPrompts
@@ -398,6 +399,35 @@ def test_a_selection_whose_engine_refuses(
     with pytest.raises(JobFailedError, match=r"lost\Z") as caught:
         enrich.run(context_of(home, select=CLUSTERS))
     assert caught.value.code == "engine_unavailable"
+
+
+def test_a_piece_is_as_large_as_its_texts_allow(
+    home: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_graph(home)
+    parts: list[int] = []
+    whole = nodes.nodes_of_graph
+
+    def nodes_of_graph(graph: Any, indices: Any, prompt: Any) -> Any:
+        parts.append(len(indices))
+        return whole(graph, indices, prompt)
+
+    monkeypatch.setattr(enrich, "nodes_of_graph", nodes_of_graph)
+    monkeypatch.setattr(nodes, "MAX_TEXT_BYTES_AT_ONCE", 12)  # texts are 3 long, but the first
+    context = context_of(home)
+    enrich.run(context)
+    assert [row["node_id"] for row in rows_of(context)] == [f"n{i}" for i in range(NUM_NODES)]
+    assert parts == [5, 4, 4, 4, 4, 4, 4, 1]
+
+
+def test_a_graph_of_too_many_classes(
+    home: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_graph(home)
+    monkeypatch.setattr(nodes, "MAX_CLASSES", -1)
+    with pytest.raises(JobFailedError) as caught:
+        enrich.run(context_of(home, prompt="pseudo_label@1"))
+    assert caught.value.code == "invalid_value"
 
 
 def test_neighbours_of_the_graph_are_read(home: Path, host: Host) -> None:

@@ -955,6 +955,22 @@ def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) 
     assert error_of(response) == ("invalid_value", "node_ids")
 
 
+def test_whose_variables_are_wrong(service: Service) -> None:
+    body = {"prompt": "edge@1", "model": "writer"}
+    right, wrong = {"other": "x"}, {"others": "x"}
+    nodes = [{"id": i, "text": "t", "variables": v} for i, v in enumerate([right, wrong])]
+    for path in ("/v1/enrich", "/v1/enrich/estimate"):
+        response = service.client.post(path, json={**body, "nodes": nodes})
+        assert error_of(response) == ("invalid_value", "nodes[1].variables")
+        response = service.client.post(path, json={**body, "nodes": nodes[:1], "variables": wrong})
+        assert error_of(response) == ("invalid_value", "variables")
+    response = service.client.post(
+        f"/v1/graphs/{service.graph_id()}/enrich",
+        json={**body, "node_ids": ["a", "b"], "node_variables": [right, wrong]},
+    )
+    assert error_of(response) == ("invalid_value", "node_variables[1]")
+
+
 def test_an_estimate_has_a_time_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(request: EnrichRequest) -> EnrichEstimate:
         await asyncio.Event().wait()

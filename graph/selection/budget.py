@@ -52,7 +52,7 @@ def affordable(tokens_N: Int64s, budget: Budget, rates: Rates) -> tuple[int, Bud
     counts: dict[BudgetName, int] = {}
     if budget.fraction is not None:
         # Rounded first, because 0.07 * 100 is a little above 7.
-        counts["fraction"] = math.ceil(round(budget.fraction * total, 9))
+        counts["fraction"] = max(1, math.ceil(round(budget.fraction * total, 9)))
     if budget.nodes is not None:
         counts["nodes"] = budget.nodes
     spent_N = np.cumsum(tokens_N)

@@ -24,6 +24,8 @@ TENS = np.full(10, 10, dtype=np.int64)
         (Budget(fraction=0.1), 30, (3, "fraction")),
         (Budget(fraction=0.1), 31, (4, "fraction")),
         (Budget(fraction=1e-6), 5, (1, "fraction")),
+        (Budget(fraction=1e-12), 12, (1, "fraction")),
+        (Budget(fraction=0.29), 100, (29, "fraction")),
         (Budget(fraction=1.0), 5, (5, None)),
         (Budget(nodes=9), 5, (5, None)),
         (Budget(nodes=5), 5, (5, None)),

@@ -1,6 +1,7 @@
 """The graph store: what makes an upload a graph, and where its parts lie on disk.
 
-A graph is a folder `<graphs_dir>/<id>`, made under a hidden name and renamed into place, never changed afterwards:
+A graph is a folder `<graphs_dir>/<id>`, made under a hidden name, written through to the disk and renamed into place,
+never changed afterwards:
 
 - `graph.json`: the manifest (`GraphInfo`).
 - `nodes.arrow`: one Arrow IPC record batch of id (string or int64), text, label (string or int64), split; node index
@@ -280,6 +281,8 @@ class GraphStore:
                 feature_dim=None if parts.features is None else parts.features.shape[1],
             )
             (folder / MANIFEST_NAME).write_text(json.dumps(asdict(info), indent=1))
+            _fsync(folder / MANIFEST_NAME)
+            _fsync(folder)  # its names, before it has its own
             try:
                 folder.rename(self._dir / graph_id)
             except OSError as error:
@@ -289,6 +292,7 @@ class GraphStore:
                 if raced is None:
                     raise GraphConflictError(graph_id) from None
                 return raced, False
+            _fsync(self._dir)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # gone already where the rename worked
         return info, True
@@ -679,10 +683,17 @@ def _write_parts(folder: Path, parts: _Parts) -> int:
         np.save(folder / "features.npy", parts.features, allow_pickle=False)
     total = 0
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        _fsync(path)
         total += path.stat().st_size
     return total
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _open(folder: Path, info: GraphInfo) -> Graph:

@@ -1,6 +1,7 @@
 """The graph store: hand-worked CSR, every refusal by its place, and creation that is whole or not at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -334,8 +335,6 @@ def test_a_deleted_graph_stays_readable_to_its_reader(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_process_go_after_a_day(tmp_path: Path) -> None:
-    import os
-
     for name in (".new-1", ".deleted-2", ".new-young"):
         (tmp_path / name).mkdir()
     for name in (".new-1", ".deleted-2"):
@@ -352,6 +351,33 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space"):
         create(GraphStore(tmp_path), columns(["a"], []))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_has_its_id_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and the folder's names before the rename, the rename itself before anybody is told."""
+    done: list[object] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def watched_rename(self: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    create(GraphStore(tmp_path), columns(["a"], []))
+    folder = tmp_path / "graph-1"
+    before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
+    files = {path.stat().st_ino for path in folder.iterdir()}
+    assert (folder / "graph.json").stat().st_ino in before
+    assert set(before) == files | {folder.stat().st_ino}
+    assert before[-1] == folder.stat().st_ino
+    assert after == [tmp_path.stat().st_ino]
 
 
 def test_the_golden_graph_loads(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ _GRAPH_ID = re.compile(r"graph-[a-z0-9]{1,64}\Z")
 MAX_NODES = 5_000_000
 MAX_EDGES = 50_000_000
 MAX_ID_BYTES = 256
+MAX_LABEL_CHARS = 256
 MAX_TEXT_BYTES = 2**20
 MAX_NAME_CHARS = 200
 MAX_FEATURE_DIM = 16_384
@@ -482,8 +483,9 @@ def _check_texts(texts: Any, num_nodes: int) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-        raise GraphInputError("nodes", f"texts must be strings, got {texts.type}")
+    kind = texts.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise GraphInputError("nodes", f"texts must be strings, got {kind}")
     assert len(texts) == num_nodes
     texts = pc.fill_null(texts.cast(pa.large_string()), "")
     long = _first(pc.greater(pc.binary_length(texts), MAX_TEXT_BYTES))
@@ -497,15 +499,25 @@ def _check_texts(texts: Any, num_nodes: int) -> Any:
 
 def _check_labels(labels: Any, num_nodes: int) -> Any:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if labels is None or pa.types.is_null(labels.type):
         return pa.nulls(num_nodes, pa.large_string())
     try:
-        return _as_ids(labels, "nodes")
+        labels = _as_ids(labels, "nodes")
     except GraphInputError:
         raise GraphInputError(
             "nodes", f"labels must all be strings or all be integers, got {labels.type}"
         ) from None
+    if pa.types.is_large_string(labels.type):
+        lengths = pc.utf8_length(labels)
+        long = _first(pc.greater(lengths, MAX_LABEL_CHARS))
+        if long is not None:
+            raise GraphInputError(
+                f"nodes[{long}].label",
+                f"a label has at most {MAX_LABEL_CHARS} characters, got {lengths[long].as_py()}",
+            )
+    return labels
 
 
 def _check_splits(splits: Any, num_nodes: int) -> Any:

@@ -123,6 +123,7 @@ BAD = [
     (columns(["a"], [], texts=["x" * (2**20 + 1)]), "nodes[0].text", "1048576 bytes, got 1048577"),
     (columns(["a"], [], splits=["validation"]), "nodes[0].split", "train, val, test"),
     (columns(["a"], [], labels=[1.5]), "nodes", "labels"),
+    (columns(["a", "b"], [], labels=[None, "x" * 257]), "nodes[1].label", "256 characters, got 257"),
     (columns(LETTERS, [("a", "b"), ("a", "zz")]), "edges[1]", "'zz'"),
     (columns(LETTERS, [("zz", "b")]), "edges[0]", "'zz'"),
     (columns(LETTERS, [("a", "b"), ("a", None)]), "edges[1]", "nothing"),  # type: ignore[list-item]

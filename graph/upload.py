@@ -81,25 +81,54 @@ def _read_table(
 
 
 def _open(file: IO[bytes], part: str, max_rows: int) -> tuple[Any, Iterator[Any]]:
-    """Schema and record batches of a Parquet file, an Arrow file or an Arrow stream."""
+    """Schema and record batches of a Parquet file, an Arrow file or an Arrow stream.
+
+    Batches are looked at once they are asked for, so that the columns can be checked first.
+    """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     file.seek(0)
     magic = file.read(6)
     file.seek(0)
     if magic[:4] == b"PAR1":
-        return _open_parquet(file, part, max_rows)
+        reader = pq.ParquetFile(file)
+        return reader.schema_arrow, _parquet_batches(reader, file, part, max_rows)
     if magic == b"ARROW1":
         reader = pa.ipc.open_file(file)
         return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
-    stream = pa.ipc.open_stream(file)
-    return stream.schema, iter(stream)
+    watched = _WatchedFile(file)
+    stream = pa.ipc.open_stream(watched)
+    return stream.schema, _stream_batches(stream, watched, part)
 
 
-def _open_parquet(file: IO[bytes], part: str, max_rows: int) -> tuple[Any, Iterator[Any]]:
-    import pyarrow.parquet as pq
+class _WatchedFile:
+    """What pyarrow reads of a stream. Attributes: is_at_end: the last read found nothing more."""
 
-    reader = pq.ParquetFile(file)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.is_at_end = False
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.is_at_end = not data and size != 0
+        return data
+
+
+def _stream_batches(stream: Any, file: _WatchedFile, part: str) -> Iterator[Any]:
+    """Where a file ends between two messages, pyarrow takes it for the stream's end as well."""
+    yield from stream
+    if file.is_at_end:
+        raise GraphInputError(
+            part, f"{part} is an Arrow stream without its end marker: it was cut, or never closed"
+        )
+
+
+def _parquet_batches(reader: Any, file: IO[bytes], part: str, max_rows: int) -> Iterator[Any]:
     metadata = reader.metadata
     if metadata.num_rows > max_rows:
         raise GraphInputError(part, f"at most {max_rows} rows in {part}, got {metadata.num_rows}")
@@ -110,7 +139,7 @@ def _open_parquet(file: IO[bytes], part: str, max_rows: int) -> tuple[Any, Itera
                 part, f"a row group of {part} has {declared} bytes, at most {MAX_PIECE_BYTES}"
             )
     rows = max(1, min(_ROWS_PER_PIECE, MAX_PIECE_BYTES // _longest_repeated(file, part)))
-    return reader.schema_arrow, reader.iter_batches(batch_size=rows, use_threads=False)
+    yield from reader.iter_batches(batch_size=rows, use_threads=False)
 
 
 def _longest_repeated(file: IO[bytes], part: str) -> int:

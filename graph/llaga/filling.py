@@ -2,26 +2,48 @@
 
 Two steps, so that a question's nodes are known before any of them is encoded: `plan_questions` looks at edges alone,
 `Filling.vectors` at features alone. Of a pair, each node is taken out of the graph before the other's template is made.
+Whoever cannot read any number of nodes plans with `plan_within`, which ends as soon as they are too many.
 
 Shapes: Q questions, C centres of a question, N places of a template, D width of a vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from graph.llaga.hops import OPERATORS, Float64s, HopOperator, hop_weights
+from graph.llaga.hops import OPERATORS, HopOperator, hop_weights
 from graph.llaga.prompts import NUM_CENTRES, Task
-from graph.llaga.templates import MAX_TREE_NODES, PAD, expand, neighborhood_trees, tree_length
+from graph.llaga.templates import (
+    MAX_TREE_NODES,
+    PAD,
+    Check,
+    expand,
+    neighborhood_trees,
+    tree_length,
+)
 from graph.store import Graph, Int64s
 
 MAX_HOPS = 8
 
 Float32s = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+
+
+class TooManyNodesError(Exception):
+    """Attributes: question: index of the one that reads too many; is_alone: it does so by itself, and not together
+    with those before it."""
+
+    def __init__(self, question: int, *, is_alone: bool) -> None:
+        super().__init__(f"question {question} reads too many nodes")
+        self.question = question
+        self.is_alone = is_alone
+
+
+class PlanStoppedError(Exception):
+    """Nobody waits for the plan any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +103,17 @@ class Filling:
     """
 
     nodes: list[Int64s]
-    weights: list[Float64s] | None = None
+    weights: list[Float32s] | None = None
     trees: Int64s | None = None
+
+    def one(self, index: int) -> "Filling":
+        """That of one centre."""
+        at = slice(index, index + 1)
+        return Filling(
+            nodes=self.nodes[at],
+            weights=None if self.weights is None else self.weights[at],
+            trees=None if self.trees is None else self.trees[at],
+        )
 
     def vectors(self, features: Float32s, laplacian: Float32s | None) -> tuple[Float32s, Bools]:
         """Vectors (Q, N, D), ready to be projected, and which of them are PAD (Q, N).
@@ -94,7 +125,7 @@ class Filling:
         if self.trees is None:
             assert self.weights is not None
             rows = [
-                weights.astype(np.float32) @ features[nodes]
+                weights @ features[nodes]
                 for nodes, weights in zip(self.nodes, self.weights, strict=True)
             ]
             hops = np.stack(rows)
@@ -107,9 +138,14 @@ class Filling:
 
 
 def plan_filling(
-    template: Template, graph: Graph, centres: Int64s, *, hidden: Int64s | None = None
+    template: Template,
+    graph: Graph,
+    centres: Int64s,
+    *,
+    hidden: Int64s | None = None,
+    check: Check = lambda _: None,
 ) -> Filling:
-    """Args: hidden: for each centre (Q,) a node that is not to be seen, or PAD."""
+    """Args: hidden: for each centre (Q,) a node that is not to be seen, or PAD; check: of each centre."""
     if template.kind == "ho":
         assert template.operator is not None
         pairs = [
@@ -119,19 +155,28 @@ def plan_filling(
                 hops=template.hops,
                 operator=template.operator,
                 hidden=PAD if hidden is None else int(hidden[index]),
+                check=check,
             )
             for index, centre in enumerate(centres)
         ]
-        return Filling(nodes=[nodes for nodes, _ in pairs], weights=[w for _, w in pairs])
+        return Filling(
+            nodes=[nodes for nodes, _ in pairs],
+            weights=[weights.astype(np.float32) for _, weights in pairs],
+        )
     assert template.fanout is not None
     trees = neighborhood_trees(
-        graph, centres, hops=template.hops, fanout=template.fanout, hidden=hidden
+        graph, centres, hops=template.hops, fanout=template.fanout, hidden=hidden, check=check
     )
     return Filling(nodes=[np.unique(tree[tree != PAD]) for tree in trees], trees=trees)
 
 
 def plan_questions(
-    template: Template, graph: Graph, task: Task, questions: Int64s
+    template: Template,
+    graph: Graph,
+    task: Task,
+    questions: Int64s,
+    *,
+    check: Check = lambda _: None,
 ) -> list[Filling]:
     """Args: questions: node indices (Q, C). Returns one filling per centre."""
     pairs = NUM_CENTRES[task] == 2
@@ -141,9 +186,60 @@ def plan_questions(
             graph,
             questions[:, centre],
             hidden=questions[:, 1 - centre] if pairs else None,
+            check=check,
         )
         for centre in range(NUM_CENTRES[task])
     ]
+
+
+def plan_within(
+    template: Template,
+    graph: Graph,
+    task: Task,
+    questions: Int64s,
+    *,
+    max_nodes: int,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> tuple[list[Filling], Int64s]:
+    """As `plan_questions`, one question after the other, and `needed_nodes`.
+
+    Args:
+        max_nodes: that all questions may read together; no more are looked at than tells that they are too many.
+        is_stopped: asked all the while.
+
+    Raises:
+        TooManyNodesError
+        PlanStoppedError
+    """
+    planned: list[list[Filling]] = []
+    needed = np.empty(0, dtype=np.int64)
+
+    def check(num_nodes: int) -> None:
+        if is_stopped():
+            raise PlanStoppedError
+        if num_nodes > max_nodes:
+            raise TooManyNodesError(len(planned), is_alone=True)
+
+    for index in range(len(questions)):
+        check(1)
+        one = plan_questions(template, graph, task, questions[index : index + 1], check=check)
+        own = needed_nodes(one)
+        check(len(own))
+        needed = np.union1d(needed, own)
+        if len(needed) > max_nodes:
+            raise TooManyNodesError(index, is_alone=False)
+        planned.append(one)
+    return [_joined(parts) for parts in zip(*planned, strict=True)], needed
+
+
+def _joined(parts: Sequence[Filling]) -> Filling:
+    weights = [one for part in parts if part.weights is not None for one in part.weights]
+    trees = [part.trees for part in parts if part.trees is not None]
+    return Filling(
+        nodes=[nodes for part in parts for nodes in part.nodes],
+        weights=weights or None,
+        trees=np.concatenate(trees) if trees else None,
+    )
 
 
 def needed_nodes(fillings: Sequence[Filling]) -> Int64s:

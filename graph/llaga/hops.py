@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from graph.llaga.templates import PAD, expand
+from graph.llaga.templates import PAD, Check, expand, pieces
 from graph.store import Graph, Int64s
 
 HopOperator = Literal["mean", "sym", "sym_selfloop"]
@@ -25,12 +25,19 @@ Float64s = npt.NDArray[np.float64]
 
 
 def hop_weights(
-    graph: Graph, centre: int, *, hops: int, operator: HopOperator, hidden: int = PAD
+    graph: Graph,
+    centre: int,
+    *,
+    hops: int,
+    operator: HopOperator,
+    hidden: int = PAD,
+    check: Check = lambda _: None,
 ) -> tuple[Int64s, Float64s]:
     """How much each node adds to each hop of a centre.
 
     Args:
         hidden: a node that is taken out of the graph with its edges, or PAD.
+        check: told how many nodes are in reach, before they are looked at where a degree tells.
 
     Returns:
         nodes within reach, ascending, and weights (hops + 1, nodes).
@@ -46,22 +53,38 @@ def hop_weights(
     weights: Float64s = np.ones(1)
     reached = [(nodes, weights)]
     for _ in range(hops):
-        rows, neighbors = expand(graph.indptr, graph.indices, nodes)
-        seen = neighbors != hidden
-        rows, neighbors = rows[seen], neighbors[seen]
-        if operator == "sym_selfloop":
-            rows = np.concatenate([rows, np.arange(len(nodes))])
-            neighbors = np.concatenate([neighbors, nodes])
-        entries = _entries(operator, degrees(nodes)[rows], neighbors, degrees)
-        nodes, places = np.unique(neighbors, return_inverse=True)
-        weights = np.zeros(len(nodes))
-        np.add.at(weights, places, reached[-1][1][rows] * entries)
+        own = degrees(nodes)
+        check(int(own.max(initial=1)))
+        found, sums = np.empty(0, dtype=np.int64), np.empty(0)
+        for piece in pieces(graph.indptr, nodes):
+            rows, neighbors = expand(graph.indptr, graph.indices, nodes[piece])
+            seen = neighbors != hidden
+            rows, neighbors = rows[seen] + piece.start, neighbors[seen]
+            if operator == "sym_selfloop" and piece.stop == len(nodes):
+                rows = np.concatenate([rows, np.arange(len(nodes))])
+                neighbors = np.concatenate([neighbors, nodes])
+            entries = _entries(operator, own[rows], neighbors, degrees)
+            found, sums = _add(found, sums, neighbors, weights[rows] * entries)
+            check(len(found))
+        nodes, weights = found, sums
         reached.append((nodes, weights))
     everyone = np.unique(np.concatenate([found for found, _ in reached]))
     table = np.zeros((hops + 1, len(everyone)))
     for hop, (found, weights) in enumerate(reached):
         table[hop, np.searchsorted(everyone, found)] = weights
     return everyone, table
+
+
+def _add(
+    nodes: Int64s, weights: Float64s, others: Int64s, amounts: Float64s
+) -> tuple[Int64s, Float64s]:
+    """Weights of `nodes`, ascending, with amounts added one after the other at `others`, which may be new."""
+    distinct, places = np.unique(others, return_inverse=True)
+    merged = np.union1d(nodes, distinct) if len(nodes) else distinct
+    sums = np.zeros(len(merged))
+    sums[np.searchsorted(merged, nodes)] = weights
+    np.add.at(sums, np.searchsorted(merged, distinct)[places], amounts)
+    return merged, sums
 
 
 def _entries(

@@ -15,6 +15,7 @@ Shapes: C centres, N places of a tree, R places of one level times C, E candidat
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,11 @@ from graph.store import Graph, Int32s, Int64s
 
 PAD = -1
 MAX_TREE_NODES = 1024
+EDGES_AT_ONCE = 2**20
+"""That are looked at in one piece, unless one node has more: bounds the memory beside a hub."""
+
+Check = Callable[[int], None]
+"""Told, while a plan grows, how many nodes it reads at least; raises where those are too many, or nobody waits."""
 
 _UInt64s = npt.NDArray[np.uint64]
 
@@ -39,12 +45,14 @@ def neighborhood_trees(
     hops: int,
     fanout: int,
     hidden: Int64s | None = None,
+    check: Check = lambda _: None,
 ) -> Int64s:
     """Trees of several centres.
 
     Args:
         centres: node indices (C,).
         hidden: for each centre a node that must not be in its tree, or PAD for none (C,).
+        check: asked before each piece; a tree is small, so only whether anybody waits.
 
     Returns:
         Node indices (C, N), `PAD` where there is no node.
@@ -62,7 +70,13 @@ def neighborhood_trees(
         width = level.shape[1]
         places = np.arange(first_place, first_place + width, dtype=np.uint64)
         seeds_R = _mix(seeds_C[:, None] + places[None]).ravel()
-        children = _draw(graph, level.ravel(), seeds_R, np.repeat(hidden, width), fanout)
+        nodes_R, hidden_R = level.ravel(), np.repeat(hidden, width)
+        children = np.full((len(nodes_R), fanout), PAD, dtype=np.int64)
+        real = np.flatnonzero(nodes_R != PAD)
+        for piece in pieces(graph.indptr, nodes_R[real]):
+            check(1)
+            drawn = real[piece]
+            children[drawn] = _draw(graph, nodes_R[drawn], seeds_R[drawn], hidden_R[drawn], fanout)
         first_place += width
         level = children.reshape(len(centres), width * fanout)
         levels.append(level)
@@ -97,11 +111,20 @@ def expand(indptr: Int64s, indices: Int32s, nodes: Int64s) -> tuple[Int64s, Int6
     return rows, indices[starts[rows] + offsets].astype(np.int64)
 
 
+def pieces(indptr: Int64s, nodes: Int64s) -> Iterator[slice]:
+    """Slices of `nodes`, in order, of at most `EDGES_AT_ONCE` edges each, or of one node."""
+    ends = np.cumsum(indptr[nodes + 1] - indptr[nodes])
+    start = 0
+    while start < len(nodes):
+        before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, before + EDGES_AT_ONCE, side="right"))
+        yield slice(start, max(start + 1, stop))
+        start = max(start + 1, stop)
+
+
 def _draw(graph: Graph, nodes_R: Int64s, seeds_R: _UInt64s, hidden_R: Int64s, s: int) -> Int64s:
-    """Children (R, s) of every node."""
-    real = np.flatnonzero(nodes_R != PAD)
-    rows_E, neighbors_E = expand(graph.indptr, graph.indices, nodes_R[real])
-    rows_E = real[rows_E]
+    """Children (R, s) of every node; none of them is PAD."""
+    rows_E, neighbors_E = expand(graph.indptr, graph.indices, nodes_R)
     seen = neighbors_E != hidden_R[rows_E]
     rows_E, neighbors_E = rows_E[seen], neighbors_E[seen]
     degrees_R = np.bincount(rows_E, minlength=len(nodes_R))

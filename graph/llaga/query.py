@@ -6,7 +6,8 @@ so their shares are the LLM's own probabilities, restricted to the choices. Noth
 likeliest choice, and a description is written greedily.
 
 Imports no torch; the rows are made here and cross the engine's socket as embedding rows. Questions are several calls
-at once, so that the engine always has one to work on; an engine scores all choices of a question in one pass.
+at once, so that the engine always has one to work on; an engine scores all choices of a question in one pass. Rows are
+made in a thread, of one question at a time, once it is its turn: they are large, and the event loop serves others.
 """
 
 import asyncio
@@ -104,31 +105,35 @@ async def answer_questions(
     ids = [*text.special_prefix, *text.encode(prompt.before)]
     for part in prompt.after:
         ids += [ROW_PLACEHOLDER] * projector.manifest.template.num_rows + list(text.encode(part))
-    rows = []
+    if task == "node_description":
+        ask = partial(_describe, engine, text, end_token_id, tenant)
+    else:
+        choices = classes if task == "node_classification" else LINK_ANSWERS
+        continuations = {name: (*text.encode(answer_text(name)), end_token_id) for name in choices}
+        ask = partial(_choose, engine, continuations, tenant)
+    token_ids, making = tuple(ids), asyncio.Lock()
+
+    async def answer(index: int) -> Answer:
+        parts = [filling.one(index) for filling in fillings]
+        async with making:
+            rows = await asyncio.to_thread(_rows, projector, parts, features)
+        nodes = tuple(part.nodes[0] for part in parts)
+        return await ask(_Question(token_ids=token_ids, rows=rows, template_nodes=nodes))
+
+    return await _together(partial(answer, index) for index in range(len(fillings[0].nodes)))
+
+
+def _rows(projector: LoadedProjector, fillings: Sequence[Filling], features: Float32s) -> bytes:
+    """Of one question, as an engine takes them."""
+    parts = []
     for filling in fillings:
         vectors, is_pad = filling.vectors(features, projector.laplacian)
-        rows.append(projector.project(vectors, is_pad))
-    questions = [
-        _Question(
-            token_ids=tuple(ids),
-            rows=np.concatenate([part[index] for part in rows]).astype("<f4").tobytes(),
-            template_nodes=tuple(filling.nodes[index] for filling in fillings),
-        )
-        for index in range(len(fillings[0].nodes))
-    ]
-    if task == "node_description":
-        return await _together(
-            partial(_describe, engine, text, one, end_token_id, tenant) for one in questions
-        )
-    choices = classes if task == "node_classification" else LINK_ANSWERS
-    continuations = {name: (*text.encode(answer_text(name)), end_token_id) for name in choices}
-    return await _together(
-        partial(_choose, engine, one, continuations, tenant) for one in questions
-    )
+        parts.append(projector.project(vectors, is_pad)[0])
+    return np.concatenate(parts).astype("<f4").tobytes()
 
 
 async def _choose(
-    engine: AsyncEngine, question: _Question, choices: dict[str, tuple[int, ...]], tenant: str
+    engine: AsyncEngine, choices: dict[str, tuple[int, ...]], tenant: str, question: _Question
 ) -> Answer:
     result = await engine.score(
         ScoreRequest(
@@ -153,7 +158,7 @@ async def _choose(
 
 
 async def _describe(
-    engine: AsyncEngine, text: Text, question: _Question, end_token_id: int, tenant: str
+    engine: AsyncEngine, text: Text, end_token_id: int, tenant: str, question: _Question
 ) -> Answer:
     stream = await engine.generate(
         GenerateRequest(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from graph.llaga import projector
 from graph.llaga.filling import Template, plan_filling
 from graph.llaga.projector import (
     MANIFEST_NAME,
@@ -47,6 +48,14 @@ def tensors_of(manifest: ProjectorManifest) -> tuple[Projector, dict[str, Any]]:
     if manifest.template.kind == "nd":
         tensors["laplacian"] = laplacian_embedding(2, 3)
     return module, tensors
+
+
+def test_values_are_activated_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    whole = projector._gelu(values)
+    assert np.allclose(whole, torch.nn.functional.gelu(torch.from_numpy(values)), atol=1e-6)
+    monkeypatch.setattr(projector, "_VALUES_AT_ONCE", 7)
+    assert np.array_equal(projector._gelu(values), whole)
 
 
 @pytest.mark.parametrize("template", [ND, HO])

@@ -89,6 +89,12 @@ class Awaited:
         self._engine = engine
         self._num_calls = 0
         self.most = 0
+        self._expected = 0
+        self._all_there: asyncio.Event | None = None
+
+    def expect(self, num_calls: int) -> None:
+        """Answer none before so many are there at once."""
+        self.most, self._expected, self._all_there = 0, num_calls, asyncio.Event()
 
     @property
     def info(self) -> EngineInfo:
@@ -97,6 +103,10 @@ class Awaited:
     async def score(self, request: ScoreRequest) -> ScoreResult:
         self._num_calls += 1
         self.most = max(self.most, self._num_calls)
+        if self._all_there is not None:
+            if self._num_calls == self._expected:
+                self._all_there.set()
+            await self._all_there.wait()
         await asyncio.sleep(0)
         self._num_calls -= 1
         return self._engine.score(request)
@@ -169,7 +179,7 @@ async def test_answers(
     features = np.random.default_rng(0).normal(size=(60, DIM)).astype(np.float32)
     questions = np.arange(20)[:, None] if task == "node_classification" else graph.edges[:20]
     questions = questions.astype(np.int64)
-    engine.most = 0
+    engine.expect(CALLS_AT_ONCE)
     answers = await ask(engine, projector, graph, features, task, questions)
     assert engine.most == CALLS_AT_ONCE
     classes: Sequence[str] = projector.manifest.classes
@@ -187,6 +197,55 @@ async def test_answers(
             engine, projector, graph, features, task, questions[number : number + 1]
         )
         assert alone.logprobs == pytest.approx(answers[number].logprobs, abs=1e-5)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("template", [HO, SMALL_ND])
+async def test_rows_are_made_in_a_thread_of_one_question_at_a_time(
+    tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before it is its turn, and to the bit what all of them together would be."""
+    _, projector = projector_of(tmp_path / "p", template)
+    graph = random_graph(tmp_path / "g")
+    features = np.random.default_rng(0).normal(size=(60, DIM)).astype(np.float32)
+    pairs = graph.edges[:20].astype(np.int64)
+    fillings = plan_questions(template, graph, "link_prediction", pairs)
+    vectors, is_pad = question_vectors(fillings, features, projector.laplacian)
+    expected = projector.project(vectors, is_pad)
+    project, made = LoadedProjector.project, 0
+
+    def watched(self: LoadedProjector, vectors: Any, is_pad: Any) -> Any:
+        nonlocal made
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        assert len(vectors) == 1
+        made += 1
+        return project(self, vectors, is_pad)
+
+    class Waiting:
+        """An engine that answers nobody."""
+
+        def __init__(self) -> None:
+            self.rows: list[bytes | None] = []
+            self.is_full = asyncio.Event()
+
+        async def score(self, request: ScoreRequest) -> ScoreResult:
+            self.rows.append(request.embedding_rows)
+            if len(self.rows) == CALLS_AT_ONCE:
+                self.is_full.set()
+            raise await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(LoadedProjector, "project", watched)
+    engine = Waiting()
+    asking = asyncio.ensure_future(
+        ask(cast(Any, engine), projector, graph, features, "link_prediction", pairs)
+    )
+    await engine.is_full.wait()
+    assert made == 2 * CALLS_AT_ONCE
+    assert engine.rows == [expected[i].astype("<f4").tobytes() for i in range(CALLS_AT_ONCE)]
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
 
 
 @pytest.mark.anyio

@@ -5,6 +5,7 @@ are kept in the enrichment cache, and later questions read them there.
 """
 
 import asyncio
+import threading
 import time
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from fastapi.responses import Response
 from pydantic import ConfigDict, Field, model_validator
 
 from engines.protocol import AsyncEngine, EngineError
-from graph.llaga.filling import Float32s, needed_nodes, plan_questions
+from graph.llaga.filling import Filling, Float32s, TooManyNodesError, plan_within
 from graph.llaga.hops import HopOperator
 from graph.llaga.projector import (
     PROJECTOR_ID_PATTERN,
@@ -187,16 +188,7 @@ async def _query(graph_id: str, body: QueryBody, state: AppState, identity: Iden
     except ProjectorError as error:
         param = error.param if error.param in ("task", "operator") else "projector"
         raise ApiError("invalid_value", error.message, param) from error
-    fillings = await asyncio.to_thread(
-        plan_questions, manifest.template, graph, body.task, questions
-    )
-    nodes = needed_nodes(fillings)
-    if len(nodes) > MAX_TEMPLATE_NODES:
-        raise ApiError(
-            "invalid_value",
-            f"the questions read {len(nodes)} nodes, at most {MAX_TEMPLATE_NODES} are read at once; ask fewer",
-            "pairs" if body.node_ids is None else "node_ids",
-        )
+    fillings, nodes = await _plan(manifest, graph, body, questions)
     text = await state.tokenizers.get(state.engines.entry(manifest.model))
     try:
         features, num_encoded = await _features(state, manifest, encoder, graph, nodes, identity)
@@ -220,20 +212,58 @@ async def _query(graph_id: str, body: QueryBody, state: AppState, identity: Iden
         generation_tokens=sum(answer.num_generated for answer in answers),
         e2e_seconds=time.monotonic() - started_at,
     )
-    return json_response(
-        QueryResponse(
-            graph_id=graph_id,
-            content_hash=graph.info.content_hash,
-            projector=body.projector,
-            model=manifest.model,
-            task=body.task,
-            data=[
-                _answer(index, graph, question, answer)
-                for index, (question, answer) in enumerate(zip(questions, answers, strict=True))
-            ],
-            num_encoded_nodes=num_encoded,
+
+    def respond() -> Response:
+        return json_response(
+            QueryResponse(
+                graph_id=graph_id,
+                content_hash=graph.info.content_hash,
+                projector=body.projector,
+                model=manifest.model,
+                task=body.task,
+                data=[
+                    _answer(index, graph, question, answer)
+                    for index, (question, answer) in enumerate(zip(questions, answers, strict=True))
+                ],
+                num_encoded_nodes=num_encoded,
+            )
         )
-    )
+
+    return await asyncio.to_thread(respond)
+
+
+async def _plan(
+    manifest: ProjectorManifest, graph: Graph, body: QueryBody, questions: Int64s
+) -> tuple[list[Filling], Int64s]:
+    """What fills the questions' templates, and all nodes that are read for them."""
+    left = threading.Event()
+    try:
+        return await asyncio.to_thread(
+            plan_within,
+            manifest.template,
+            graph,
+            body.task,
+            questions,
+            max_nodes=MAX_TEMPLATE_NODES,
+            is_stopped=left.is_set,
+        )
+    except TooManyNodesError as error:
+        name, most = "pairs" if body.node_ids is None else "node_ids", MAX_TEMPLATE_NODES
+        if error.is_alone:
+            raise ApiError(
+                "invalid_value",
+                f"the projector's template reads more than {most} nodes for this one question,"
+                f" at most {most} are read",
+                f"{name}[{error.question}]",
+            ) from None
+        raise ApiError(
+            "invalid_value",
+            f"the first {error.question + 1} questions read more than {most} nodes,"
+            f" at most {most} are read at once; ask fewer",
+            name,
+        ) from None
+    finally:
+        left.set()  # the thread goes on alone where the client left or took too long
 
 
 def _load(body: QueryBody, state: AppState, identity: Identity) -> LoadedProjector:
@@ -299,11 +329,16 @@ async def _features(
             "projector",
         )
     usage = VectorUsage()
-    features = np.zeros((graph.info.num_nodes, dim), dtype=np.float32)
-    features[nodes] = await state.text_vectors.encode(
+    vectors = await state.text_vectors.encode(
         graph, nodes, model=manifest.encoder, tenant=identity.tenant, usage=usage
     )
-    return features, usage.num_encoded
+
+    def place() -> Float32s:
+        features = np.zeros((graph.info.num_nodes, dim), dtype=np.float32)
+        features[nodes] = vectors
+        return features
+
+    return await asyncio.to_thread(place), usage.num_encoded
 
 
 def _answer(index: int, graph: Graph, question: Int64s, answer: Answer) -> QueryAnswer:

@@ -1,5 +1,7 @@
 """The query route over a real tiny decoder: bodies, what the answer says, refusals by name, tenants."""
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,9 @@ from transformers import LlamaForCausalLM
 
 from engines.protocol import EmbedRequest, EmbedResult
 from engines.transformers_engine import TransformersEngine
+from graph.llaga import filling
 from graph.llaga.filling import Template
-from graph.llaga.projector import ProjectorRegistry, write_projector
+from graph.llaga.projector import LoadedProjector, ProjectorRegistry, write_projector
 from service.enrichment import build_text_vectors
 from service.errors import ApiError
 from service.routes import graph_query
@@ -247,9 +250,74 @@ def test_another_encoder_or_model_is_refused(service: Service) -> None:
 
 
 def test_too_many_nodes_in_reach(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(service, tasks=("node_classification", "link_prediction"))
+    pairs = {"projector": "mine", "task": "link_prediction", "pairs": [["b", "d"], ["b", "a"]]}
+    for most, body, param, words in (
+        (3, CLASSIFY, "node_ids", "the first 3 questions read more than 3 nodes, at most 3"),
+        (2, CLASSIFY, "node_ids[0]", "more than 2 nodes for this one question, at most 2"),
+        (2, CLASSIFY | {"node_ids": ["d", "a"]}, "node_ids[1]", "this one question"),
+        (3, pairs, "pairs[0]", "more than 3 nodes for this one question, at most 3"),
+    ):
+        monkeypatch.setattr(graph_query, "MAX_TEMPLATE_NODES", most)
+        response = query(service, body)
+        assert error_of(response) == ("invalid_value", param)
+        message = response.json()["error"]["message"]
+        assert words in message
+        assert ("ask fewer" in message) == (param == "node_ids")
+
+
+def test_all_that_computes_is_off_the_event_loop(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register(service)
-    monkeypatch.setattr(graph_query, "MAX_TEMPLATE_NODES", 3)
-    assert error_of(query(service, CLASSIFY)) == ("invalid_value", "node_ids")
+    seen: list[str] = []
+
+    def watch(place: Any, name: str) -> None:
+        work = getattr(place, name)
+
+        def watched(*given: Any, **options: Any) -> Any:
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asyncio.get_running_loop()
+            seen.append(name)
+            return work(*given, **options)
+
+        monkeypatch.setattr(place, name, watched)
+
+    for place, name in (
+        (graph_query, "plan_within"),
+        (filling, "needed_nodes"),
+        (filling.Filling, "vectors"),
+        (LoadedProjector, "project"),
+        (graph_query, "_answer"),
+        (graph_query, "json_response"),
+    ):
+        watch(place, name)
+    assert query(service, CLASSIFY).status_code == 200
+    assert {name: seen.count(name) for name in seen} == {
+        "plan_within": 1, "needed_nodes": 3, "vectors": 3, "project": 3, "_answer": 3,
+        "json_response": 1,
+    }  # fmt: skip
+
+
+def test_planning_ends_with_the_time_limit(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(service)
+    ended = threading.Event()
+
+    def endless(*_: Any, is_stopped: Any, **__: Any) -> Any:
+        while not is_stopped():
+            pass
+        ended.set()
+        raise filling.PlanStoppedError
+
+    monkeypatch.setattr(graph_query, "plan_within", endless)
+    graph_id = service.graph_id()
+    service.state.settings = service.state.settings.model_copy(
+        update={"request_timeout_seconds": 0.2}
+    )
+    assert error_of(query(service, CLASSIFY, graph_id), 408)[0] == "request_timeout"
+    assert ended.wait(60)
 
 
 def test_unknown_graph(service: Service) -> None:

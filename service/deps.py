@@ -1,5 +1,6 @@
 """What routes ask FastAPI for: the application's state, and who is asking."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from service.quotas import Quotas
 
 
+UPLOADS_AT_ONCE = 2
+"""Graphs that are decoded at one time: each fills memory with up to twice its decoded size."""
+
+
 @dataclass(slots=True, kw_only=True)
 class AppState:
     """Everything that lives as long as the application."""
@@ -50,6 +55,7 @@ class AppState:
     quotas: "Quotas | None" = None
     started_at: float = field(default=0.0)
     drain: Drain = field(default_factory=Drain)
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS_AT_ONCE))
     feeds: JobFeeds = field(init=False)
 
     def __post_init__(self) -> None:

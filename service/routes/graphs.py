@@ -3,13 +3,16 @@
 import asyncio
 import hashlib
 import json
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import AllowInfNan, FailFast, Field, ValidationError
+from fastapi.routing import APIRoute
+from pydantic import AllowInfNan, FailFast, Field, ValidationError, WrapValidator
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -72,10 +75,29 @@ from service.enrichment import (
 from service.errors import ApiError, error_responses, from_engine_error
 from service.generation import json_response
 from service.idempotency import request_hash, resource_id
-from service.middleware import answer_in_time
+from service.middleware import answer_in_time, cancel_on_disconnect
+
+
+class _JsonInThread(Request):
+    async def json(self) -> Any:
+        return await asyncio.to_thread(json.loads, await self.body())
+
+
+class _LargeBodyRoute(APIRoute):
+    """Predictions of all nodes are megabytes: while they are parsed, others are served."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            return await handle(_JsonInThread(request.scope, request.receive))
+
+        return handler
+
 
 router = APIRouter(
     prefix="/v1/graphs",
+    route_class=_LargeBodyRoute,
     tags=["graphs"],
     dependencies=[Depends(require("inference"))],
     responses=error_responses(409),
@@ -185,6 +207,9 @@ class SelectionObject(ResponseModel):
     quotas: list[SelectionQuota] | None = Field(description="Groups that got any.")
 
 
+UnreadSelection = Annotated[SelectRequest, WrapValidator(lambda data, _: data)]
+"""What is a `SelectRequest` by the API's description, and is read in a thread."""
+
 NeighborIds = Annotated[list[NodeIdField], Field(max_length=MAX_NEIGHBORS_READ)]
 
 
@@ -231,10 +256,22 @@ async def create_graph(
         info, created = await _create_from_files(request, state, identity, graph_id)
     else:
         body = await request.body()
-        info, created = await asyncio.to_thread(_create_from_json, body, state, identity, graph_id)
+        create = partial(_create_from_json, body, state, identity, graph_id)
+        info, created = await _in_turn(request, state, create)
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
     return _graph_object(info)
+
+
+async def _in_turn(
+    request: Request, state: AppState, create: Callable[[], tuple[GraphInfo, bool]]
+) -> tuple[GraphInfo, bool]:
+    """Create a graph in a thread, few at once. Who leaves gives up their turn; what has begun is finished."""
+    await cancel_on_disconnect(request, state.uploads.acquire())
+    try:
+        return await asyncio.to_thread(create)
+    finally:
+        state.uploads.release()
 
 
 def _create_from_json(
@@ -245,9 +282,7 @@ def _create_from_json(
     except ValidationError as error:
         if error.errors()[0]["type"] == "json_invalid":
             raise ApiError("invalid_json", "the body is not valid JSON") from None
-        raise RequestValidationError(
-            [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
-        ) from None
+        raise _in_body(error) from None
     try:
         columns = columns_from_lists(
             ids=[node.id for node in graph.nodes],
@@ -269,7 +304,7 @@ async def _create_from_files(
     try:
         async with request.form(max_files=2, max_fields=2) as form:
             nodes, edges, name, directed = _form_parts(form)
-            return await asyncio.to_thread(
+            create = partial(
                 _create_from_tables,
                 nodes.file,
                 edges.file,
@@ -279,6 +314,7 @@ async def _create_from_files(
                 identity,
                 graph_id,
             )
+            return await _in_turn(request, state, create)
     except HTTPException as error:
         raise ApiError(
             "invalid_value", f"the multipart body is not valid: {error.detail}"
@@ -420,15 +456,30 @@ async def delete_graph(graph_id: str, state: StateDep, identity: IdentityDep) ->
 
 @router.post("/{graph_id}/select", response_model=SelectionObject, responses=error_responses(408))
 async def select(
-    graph_id: str, body: SelectRequest, request: Request, state: StateDep, identity: IdentityDep
+    graph_id: str, body: UnreadSelection, request: Request, state: StateDep, identity: IdentityDep
 ) -> Response:
     """Choose the nodes that are worth an LLM call.
 
     Texts that are encoded for it stay in the cache: a request that took too long goes on where it was when repeated.
     """
-    work = _select(graph_id, body, state, identity)
+    selection = await asyncio.to_thread(_read_selection, body)
+    work = _select(graph_id, selection, state, identity)
     seconds = state.settings.request_timeout_seconds
     return await answer_in_time(request, work, seconds, "the selection")
+
+
+def _read_selection(data: object) -> SelectRequest:
+    """As FastAPI validates a body."""
+    try:
+        return SelectRequest.model_validate(data, from_attributes=True)
+    except ValidationError as error:
+        raise _in_body(error) from None
+
+
+def _in_body(error: ValidationError) -> RequestValidationError:
+    return RequestValidationError(
+        [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
+    )
 
 
 async def _select(

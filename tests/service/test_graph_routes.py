@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -28,10 +30,11 @@ from graph.catalog import default_catalog
 from graph.enrich import Enricher
 from graph.enrich_types import EnrichEstimate, EnrichRequest
 from graph.node_text import GAP, TextModel
+from graph.selection.request import SelectRequest
 from graph.store import GraphNotFoundError, GraphStore
 from graph.text_vectors import TextVectors
 from service.auth import LOCAL_IDENTITY, KeyStore
-from service.deps import AppState
+from service.deps import UPLOADS_AT_ONCE, AppState
 from service.engine_pool import EnginePool
 from service.enrichment import NDJSON, EnrichResponse
 from service.errors import ApiError
@@ -145,6 +148,49 @@ def service(tmp_path: Path) -> Iterator[Service]:
     service = Service(tmp_path)
     with service.client:
         yield service
+
+
+class Caller:
+    """A request that has been sent. Attributes: left: set it to leave; status: of the answer, once it has begun."""
+
+    def __init__(self, service: Service, request: Any) -> None:
+        self.left = asyncio.Event()
+        self.status: int | None = None
+        self._incoming = [{"type": "http.request", "body": request.read(), "more_body": False}]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": request.method,
+            "scheme": "http",
+            "path": request.url.path,
+            "raw_path": request.url.raw_path,
+            "query_string": b"",
+            "headers": [(name.lower(), value) for name, value in request.headers.raw],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+            "state": {},
+        }
+        self.task = asyncio.create_task(service.app(scope, self._receive, self._send))
+
+    async def _receive(self) -> Any:
+        if self._incoming:
+            return self._incoming.pop()
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.status = message.get("status", self.status)
+
+
+class Turns(asyncio.Semaphore):
+    """Attributes: num_asked: callers so far."""
+
+    num_asked = 0
+
+    async def acquire(self) -> Any:
+        self.num_asked += 1
+        return await super().acquire()
 
 
 def error_of(response: Any, status: int = 400) -> tuple[str, str | None]:
@@ -414,6 +460,54 @@ def test_idempotency(service: Service, upload: str) -> None:
     assert again.headers["Idempotent-Replayed"] == "true"
     assert error_of(other, 409) == ("idempotency_conflict", "Idempotency-Key")
     assert len(service.client.get("/v1/graphs").json()["data"]) == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("upload", ["json", "files"])
+async def test_uploads_take_turns(
+    tmp_path: Path, upload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are decoded at once; one that leaves while it waits is never decoded, and takes no turn."""
+    service = Service(tmp_path)
+    service.state.uploads = turns = Turns(UPLOADS_AT_ONCE)
+    name = "_create_from_json" if upload == "json" else "_create_from_tables"
+    create, may_end, lock = getattr(graphs, name), threading.Event(), threading.Lock()
+    num_begun = num_running = most = 0
+
+    def watched(*given: Any) -> Any:
+        nonlocal num_begun, num_running, most
+        with lock:
+            num_begun, num_running = num_begun + 1, num_running + 1
+            most = max(most, num_running)
+        assert may_end.wait(60)
+        try:
+            return create(*given)
+        finally:
+            with lock:
+                num_running -= 1
+
+    monkeypatch.setattr(graphs, name, watched)
+    files = {"nodes": parquet(NODE_COLUMNS), "edges": parquet(EDGE_COLUMNS)}
+    body: Any = {"json": GRAPH} if upload == "json" else {"data": {"name": "x"}, "files": files}
+    callers = [
+        Caller(service, service.client.build_request("POST", "/v1/graphs", **body))
+        for _ in range(6)
+    ]
+    async with asyncio.timeout(60):
+        while turns.num_asked < 6 or num_begun < UPLOADS_AT_ONCE:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        waiting = callers[UPLOADS_AT_ONCE:]
+        waiting[1].left.set()
+        await waiting[1].task
+        assert num_begun == UPLOADS_AT_ONCE
+        may_end.set()
+        await asyncio.gather(*(caller.task for caller in callers))
+    assert [caller.status for caller in callers] == [201, 201, 201, 408, 201, 201]
+    assert (num_begun, most) == (5, UPLOADS_AT_ONCE)
+    for _ in range(UPLOADS_AT_ONCE):
+        assert not turns.locked()
+        await turns.acquire()
+    assert turns.locked()
 
 
 def test_graphs_belong_to_their_tenant(service: Service) -> None:
@@ -702,6 +796,57 @@ def test_predictions_that_are_no_numbers(service: Service, number: str) -> None:
 def test_bad_selections(service: Service, body: Any, code: str, param: str) -> None:
     response = service.client.post(f"/v1/graphs/{service.graph_id()}/select", json=body)
     assert error_of(response) == (code, param)
+
+
+def test_a_selection_is_read_in_a_thread(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed and validated; and described as if FastAPI did so itself."""
+    seen: list[str] = []
+
+    def watch(place: Any, name: str) -> None:
+        work = getattr(place, name)
+
+        def watched(*given: Any, **options: Any) -> Any:
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asyncio.get_running_loop()
+            seen.append(name)
+            return work(*given, **options)
+
+        monkeypatch.setattr(place, name, watched)
+
+    graph_id = service.graph_id()
+    watch(SelectRequest, "model_validate")
+    loads = SimpleNamespace(**vars(json))
+    watch(loads, "loads")
+    monkeypatch.setattr(graphs, "json", loads)
+    body = {"strategy": "random", "budget": {"nodes": 1}}
+    assert service.client.post(f"/v1/graphs/{graph_id}/select", json=body).status_code == 200
+    assert seen == ["loads", "model_validate"]
+    described = service.app.openapi()["paths"]["/v1/graphs/{graph_id}/select"]["post"]
+    assert described["requestBody"] == {
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SelectRequest"}}},
+        "required": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        (b"", "invalid_value", "Field required"),
+        (b"null", "invalid_value", "Input should be a valid dictionary or object"),
+        (b"[]", "invalid_value", "Input should be a valid dictionary or object"),
+        (b"{", "invalid_json", "not valid JSON"),
+    ],
+)
+def test_bodies_that_are_no_selection(
+    service: Service, body: bytes, code: str, message: str
+) -> None:
+    response = service.client.post(
+        f"/v1/graphs/{service.graph_id()}/select",
+        content=body,
+        headers={"content-type": "application/json"},
+    )
+    assert error_of(response) == (code, None)
+    assert message in response.json()["error"]["message"]
 
 
 # Enrichment
@@ -1167,43 +1312,13 @@ async def test_a_client_that_leaves_aborts_the_engine(
 ) -> None:
     service = Service(tmp_path)
     service.writer.hold()
-    body = json.dumps({**ENRICH, **fields}).encode()
-    left = asyncio.Event()
-    incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive() -> Any:
-        message = next(incoming, None)
-        if message is None:
-            await left.wait()
-            return {"type": "http.disconnect"}
-        return message
-
-    async def send(_: Any) -> None:
-        return
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/v1/enrich",
-        "raw_path": b"/v1/enrich",
-        "query_string": b"",
-        "headers": [
-            (b"host", b"localhost"),
-            (b"content-type", b"application/json"),
-            (b"accept", accept.encode()),
-        ],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-        "state": {},
-    }
-    call = asyncio.create_task(service.app(scope, receive, send))
+    caller = Caller(service, service.client.build_request(
+        "POST", "/v1/enrich", json={**ENRICH, **fields}, headers={"accept": accept}
+    ))  # fmt: skip
     async with asyncio.timeout(10):
         await service.writer.arrived.wait()
-        left.set()
-        await call
+        caller.left.set()
+        await caller.task
         while service.writer.num_running:  # noqa: ASYNC110 - polls what has no event
             await asyncio.sleep(0.001)
     assert len(service.writer.aborted) >= 1

@@ -22,7 +22,7 @@ from service.errors import ApiError
 from service.routes import graph_query
 from tests.graph.llaga.test_projector import manifest_of, tensors_of
 from tests.graph.llaga.test_query import Awaited, Words, encode
-from tests.service.test_graph_routes import GRAPH, Service, error_of
+from tests.service.test_graph_routes import GRAPH, Caller, Service, error_of
 
 DIM = 5
 NAMES = ["a", "b", "c", "d"]
@@ -299,25 +299,48 @@ def test_all_that_computes_is_off_the_event_loop(
     }  # fmt: skip
 
 
+class Endless:
+    """Plans until nobody waits. Attributes: begun, ended: once it does."""
+
+    def __init__(self) -> None:
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, *_: Any, is_stopped: Any, **__: Any) -> Any:
+        self.begun.set()
+        while not is_stopped():
+            pass
+        self.ended.set()
+        raise filling.PlanStoppedError
+
+
+@pytest.mark.anyio
+async def test_planning_ends_when_the_client_leaves(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(service)
+    plan = Endless()
+    monkeypatch.setattr(graph_query, "plan_within", plan)
+    path = f"/v1/graphs/{service.graph_id()}/query"
+    caller = Caller(service, service.client.build_request("POST", path, json=CLASSIFY))
+    assert await asyncio.to_thread(plan.begun.wait, 60)
+    caller.left.set()
+    await caller.task
+    assert caller.status == 408
+    assert await asyncio.to_thread(plan.ended.wait, 60)
+
+
 def test_planning_ends_with_the_time_limit(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(service)
-    ended = threading.Event()
-
-    def endless(*_: Any, is_stopped: Any, **__: Any) -> Any:
-        while not is_stopped():
-            pass
-        ended.set()
-        raise filling.PlanStoppedError
-
-    monkeypatch.setattr(graph_query, "plan_within", endless)
+    plan = Endless()
+    monkeypatch.setattr(graph_query, "plan_within", plan)
     graph_id = service.graph_id()
     service.state.settings = service.state.settings.model_copy(
         update={"request_timeout_seconds": 0.2}
     )
     assert error_of(query(service, CLASSIFY, graph_id), 408)[0] == "request_timeout"
-    assert ended.wait(60)
+    assert plan.ended.wait(60)
 
 
 def test_unknown_graph(service: Service) -> None:

@@ -44,7 +44,7 @@ from graph.store import (
     GraphInputError,
     GraphNotFoundError,
 )
-from graph.upload import columns_from_lists, read_columns
+from graph.upload import columns_from_lists, read_columns, release_memory
 from service.auth import Identity
 from service.deps import (
     AppState,
@@ -267,9 +267,16 @@ async def _in_turn(
     request: Request, state: AppState, create: Callable[[], tuple[GraphInfo, bool]]
 ) -> tuple[GraphInfo, bool]:
     """Create a graph in a thread, few at once. Who leaves gives up their turn; what has begun is finished."""
+
+    def work() -> tuple[GraphInfo, bool]:
+        try:
+            return create()
+        finally:
+            release_memory()
+
     await cancel_on_disconnect(request, state.uploads.acquire())
     try:
-        return await asyncio.to_thread(create)
+        return await asyncio.to_thread(work)
     finally:
         state.uploads.release()
 

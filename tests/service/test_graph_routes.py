@@ -1100,6 +1100,17 @@ def test_estimate_of_a_graph(service: Service, monkeypatch: pytest.MonkeyPatch) 
     assert error_of(response) == ("invalid_value", "node_ids")
 
 
+def test_memory_is_given_back_after_an_upload(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(graphs, "release_memory", lambda: released.append("now"))
+    service.create()
+    assert released == ["now"]
+    assert service.client.post("/v1/graphs", json={**GRAPH, "nodes": []}).status_code == 400
+    assert released == ["now"] * 2
+
+
 def test_whose_variables_are_wrong(service: Service) -> None:
     body = {"prompt": "edge@1", "model": "writer"}
     right, wrong = {"other": "x"}, {"others": "x"}

@@ -6,7 +6,8 @@ disk, so that a reader, and whoever opens the store after a crash, sees whole ro
 first value.
 
 The maps are shared: a process that is forked, or opens the folder itself, sees what the others write. Writers lock the
-folder, readers lock nothing.
+folder, readers lock nothing. Maps are read only, and only where something was written: a hole of the sparse file that
+finds no space when it is touched ends the process (SIGBUS), a write is refused (OSError).
 """
 
 import contextlib
@@ -110,9 +111,10 @@ class EnrichmentStore:
     def lookup(self, indices: Indices) -> tuple[Vectors, Mask]:
         """Rows of the nodes (num_indices, dim), and which of them are there; the others are zeros."""
         filled = self.has(indices)
-        vectors = np.asarray(self._vectors).take(indices, axis=0)
-        if not filled.all():
-            vectors[~filled] = 0  # half a row may be there
+        if filled.all():
+            return np.asarray(self._vectors).take(indices, axis=0), filled
+        vectors = np.zeros((len(indices), self.dim), dtype=self._vectors.dtype)
+        vectors[filled] = np.asarray(self._vectors).take(indices[filled], axis=0)
         return vectors, filled
 
     def write(self, indices: Indices, vectors: Vectors) -> int:
@@ -121,24 +123,27 @@ class EnrichmentStore:
         Raises:
             StoreMismatchError: the vectors have another width.
             ValueError: a vector is not finite, or a node is named twice.
+            OSError: the disk is full; no row was filled.
         """
         if vectors.shape != (len(indices), self.dim):
             raise StoreMismatchError(
                 f"{self.path}: rows are {self.dim} wide, got shape {vectors.shape} for {len(indices)} nodes"
             )
-        if len(np.unique(indices)) < len(indices):
+        order = np.argsort(indices)
+        indices, values = indices[order], vectors[order].astype(self._vectors.dtype)
+        if (indices[1:] == indices[:-1]).any():
             raise ValueError("a node is named twice")
-        values = vectors.astype(self._vectors.dtype)
+        if (indices[:1] < 0).any():
+            raise IndexError(f"a node's index is at least 0, got {indices[0]}")
         if not np.isfinite(values).all():
             raise ValueError(f"a vector is not finite as {values.dtype}")
         with self._locked():
             new = ~self.has(indices)
-            if new.any():
-                self._vectors[indices[new]] = values[new]
-                self._vectors.flush()
-                self._filled[indices[new]] = 1
-                self._filled.flush()
-        return int(new.sum())
+            num_new = int(new.sum())
+            if num_new:
+                _put(self.path / "vectors.bin", indices[new], values[new])
+                _put(self.path / "filled.bin", indices[new], np.ones(num_new, dtype=np.uint8))
+        return num_new
 
     def _create(self, about: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,10 +152,13 @@ class EnrichmentStore:
         try:
             (temporary / "store.json").write_text(json.dumps(about))
             row_bytes = about["dim"] * np.dtype(about["dtype"]).itemsize
-            for name, num_bytes in (("vectors.bin", row_bytes), ("filled.bin", 1)):
-                with (temporary / name).open("wb") as file:
-                    file.truncate(about["num_nodes"] * num_bytes)  # sparse: no disk until written
-                    os.fsync(file.fileno())
+            with (temporary / "vectors.bin").open("wb") as file:
+                file.truncate(about["num_nodes"] * row_bytes)  # sparse: no disk until written
+                os.fsync(file.fileno())
+            with (temporary / "filled.bin").open("wb") as file:
+                file.write(bytes(about["num_nodes"]))
+                file.flush()
+                os.fsync(file.fileno())
             with contextlib.suppress(
                 OSError
             ):  # another process was first, and its folder is not empty
@@ -173,7 +181,12 @@ class EnrichmentStore:
         """A descriptor of its own each time: one that is shared by a fork would share its lock."""
         with (self.path / "store.json").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(
+                    file, fcntl.LOCK_UN
+                )  # closing would leave it to a process forked meanwhile
 
 
 def _map(path: Path, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
@@ -181,4 +194,22 @@ def _map(path: Path, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> "np.memm
     num_bytes = dtype.itemsize * math.prod(shape)
     if path.stat().st_size != num_bytes:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {num_bytes}")
-    return np.memmap(path, dtype, "r+", shape=shape)
+    return np.memmap(path, dtype, "r", shape=shape)
+
+
+def _put(path: Path, indices: Indices, rows: Vectors) -> None:
+    """Writes rows, whose indices ascend, into a file and onto the disk; neighbours at once."""
+    row_bytes = rows.nbytes // len(rows)
+    ends = np.flatnonzero(np.diff(indices) != 1) + 1
+    with path.open("r+b", buffering=0) as file:
+        for start, end in zip([0, *ends], [*ends, len(rows)], strict=True):
+            _write_at(
+                file.fileno(), memoryview(rows[start:end].tobytes()), indices[start] * row_bytes
+            )
+        os.fsync(file.fileno())
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:  # a disk that fills up takes a part first
+        num_written = os.pwrite(descriptor, data, offset)
+        data, offset = data[num_written:], offset + num_written

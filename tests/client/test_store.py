@@ -1,5 +1,7 @@
 """The local store: whole rows or none, one identity, and what forks, crashes and two openers may do to it."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -90,8 +92,9 @@ def test_wrong_rows_are_refused_and_nothing_of_them_is_kept(store: EnrichmentSto
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="finite"):
             store.write(indices(1, 2), rows(1, bad))
-    with pytest.raises(IndexError):
-        store.write(indices(10), rows(1))
+    for beyond in (10, -1):
+        with pytest.raises(IndexError):
+            store.write(indices(beyond), rows(1))
     assert store.num_filled == 0
     with pytest.raises(ValueError, match="at least 1"):
         EnrichmentStore(store.path, **{**ABOUT, "dim": 0})
@@ -99,7 +102,9 @@ def test_wrong_rows_are_refused_and_nothing_of_them_is_kept(store: EnrichmentSto
 
 def test_half_a_row_is_no_row(store: EnrichmentStore) -> None:
     """What a crash between the row and its byte leaves."""
-    store._vectors[3] = 5
+    with (store.path / "vectors.bin").open("r+b") as file:
+        file.seek(3 * 3 * 2)
+        file.write(np.full(3, 5, dtype=np.float16).tobytes())
     vectors, there = EnrichmentStore.at(store.path).lookup(indices(3))
     assert (there.tolist(), vectors.tolist()) == ([False], [[0, 0, 0]])
     assert store.write(indices(3), rows(1)) == 1
@@ -121,6 +126,80 @@ def test_forked_processes_share_it(store: EnrichmentStore) -> None:
     vectors, there = store.lookup(np.arange(10))
     assert there.all()
     assert len(np.unique(vectors)) == 1  # one child was first, for all rows
+
+
+def test_a_fork_while_it_is_locked_does_not_keep_the_lock(store: EnrichmentStore) -> None:
+    child_ends, parent_ends = os.pipe()
+    with store._locked():
+        child = os.fork()
+        if child == 0:
+            os.close(parent_ends)
+            os.read(child_ends, 1)  # until the parent closes its end
+            os._exit(0)
+    try:
+        with (store.path / "store.json").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(parent_ends)
+        os.waitpid(child, 0)
+        os.close(child_ends)
+
+
+def test_a_full_disk_is_an_error_and_fills_nothing(
+    store: EnrichmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(indices(1), rows(1))
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lathe_client.store.os.pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        store.write(indices(1, 2, 5), rows(9, 2, 5))
+    monkeypatch.undo()
+    vectors, there = store.lookup(indices(1, 2, 5))
+    assert there.tolist() == [True, False, False]
+    assert vectors[:, 0].tolist() == [1, 0, 0]
+    assert store.write(indices(2, 5), rows(2, 5)) == 2
+
+
+def test_a_disk_that_takes_a_part_of_a_row(
+    store: EnrichmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(
+        "lathe_client.store.os.pwrite", lambda file, data, at: pwrite(file, data[:4], at)
+    )
+    store.write(indices(9, 3, 4), rows(9, 3, 4))
+    assert store.lookup(indices(3, 4, 9))[0].tolist() == [[3] * 3, [4] * 3, [9] * 3]
+
+
+def test_a_file_system_that_fills_up_does_not_end_the_process(tmp_path: Path) -> None:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)],
+        check=False,
+        capture_output=True,
+    ).returncode:
+        pytest.skip("no file system can be mounted here")
+    code = (
+        "import sys, numpy as np\n"
+        "from lathe_client import EnrichmentStore\n"
+        "store = EnrichmentStore(sys.argv[1], num_nodes=4000, dim=512, encoder='e')\n"
+        "try:\n"
+        "    for node in range(0, 4000, 100):\n"
+        "        store.write(np.arange(node, node + 100), np.ones((100, 512)))\n"
+        "except OSError as error:\n"
+        "    vectors, there = store.lookup(np.arange(4000))\n"
+        "    assert (vectors[:, 0] == there).all()\n"
+        "    print(error.strerror, store.num_filled)\n"
+    )
+    try:
+        command = [sys.executable, "-c", code, str(tmp_path / "s")]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert (done.returncode, done.stdout.split()[:3]) == (0, ["No", "space", "left"]), done.stderr
+    assert 0 < int(done.stdout.split()[-1]) <= 1000
 
 
 def test_two_creators_get_one_store(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 NodeId = str | int
 T = TypeVar("T")
@@ -95,6 +96,10 @@ class Enriched:
         return list(self.table.column("status").to_pylist())
 
     @property
+    def error_codes(self) -> list[str | None]:
+        return self._strings("error_code")
+
+    @property
     def texts(self) -> list[str | None]:
         """All None where no text was asked for."""
         return self._strings("text")
@@ -124,6 +129,14 @@ class Enriched:
         return np.asarray(valid.to_numpy(), dtype=bool)
 
     @property
+    def enriched_mask(self) -> npt.NDArray[np.bool_]:
+        """Rows whose embedding has what the LLM wrote in it; that of an invalid output is of the node's text alone."""
+        if self.dim is None:
+            return np.zeros(len(self), dtype=bool)
+        is_enriched = pc.equal(self.table.column("embedding_source").cast(pa.string()), "enriched")
+        return np.asarray(pc.fill_null(is_enriched, False).to_numpy(), dtype=bool)
+
+    @property
     def embeddings(self) -> npt.NDArray[Any]:
         """(rows, dim); zeros in a row without.
 
@@ -132,22 +145,20 @@ class Enriched:
         """
         if self.dim is None:
             raise ValueError("this enrichment has no embeddings: ask for return 'embedding'")
-        chunks = self.table.column("embedding").chunks
+        column = self.table.column("embedding")
+        none = np.asarray(pa.array([], column.type.value_type))  # for the dtype, of no chunk
         # Behind a null a fixed-size list keeps values that mean nothing.
         parts = [
             np.asarray(chunk.values)[chunk.offset * self.dim :][: len(chunk) * self.dim]
-            for chunk in chunks
+            for chunk in column.chunks
         ]
-        kind = self.table.schema.field("embedding").type.value_type.to_pandas_dtype()
-        values = np.concatenate(parts) if parts else np.empty(0, dtype=kind)
-        values = values.reshape(-1, self.dim)
+        values = np.concatenate([none, *parts]).reshape(-1, self.dim)
         return np.where(self.has_embedding[:, None], values, values.dtype.type(0))
 
     def rows(self) -> Iterator[EnrichedNode]:
         embeddings = None if self.dim is None else self.embeddings
         has_embedding = self.has_embedding
-        codes = self.table.column("error_code").to_pylist()
-        messages = self.table.column("error_message").to_pylist()
+        codes, messages = self.error_codes, self._strings("error_message")
         labels, fields = self.labels, self._strings("fields")
         for index, (node_id, status, text) in enumerate(
             zip(self.node_ids, self.statuses, self.texts, strict=True)

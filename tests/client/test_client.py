@@ -74,10 +74,29 @@ async def test_embeddings_of_both_clients(tmp_path: Path, monkeypatch: pytest.Mo
             assert np.array_equal(await aio.embeddings(**arguments, truncate=True), vectors)
 
 
+def test_vectors_of_the_text_alone_are_told_apart(
+    client: EnrichmentClient, service: Service
+) -> None:
+    service.writer._answer = lambda prompt: "" if "three" in prompt else "written"
+    enriched = client.enrich(NODES, prompt="summary@1", returns=["embedding"], **MODELS)
+    assert enriched.statuses == ["ok", "failed", "invalid_output"]
+    assert enriched.has_embedding.tolist() == [True, False, True]
+    assert enriched.enriched_mask.tolist() == [True, False, False]
+    *_, last = client.stream(NODES, prompt="summary@1", returns=["embedding"], **MODELS)
+    assert (last.enriched_mask.shape, last.embeddings.shape) == ((0,), (0, 4))
+
+
+def test_nothing_needs_pandas() -> None:
+    """pyarrow imports it for some of its methods, and the client does not list it."""
+    sources = Path(calls.__file__).parent.glob("*.py")
+    assert [path.name for path in sources if "pandas" in path.read_text()] == []
+
+
 def test_text_alone_has_no_vectors(client: EnrichmentClient) -> None:
     enriched = client.enrich(NODES, prompt="summary@1", **MODELS)
     assert enriched.embedding_model is None
     assert not enriched.has_embedding.any()
+    assert not enriched.enriched_mask.any()
     with pytest.raises(ValueError, match="no embeddings"):
         _ = enriched.embeddings
 

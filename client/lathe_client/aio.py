@@ -23,7 +23,7 @@ from lathe_client.api import (
     succeeded,
 )
 from lathe_client.arrow import ArrowDecoder
-from lathe_client.calls import Call, EnrichOptions
+from lathe_client.calls import Call, EnrichOptions, NodeIds
 from lathe_client.results import Enriched, Graph, Job, NodeId, Selection, join
 from lathe_client.retry import RetryPolicy
 from lathe_client.store import Vectors
@@ -83,12 +83,12 @@ class AsyncEnrichmentClient:
         return join(parts)
 
     async def enrich_graph(
-        self, graph_id: str, node_ids: Sequence[NodeId], **options: Unpack[EnrichOptions]
+        self, graph_id: str, node_ids: NodeIds, **options: Unpack[EnrichOptions]
     ) -> Enriched:
         """Enrich nodes of a graph of the service, otherwise as `enrich`."""
         parts = [
             await self._send(calls.enrich_graph(graph_id, piece, options))
-            for piece in calls.pieces(node_ids, options)
+            for piece in calls.pieces(calls.plain_ids(node_ids), options)
         ]
         return join(parts)
 
@@ -108,10 +108,10 @@ class AsyncEnrichmentClient:
                     yield enriched
 
     async def stream_graph(
-        self, graph_id: str, node_ids: Sequence[NodeId], **options: Unpack[EnrichOptions]
+        self, graph_id: str, node_ids: NodeIds, **options: Unpack[EnrichOptions]
     ) -> AsyncGenerator[Enriched, None]:
         """As `stream`, of a graph of the service."""
-        for piece in calls.pieces(node_ids, options):
+        for piece in calls.pieces(calls.plain_ids(node_ids), options):
             async with aclosing(
                 self._stream(calls.streamed(calls.enrich_graph(graph_id, piece, options)))
             ) as batches:
@@ -125,10 +125,10 @@ class AsyncEnrichmentClient:
         return await self._send(calls.estimate({"nodes": list(nodes)}, options))
 
     async def estimate_graph(
-        self, graph_id: str, node_ids: Sequence[NodeId], **options: Unpack[EnrichOptions]
+        self, graph_id: str, node_ids: NodeIds, **options: Unpack[EnrichOptions]
     ) -> dict[str, Any]:
         """As `estimate`, of a graph of the service."""
-        body = {"graph": graph_id, "node_ids": list(node_ids)}
+        body = {"graph": graph_id, "node_ids": calls.plain_ids(node_ids)}
         return await self._send(calls.estimate(body, options))
 
     async def create_graph(
@@ -205,7 +205,7 @@ class AsyncEnrichmentClient:
         self,
         *,
         graph_id: str | None = None,
-        node_ids: Sequence[NodeId] | None = None,
+        node_ids: NodeIds | None = None,
         select: Mapping[str, Any] | None = None,
         file_id: str | None = None,
         idempotency_key: str | None = None,

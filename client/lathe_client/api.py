@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lathe_client import calls
 from lathe_client.arrow import ArrowDecoder
-from lathe_client.calls import Call, EnrichOptions
+from lathe_client.calls import Call, EnrichOptions, NodeIds
 from lathe_client.errors import ConnectionFailedError, JobEndedError
 from lathe_client.results import Enriched, Graph, Job, NodeId, Selection, join
 from lathe_client.retry import RetryPolicy
@@ -76,12 +76,12 @@ class EnrichmentClient:
         return join(parts)
 
     def enrich_graph(
-        self, graph_id: str, node_ids: Sequence[NodeId], **options: Unpack[EnrichOptions]
+        self, graph_id: str, node_ids: NodeIds, **options: Unpack[EnrichOptions]
     ) -> Enriched:
         """Enrich nodes of a graph of the service, otherwise as `enrich`."""
         parts = [
             self._send(calls.enrich_graph(graph_id, piece, options))
-            for piece in calls.pieces(node_ids, options)
+            for piece in calls.pieces(calls.plain_ids(node_ids), options)
         ]
         return join(parts)
 
@@ -97,10 +97,10 @@ class EnrichmentClient:
             yield from self._stream(calls.streamed(calls.enrich(piece, options)))
 
     def stream_graph(
-        self, graph_id: str, node_ids: Sequence[NodeId], **options: Unpack[EnrichOptions]
+        self, graph_id: str, node_ids: NodeIds, **options: Unpack[EnrichOptions]
     ) -> Generator[Enriched, None, None]:
         """As `stream`, of a graph of the service."""
-        for piece in calls.pieces(node_ids, options):
+        for piece in calls.pieces(calls.plain_ids(node_ids), options):
             yield from self._stream(calls.streamed(calls.enrich_graph(graph_id, piece, options)))
 
     def estimate(
@@ -110,10 +110,10 @@ class EnrichmentClient:
         return self._send(calls.estimate({"nodes": list(nodes)}, options))
 
     def estimate_graph(
-        self, graph_id: str, node_ids: Sequence[NodeId], **options: Unpack[EnrichOptions]
+        self, graph_id: str, node_ids: NodeIds, **options: Unpack[EnrichOptions]
     ) -> dict[str, Any]:
         """As `estimate`, of a graph of the service."""
-        body = {"graph": graph_id, "node_ids": list(node_ids)}
+        body = {"graph": graph_id, "node_ids": calls.plain_ids(node_ids)}
         return self._send(calls.estimate(body, options))
 
     def create_graph(
@@ -186,7 +186,7 @@ class EnrichmentClient:
         self,
         *,
         graph_id: str | None = None,
-        node_ids: Sequence[NodeId] | None = None,
+        node_ids: NodeIds | None = None,
         select: Mapping[str, Any] | None = None,
         file_id: str | None = None,
         idempotency_key: str | None = None,
@@ -300,13 +300,13 @@ def failed(
 
 def job_body(
     graph_id: str | None,
-    node_ids: Sequence[NodeId] | None,
+    node_ids: NodeIds | None,
     select: Mapping[str, Any] | None,
     file_id: str | None,
 ) -> dict[str, Any]:
     given = {
         "graph": graph_id,
-        "node_ids": None if node_ids is None else list(node_ids),
+        "node_ids": None if node_ids is None else calls.plain_ids(node_ids),
         "select": None if select is None else dict(select),
         "file": file_id,
     }

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,6 +35,8 @@ MAX_NODES_PER_REQUEST = 1024
 """The service takes no more in one request; `enrich` sends several, a job takes any number."""
 RESULT_NAME = "enriched.arrow"
 T = TypeVar("T")
+NodeIds = Sequence[NodeId] | npt.NDArray[Any]
+"""Also a tensor, of which this package need not know."""
 Priority = Literal["interactive", "training", "bulk"]
 Part = Literal["text", "embedding"]
 LongText = Literal["head", "head_tail", "chunk_mean"]
@@ -169,6 +172,13 @@ def pieces(items: Sequence[T], options: EnrichOptions) -> Iterator[Sequence[T]]:
         )
     for start in range(0, len(items), MAX_NODES_PER_REQUEST):
         yield items[start : start + MAX_NODES_PER_REQUEST]
+
+
+def plain_ids(node_ids: NodeIds) -> list[NodeId]:
+    """Ids as JSON has them, of a list, an array or a tensor, or of a list of their numbers."""
+    if hasattr(node_ids, "tolist"):
+        return list(node_ids.tolist())
+    return [node_id.item() if hasattr(node_id, "item") else node_id for node_id in node_ids]
 
 
 def embeddings(texts: Sequence[str], model: str, truncate: bool) -> Iterator[Call[Vectors]]:

@@ -5,11 +5,14 @@ A node that was not enriched keeps its own features, so the width is one for all
 come from one encoder.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -22,7 +25,7 @@ from torch_geometric.sampler import (
 from torch_geometric.transforms import BaseTransform
 
 from lathe_client.api import EnrichmentClient
-from lathe_client.calls import EnrichOptions
+from lathe_client.calls import EnrichOptions, NodeIds, plain_ids
 from lathe_client.prefetch import Prefetcher
 from lathe_client.results import Enriched, NodeId
 from lathe_client.store import EnrichmentStore, Indices
@@ -35,7 +38,7 @@ class EnrichTransform(BaseTransform):  # type: ignore[misc]
         graph_id: a graph that the service has; None uploads the data, whose `text` is a list of one text per node.
         select: strategy and budget, such as {"strategy": "pagerank", "budget": {"fraction": 0.1}}; None is every node.
         node_ids: the service's id of each node index, of a graph that it has; None where they are the indices.
-        options: how to enrich.
+        options: how to enrich; `returns` must have "embedding".
 
     Attributes:
         enriched: rows of the last call, for texts, statuses and usage.
@@ -47,7 +50,7 @@ class EnrichTransform(BaseTransform):  # type: ignore[misc]
         *,
         graph_id: str | None = None,
         select: Mapping[str, Any] | None = None,
-        node_ids: Sequence[NodeId] | None = None,
+        node_ids: NodeIds | None = None,
         **options: Unpack[EnrichOptions],
     ) -> None:
         if node_ids is not None and graph_id is None:
@@ -55,23 +58,31 @@ class EnrichTransform(BaseTransform):  # type: ignore[misc]
         self.client = client
         self.graph_id = graph_id
         self.select = select
-        self.node_ids = node_ids
+        self.node_ids = None if node_ids is None else plain_ids(node_ids)
         self.options: EnrichOptions = {"returns": ["text", "embedding"], **options}
+        if "embedding" not in self.options["returns"]:
+            raise ValueError(f"returns must have 'embedding', got {self.options['returns']}")
         self.enriched: Enriched | None = None
 
     def forward(self, data: Data) -> Data:
-        """Raises: LatheError; ValueError: the data lacks texts, or has features of another width."""
+        """Raises: LatheError; ValueError: the data lacks texts, has features of another width, or other nodes."""
         graph_id = self.graph_id or upload(self.client, data)
+        ids = range(data.num_nodes) if self.node_ids is None else self.node_ids
         job = self.client.submit_job(
             graph_id=graph_id,
-            node_ids=None if self.select is not None else self._ids(data),
+            node_ids=None if self._is_of_all(graph_id, ids) else ids,
             select=self.select,
             **self.options,
         )
         self.client.wait(job.id)
         self.enriched = self.client.job_result(job.id)
-        index_of = {node_id: index for index, node_id in enumerate(self._ids(data))}
-        there = self.enriched.has_embedding
+        index_of = {node_id: index for index, node_id in enumerate(ids)}
+        unknown = [node_id for node_id in self.enriched.node_ids if node_id not in index_of]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} nodes of {graph_id} are not in the data: {unknown[:3]}"
+            )
+        there = self.enriched.enriched_mask
         indices = np.array([index_of[i] for i in self.enriched.node_ids], dtype=np.int64)[there]
         vectors = np.zeros((data.num_nodes, self.enriched.dim or 0), dtype=np.float32)
         vectors[indices] = self.enriched.embeddings[there]
@@ -79,12 +90,15 @@ class EnrichTransform(BaseTransform):  # type: ignore[misc]
         mask[indices] = True
         return _joined(data, vectors, mask)
 
-    def _ids(self, data: Data) -> Sequence[NodeId]:
-        return range(data.num_nodes) if self.node_ids is None else self.node_ids
+    def _is_of_all(self, graph_id: str, ids: Sequence[NodeId]) -> bool:
+        """Whether the service knows which nodes: a request takes no more than 100,000 ids."""
+        return self.select is not None or len(ids) == self.client.graph(graph_id).num_nodes
 
 
 def upload(client: EnrichmentClient, data: Data, name: str = "pyg") -> str:
     """The id of a graph made from `data.text` and `data.edge_index`; its node ids are the indices.
+
+    The same data twice is one graph.
 
     Raises:
         ValueError: there is not one text per node.
@@ -94,14 +108,20 @@ def upload(client: EnrichmentClient, data: Data, name: str = "pyg") -> str:
         raise ValueError("data.text must be a list of one text per node")
     nodes = [{"id": index, "text": text} for index, text in enumerate(texts)]
     edges = [(source, target) for source, target in data.edge_index.t().tolist()]
-    return client.create_graph(name, nodes, edges, directed=not data.is_undirected()).id
+    directed = not data.is_undirected()
+    content = json.dumps(
+        [name, list(texts), edges, directed, pa.__version__]
+    )  # which writes the Parquet
+    key = f"pyg-{hashlib.sha256(content.encode()).hexdigest()}"
+    return client.create_graph(name, nodes, edges, directed=directed, idempotency_key=key).id
 
 
 class EnrichHook(BaseTransform):  # type: ignore[misc]
     """`NodeLoader(..., transform=EnrichHook(store))`: `x_enriched` and `enriched_mask` of a batch, by its `n_id`.
 
     It reads the local store and nothing else. Nodes that are not there are told to the prefetcher, which may have them
-    for a later batch.
+    for a later batch. A loader with workers needs `filter_per_worker=False`: otherwise PyG runs this in them, where no
+    prefetcher is.
     """
 
     def __init__(self, store: EnrichmentStore, prefetcher: Prefetcher | None = None) -> None:
@@ -130,9 +150,10 @@ def _joined(data: Data, vectors: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) 
                 f"x is {x.shape[1]} wide and the enriched vectors {enriched.shape[1]}: features must come from"
                 " the encoder that the service embeds with"
             )
-        enriched, enriched_mask = enriched.to(x), enriched_mask.to(x.device)
+        enriched = enriched.to(x.device, x.dtype if x.is_floating_point() else enriched.dtype)
+        enriched_mask = enriched_mask.to(x.device)
         if not mask.all():
-            enriched[~enriched_mask] = x[~enriched_mask]
+            enriched[~enriched_mask] = x[~enriched_mask].to(enriched.dtype)
     data.x_enriched, data.enriched_mask = enriched, enriched_mask
     return data
 
@@ -143,7 +164,7 @@ class SeedSampler(torch.utils.data.Sampler[int]):
     `NodeLoader(data, sampler, input_nodes=seeds, sampler=SeedSampler(seeds, prefetcher, ahead=1024))`
 
     Args:
-        input_nodes: the loader's, as indices.
+        input_nodes: the loader's, as indices or as a mask.
         ahead: how many seeds the prefetcher knows of beyond those that the loader has taken.
         shuffle: anew in each epoch, the same ones for the same seed.
     """
@@ -157,7 +178,10 @@ class SeedSampler(torch.utils.data.Sampler[int]):
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        self._nodes = input_nodes.cpu().numpy()
+        is_mask = input_nodes.dtype == torch.bool
+        nodes = input_nodes.nonzero().view(-1) if is_mask else input_nodes
+        # A copy: a tensor that is sent to a worker moves to shared memory, from under its views.
+        self._nodes = nodes.cpu().numpy().copy()
         self._prefetcher = prefetcher
         self._ahead = ahead
         self._shuffle = shuffle
@@ -184,7 +208,8 @@ class CsrSampler(BaseSampler):  # type: ignore[misc]
 
     Messages go from `edge_index[0]` to `edge_index[1]`, so a node's neighbours are the sources of its incoming edges.
     Each node is expanded once, in the first hop that meets it. A draw depends on `seed`, on how many batches came
-    before it in this process, and on the batch's first nodes, so that forked loader workers draw differently.
+    before it in this process, on the batch's first nodes, and in a loader's worker on its seed, which PyTorch draws for
+    each epoch: workers that start anew do not draw the same again.
 
     Args:
         num_neighbors: most neighbours per node of each hop; -1 takes all.
@@ -223,7 +248,9 @@ class CsrSampler(BaseSampler):  # type: ignore[misc]
         if index.time is not None:
             raise ValueError("CsrSampler knows no times: leave input_time out")
         seeds = index.node.numpy()
-        random = np.random.default_rng((self._seed, self._num_batches, *seeds[:4].tolist()))
+        worker = torch.utils.data.get_worker_info()
+        entropy = (self._seed, self._num_batches, *seeds[:4].tolist())
+        random = np.random.default_rng(entropy if worker is None else (*entropy, worker.seed))
         self._num_batches += 1
         known = _Known(seeds)
         frontier, first = seeds, 0

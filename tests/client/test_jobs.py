@@ -126,6 +126,43 @@ def test_the_transform_writes_what_the_job_found(client: EnrichmentClient) -> No
     assert torch.equal(done.x_enriched[done.enriched_mask], vectors[order])
 
 
+@pytest.mark.usefixtures("worker")
+def test_the_transform_without_a_selection_is_of_the_whole_graph(
+    client: EnrichmentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    submit = client.submit_job
+
+    def submitted(**options: Any) -> Any:
+        asked.append(options["node_ids"])
+        return submit(**options)
+
+    monkeypatch.setattr(client, "submit_job", submitted)
+    data = Data(edge_index=torch.tensor(EDGES).t().contiguous(), text=TEXTS, num_nodes=5)
+    first = EnrichTransform(client, **OPTIONS)(data)
+    assert first.enriched_mask.tolist() == [True, True, False, True, True]
+    # The same data is the same graph: nothing is left behind at each call.
+    num_graphs = len(client.graphs(limit=100))
+    again = EnrichTransform(client, **OPTIONS)(data)
+    assert torch.equal(again.x_enriched, first.x_enriched)
+    assert len(client.graphs(limit=100)) == num_graphs
+    graph_id = create_graph(client)
+    named = EnrichTransform(
+        client, graph_id=graph_id, node_ids=np.array([f"n{i}" for i in range(5)]), **OPTIONS
+    )
+    assert torch.equal(named(data).x_enriched, first.x_enriched)
+    assert asked == [None, None, None]
+    part = EnrichTransform(client, graph_id=graph_id, node_ids=["n1", "n0"], **OPTIONS)
+    two = Data(edge_index=torch.empty((2, 0), dtype=torch.long), num_nodes=2)
+    assert torch.equal(part(two).x_enriched, first.x_enriched[[1, 0]])
+    assert asked[3] == ["n1", "n0"]
+    other = EnrichTransform(client, graph_id=graph_id, node_ids=list("abcde"), **OPTIONS)
+    with pytest.raises(ValueError, match="not in the data"):
+        other(data)
+    with pytest.raises(ValueError, match="'embedding'"):
+        EnrichTransform(client, returns=["text"], **OPTIONS)
+
+
 def _width(client: EnrichmentClient) -> int:
     found = client.enrich([{"id": 0, "text": "t"}], returns=["embedding"], **OPTIONS)
     return int(found.embeddings.shape[1])

@@ -1,6 +1,9 @@
 """The PyTorch Geometric parts: a sampler against the definition, a hook that never waits, seeds told in time."""
 
+import errno
 import multiprocessing
+import os
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from lathe_client import ApiStatusError, EnrichmentClient, EnrichmentStore
-from lathe_client.prefetch import Prefetcher, graph_fetch
+from lathe_client.prefetch import Prefetcher, _warn_once, graph_fetch, rest_seconds
 from lathe_client.pyg import CsrSampler, EnrichHook, SeedSampler, upload
 from torch_geometric.data import Data
 from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import SAGEConv
 from torch_geometric.sampler import EdgeSamplerInput, NodeSamplerInput
 
+from engines.protocol import EngineError
 from tests.service.test_graph_routes import Service
 
 NUM_NODES = 40
@@ -48,13 +52,17 @@ class Fetch:
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.is_up = True
+        self.asked = threading.Event()
 
-    def __call__(self, nodes: Any) -> tuple[Any, Any]:
+    def __call__(self, nodes: Any) -> tuple[Any, Any, Any]:
         self.batches.append(nodes.tolist())
+        self.asked.set()
         assert self.gate.wait(20)
         if self.error is not None:
             raise self.error
-        return vectors_of(nodes), nodes != 13  # which has no text
+        there = (nodes != 13) & self.is_up  # which has no text
+        return vectors_of(nodes), there, np.full(len(nodes), not self.is_up)
 
 
 @pytest.fixture
@@ -202,6 +210,79 @@ def test_an_error_ends_the_fetching_and_is_raised_at_the_end(
     assert fetch.batches == [[0, 1, 2]]
 
 
+def test_a_full_disk_ends_the_fetching(
+    store: EnrichmentStore, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lathe_client.store.os.pwrite", full)
+    prefetcher = Prefetcher(store, fetch)
+    prefetcher.want(np.arange(3))
+    with pytest.raises(OSError, match="No space"):
+        prefetcher.drain()
+    assert isinstance(prefetcher.failure, OSError)
+    assert store.num_filled == 0
+    with pytest.raises(OSError, match="No space"):
+        prefetcher.close()
+
+
+def test_what_an_engine_lost_is_asked_for_again(
+    store: EnrichmentStore, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lathe_client.prefetch.FIRST_REST_SECONDS", 0.0)
+    with Prefetcher(store, fetch, batch_size=8) as prefetcher:
+        fetch.is_up = False
+        prefetcher.want(np.arange(10, 20))
+        prefetcher.drain()
+        assert store.num_filled == 0
+        fetch.is_up = True
+        for _ in range(2):  # the second time nothing is left to ask for: node 13 itself is at fault
+            prefetcher.want(np.arange(10, 20))
+            prefetcher.drain()
+        assert store.has(np.arange(10, 20)).tolist() == [i != 13 for i in range(10, 20)]
+    nodes = [list(range(10, 18)), [18, 19]]
+    assert fetch.batches == nodes * 2
+
+
+def test_an_engine_that_is_away_is_left_alone_for_longer_each_time(
+    store: EnrichmentStore, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [rest_seconds(n) for n in (0, 1, 2, 3, 7, 9999)] == [0, 1, 2, 4, 60, 60]
+    monkeypatch.setattr("lathe_client.prefetch.FIRST_REST_SECONDS", 1e4)
+    monkeypatch.setattr("lathe_client.prefetch.LONGEST_REST_SECONDS", 1e4)
+    fetch.is_up = False
+    with Prefetcher(store, fetch, batch_size=8) as prefetcher:
+        prefetcher.want(np.arange(16))
+        assert fetch.asked.wait(20)
+    assert len(fetch.batches) == 1  # and a rest does not delay the end
+
+
+def test_draining_what_is_closed_does_not_wait(store: EnrichmentStore, fetch: Fetch) -> None:
+    prefetcher = Prefetcher(store, fetch)
+    prefetcher.close()
+    prefetcher._waiting.append(5)  # which came just before
+    drain = threading.Thread(target=prefetcher.drain, daemon=True)
+    drain.start()
+    drain.join(20)
+    assert not drain.is_alive()
+
+
+def test_an_exception_does_not_wait_for_the_fetch_under_way(
+    store: EnrichmentStore, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lathe_client.prefetch.EXIT_SECONDS", 0.01)
+    fetch.gate.clear()
+    prefetcher = Prefetcher(store, fetch)
+    prefetcher.want(np.arange(3))
+    assert fetch.asked.wait(20)
+    with pytest.raises(KeyboardInterrupt), prefetcher:
+        raise KeyboardInterrupt
+    assert prefetcher._thread.is_alive()
+    fetch.gate.set()
+    prefetcher.close()
+
+
 def test_seeds_are_told_before_their_turn(
     store: EnrichmentStore, fetch: Fetch, prefetcher: Prefetcher
 ) -> None:
@@ -256,6 +337,80 @@ def test_a_forked_worker_reads_the_store_and_leaves_fetching_to_its_parent(
     assert fetch.batches == []
 
 
+def test_a_worker_that_wants_in_vain_says_so_once(
+    data: Data, store: EnrichmentStore, prefetcher: Prefetcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    data.n_id = torch.arange(NUM_NODES)
+    pid, prefetcher._pid = prefetcher._pid, -1  # as a fork sees it
+    for hook in (EnrichHook(store, prefetcher), pickle.loads(pickle.dumps(EnrichHook(store, prefetcher)))):  # noqa: S301  # fmt: skip
+        _warn_once.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            assert not hook(data).enriched_mask.any()
+        assert ["filter_per_worker=False" in record.message for record in caplog.records] == [True]
+    prefetcher._pid = pid
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_neighbours_are_fetched_though_workers_sample(
+    method: str, data: Data, store: EnrichmentStore, fetch: Fetch, prefetcher: Prefetcher
+) -> None:
+    seeds = torch.arange(8)
+    loader = NodeLoader(
+        data,
+        CsrSampler(data.edge_index, NUM_NODES, [4]),
+        input_nodes=seeds,
+        batch_size=4,
+        sampler=SeedSampler(seeds, prefetcher),
+        transform=EnrichHook(store, prefetcher),
+        num_workers=1,
+        multiprocessing_context=method,
+        filter_per_worker=False,
+    )
+    seen = {node for batch in loader for node in batch.n_id.tolist()}
+    prefetcher.drain()
+    assert {node for batch in fetch.batches for node in batch} == seen > set(seeds.tolist())
+
+
+def test_workers_that_start_anew_draw_anew(data: Data) -> None:
+    torch.manual_seed(0)
+    sampler = CsrSampler(data.edge_index, NUM_NODES, [2])
+    loader = NodeLoader(data, sampler, batch_size=NUM_NODES, num_workers=1)
+    first, second = (next(iter(loader)).e_id.tolist() for _ in range(2))
+    assert first != second
+    torch.manual_seed(0)
+    assert next(iter(loader)).e_id.tolist() == first
+
+
+def test_a_mask_of_seeds_is_its_nodes(data: Data, fetch: Fetch, prefetcher: Prefetcher) -> None:
+    mask = torch.zeros(NUM_NODES, dtype=torch.bool)
+    mask[30:] = True
+    loader = NodeLoader(
+        data,
+        CsrSampler(data.edge_index, NUM_NODES, [2]),
+        input_nodes=mask,
+        batch_size=8,
+        sampler=SeedSampler(mask, prefetcher),
+    )
+    seeds = [node for batch in loader for node in batch.n_id[: batch.batch_size].tolist()]
+    prefetcher.drain()
+    assert sorted(seeds) == list(range(30, NUM_NODES))
+    assert sorted(node for batch in fetch.batches for node in batch) == sorted(seeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float16])
+def test_vectors_stay_numbers_beside_whole_ones(
+    dtype: torch.dtype, data: Data, store: EnrichmentStore
+) -> None:
+    store.write(np.array([1]), np.full((1, DIM), 0.5, dtype=np.float32))
+    data.n_id = torch.arange(NUM_NODES)
+    data.x = data.x.to(dtype)
+    found = EnrichHook(store)(data).x_enriched
+    assert found.dtype == (dtype if dtype.is_floating_point else torch.float32)
+    assert found[1].tolist() == [0.5] * DIM
+    assert torch.equal(found[2:], data.x[2:].to(found.dtype))
+
+
 def test_from_the_service_into_the_loader(
     data: Data, store: EnrichmentStore, client: EnrichmentClient, service: Service
 ) -> None:
@@ -272,6 +427,27 @@ def test_from_the_service_into_the_loader(
         prefetcher.drain()
         assert hook(data).enriched_mask.all()
     assert len(service.writer.prompts) == NUM_NODES
+    assert upload(client, data) == graph_id
+    data.text[0] = "another"
+    assert upload(client, data) != graph_id
     del data.text
     with pytest.raises(ValueError, match="one text per node"):
         upload(client, data)
+
+
+def test_rows_of_a_fetch_are_told_apart(
+    data: Data, client: EnrichmentClient, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Written by the LLM; at fault themselves; lost by an engine."""
+    data.text = ["good", "", "mute", *["more"] * (NUM_NODES - 3)]
+    graph_id = upload(client, data)
+    options: Any = {"prompt": "summary@1", "model": "writer", "embedding_model": "encoder"}
+    service.writer._answer = lambda prompt: "" if "mute" in prompt else "written"
+    fetch = graph_fetch(client, graph_id, torch.arange(NUM_NODES), **options)  # type: ignore[arg-type]
+    _, there, *again = fetch(np.array([0, 1, 2]))
+    assert (there.tolist(), again[0].tolist()) == ([True, False, False], [False, False, False])
+    assert "2 of 3 nodes were not enriched" in caplog.text
+    service.encoder.embed_error = EngineError("engine_dead", "it died")
+    _, there, *again = fetch(np.array([0, 1, 3]))
+    assert (there.tolist(), again[0].tolist()) == ([True, False, False], [False, False, True])
+    assert "engine_dead" in caplog.text

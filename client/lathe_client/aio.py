@@ -17,13 +17,17 @@ from lathe_client.api import (
     DEFAULT_URL,
     FIRST_POLL_SECONDS,
     LONGEST_POLL_SECONDS,
+    NOT_SENT,
+    UNSENDABLE,
     failed,
     http_arguments,
     job_body,
     succeeded,
+    undecodable,
 )
 from lathe_client.arrow import ArrowDecoder
 from lathe_client.calls import Call, EnrichOptions, NodeIds
+from lathe_client.errors import ApiStatusError
 from lathe_client.results import Enriched, Graph, Job, NodeId, Selection, join
 from lathe_client.retry import RetryPolicy
 from lathe_client.store import Vectors
@@ -32,10 +36,10 @@ T = TypeVar("T")
 
 
 class AsyncEnrichmentClient:
-    """A connection to one service. Every method raises `LatheError`; use as a context manager.
+    """A connection to one service, of one event loop. Every method raises `LatheError`; use as a context manager.
 
     Args:
-        url: of the service.
+        url: of the service, http or https.
         api_key: where the service has keys.
         retry: when a request is sent again.
         transport: of httpx, for tests and proxies; the environment's proxies are not used.
@@ -157,7 +161,11 @@ class AsyncEnrichmentClient:
         return await self._send(calls.get_graph(graph_id))
 
     async def delete_graph(self, graph_id: str) -> None:
-        await self._send(calls.delete_graph(graph_id))
+        try:
+            await self._send(calls.delete_graph(graph_id))
+        except ApiStatusError as error:
+            if not (error.is_repeated and error.code == "graph_not_found"):
+                raise
 
     async def select(
         self, graph_id: str, strategy: str, *, budget: Mapping[str, float], **options: Any
@@ -219,7 +227,14 @@ class AsyncEnrichmentClient:
         return await self._send(calls.get_job(job_id))
 
     async def cancel_job(self, job_id: str) -> Job:
-        return await self._send(calls.cancel_job(job_id))
+        try:
+            return await self._send(calls.cancel_job(job_id))
+        except ApiStatusError as error:
+            if error.is_repeated and error.code == "job_not_cancellable":
+                job = await self.job(job_id)
+                if job.status == "cancelled":
+                    return job
+            raise
 
     async def wait(self, job_id: str, *, timeout_seconds: float | None = None) -> Job:
         """Wait until a job has succeeded.
@@ -248,30 +263,35 @@ class AsyncEnrichmentClient:
         return await self._send(calls.usage())
 
     async def _send(self, call: Call[T]) -> T:
-        response = await self._request(call, stream=False)
-        calls.check(response)
-        return call.read(response)
+        response, is_repeated = await self._request(call, stream=False)
+        return calls.answer(call, response, is_repeated=is_repeated)
 
     async def _stream(self, call: Call[Enriched]) -> AsyncGenerator[Enriched, None]:
-        response = await self._request(call, stream=True)
+        response, is_repeated = await self._request(call, stream=True)
         decoder = ArrowDecoder()
         try:
             if not response.is_success:
                 await response.aread()
-                calls.check(response)
+                calls.check(response, is_repeated=is_repeated)
             async for chunk in response.aiter_bytes():
                 for enriched in decoder.feed(chunk):
                     yield enriched
             decoder.close()
         except httpx.TransportError as error:
             raise failed(self._http, error) from error
+        except httpx.DecodingError as error:
+            raise undecodable(self._http, error) from error
         finally:
             await response.aclose()
 
-    async def _request(self, call: Call[Any], *, stream: bool) -> httpx.Response:
-        """The answer, or the last one of those that are retried. Raises: ConnectionFailedError."""
+    async def _request(self, call: Call[Any], *, stream: bool) -> tuple[httpx.Response, bool]:
+        """The answer, or the last one of those that are retried; and whether an earlier one was lost.
+
+        Raises:
+            ConnectionFailedError, UnexpectedAnswerError.
+        """
         started = time.monotonic()
-        num_sent = 0
+        num_sent, is_repeated = 0, False
         while True:
             num_sent += 1
             response: httpx.Response | None = None
@@ -280,9 +300,13 @@ class AsyncEnrichmentClient:
                 request = self._http.build_request(call.method, call.path, **call.arguments())
                 response = await self._http.send(request, stream=stream)
                 if response.is_success:
-                    return response
+                    return response, is_repeated
+            except UNSENDABLE as error:
+                raise failed(self._http, error) from error
             except httpx.TransportError as error:
                 failure = error
+            except httpx.DecodingError as error:
+                raise undecodable(self._http, error) from error
             wait = self._retry.wait_seconds(
                 num_sent,
                 time.monotonic() - started,
@@ -291,9 +315,10 @@ class AsyncEnrichmentClient:
             )
             if wait is None:
                 if response is not None:
-                    return response
+                    return response, is_repeated
                 assert failure is not None
                 raise failed(self._http, failure) from failure
+            is_repeated |= failure is not None and not isinstance(failure, NOT_SENT)
             if response is not None:
                 await response.aclose()
             await asyncio.sleep(wait)

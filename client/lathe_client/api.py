@@ -1,5 +1,6 @@
 """The client for scripts and training loops that do not run an event loop. Thread-safe."""
 
+import re
 import time
 from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
@@ -12,7 +13,12 @@ import pyarrow as pa
 from lathe_client import calls
 from lathe_client.arrow import ArrowDecoder
 from lathe_client.calls import Call, EnrichOptions, NodeIds
-from lathe_client.errors import ConnectionFailedError, JobEndedError
+from lathe_client.errors import (
+    ApiStatusError,
+    ConnectionFailedError,
+    JobEndedError,
+    UnexpectedAnswerError,
+)
 from lathe_client.results import Enriched, Graph, Job, NodeId, Selection, join
 from lathe_client.retry import RetryPolicy
 from lathe_client.store import Vectors
@@ -23,6 +29,9 @@ ANSWER_SECONDS = 660.0
 """A little more than the service gives itself."""
 FIRST_POLL_SECONDS = 0.1
 LONGEST_POLL_SECONDS = 2.0
+UNSENDABLE = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+"""Failures that another attempt does not mend."""
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 T = TypeVar("T")
 
 
@@ -30,7 +39,7 @@ class EnrichmentClient:
     """A connection to one service. Every method raises `LatheError`; use as a context manager.
 
     Args:
-        url: of the service.
+        url: of the service, http or https.
         api_key: where the service has keys.
         retry: when a request is sent again.
         transport: of httpx, for tests and proxies; the environment's proxies are not used.
@@ -142,7 +151,11 @@ class EnrichmentClient:
         return self._send(calls.get_graph(graph_id))
 
     def delete_graph(self, graph_id: str) -> None:
-        self._send(calls.delete_graph(graph_id))
+        try:
+            self._send(calls.delete_graph(graph_id))
+        except ApiStatusError as error:
+            if not (error.is_repeated and error.code == "graph_not_found"):
+                raise
 
     def select(
         self, graph_id: str, strategy: str, *, budget: Mapping[str, float], **options: Any
@@ -200,7 +213,14 @@ class EnrichmentClient:
         return self._send(calls.get_job(job_id))
 
     def cancel_job(self, job_id: str) -> Job:
-        return self._send(calls.cancel_job(job_id))
+        try:
+            return self._send(calls.cancel_job(job_id))
+        except ApiStatusError as error:
+            if error.is_repeated and error.code == "job_not_cancellable":
+                job = self.job(job_id)
+                if job.status == "cancelled":
+                    return job
+            raise
 
     def wait(self, job_id: str, *, timeout_seconds: float | None = None) -> Job:
         """Wait until a job has succeeded.
@@ -229,29 +249,34 @@ class EnrichmentClient:
         return self._send(calls.usage())
 
     def _send(self, call: Call[T]) -> T:
-        response = self._request(call, stream=False)
-        calls.check(response)
-        return call.read(response)
+        response, is_repeated = self._request(call, stream=False)
+        return calls.answer(call, response, is_repeated=is_repeated)
 
     def _stream(self, call: Call[Enriched]) -> Generator[Enriched, None, None]:
-        response = self._request(call, stream=True)
+        response, is_repeated = self._request(call, stream=True)
         decoder = ArrowDecoder()
         try:
             if not response.is_success:
                 response.read()
-                calls.check(response)
+                calls.check(response, is_repeated=is_repeated)
             for chunk in response.iter_bytes():
                 yield from decoder.feed(chunk)
             decoder.close()
         except httpx.TransportError as error:
             raise failed(self._http, error) from error
+        except httpx.DecodingError as error:
+            raise undecodable(self._http, error) from error
         finally:
             response.close()
 
-    def _request(self, call: Call[Any], *, stream: bool) -> httpx.Response:
-        """The answer, or the last one of those that are retried. Raises: ConnectionFailedError."""
+    def _request(self, call: Call[Any], *, stream: bool) -> tuple[httpx.Response, bool]:
+        """The answer, or the last one of those that are retried; and whether an earlier one was lost.
+
+        Raises:
+            ConnectionFailedError, UnexpectedAnswerError.
+        """
         started = time.monotonic()
-        num_sent = 0
+        num_sent, is_repeated = 0, False
         while True:
             num_sent += 1
             response: httpx.Response | None = None
@@ -260,9 +285,13 @@ class EnrichmentClient:
                 request = self._http.build_request(call.method, call.path, **call.arguments())
                 response = self._http.send(request, stream=stream)
                 if response.is_success:
-                    return response
+                    return response, is_repeated
+            except UNSENDABLE as error:
+                raise failed(self._http, error) from error
             except httpx.TransportError as error:
                 failure = error
+            except httpx.DecodingError as error:
+                raise undecodable(self._http, error) from error
             wait = self._retry.wait_seconds(
                 num_sent,
                 time.monotonic() - started,
@@ -271,9 +300,10 @@ class EnrichmentClient:
             )
             if wait is None:
                 if response is not None:
-                    return response
+                    return response, is_repeated
                 assert failure is not None
                 raise failed(self._http, failure) from failure
+            is_repeated |= failure is not None and not isinstance(failure, NOT_SENT)
             if response is not None:
                 response.close()
             time.sleep(wait)
@@ -282,7 +312,15 @@ class EnrichmentClient:
 def http_arguments(
     url: str, api_key: str | None, timeout_seconds: float, transport: Any
 ) -> dict[str, Any]:
-    """How both clients make theirs of httpx."""
+    """How both clients make theirs of httpx. Raises: ValueError: the URL or the key cannot be one."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"url {url!r}: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"url must be http:// or https:// and a host, got {url!r}")
+    if api_key and not re.fullmatch("[!-~]+", api_key):  # which httpx would show in its error
+        raise ValueError("api_key must be visible ASCII characters, without a space or line end")
     return {
         "base_url": url.rstrip("/"),
         "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -296,6 +334,12 @@ def failed(
     http: httpx.Client | httpx.AsyncClient, error: httpx.TransportError
 ) -> ConnectionFailedError:
     return ConnectionFailedError(f"{http.base_url}: {type(error).__name__} {error}".strip())
+
+
+def undecodable(
+    http: httpx.Client | httpx.AsyncClient, error: httpx.DecodingError
+) -> UnexpectedAnswerError:
+    return UnexpectedAnswerError(f"{http.base_url}: the answer cannot be decoded: {error}")
 
 
 def job_body(

@@ -14,6 +14,7 @@ from lathe_client.results import Enriched, Usage, from_batches, read_usage
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError)
 
 
 def read_all(data: bytes) -> Enriched:
@@ -21,7 +22,7 @@ def read_all(data: bytes) -> Enriched:
     try:
         with pa.ipc.open_stream(data) as reader:
             return from_batches(reader.schema, list(reader), None)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    except _UNREADABLE as error:
         raise UnexpectedAnswerError(f"the answer is no Arrow stream of Lathe: {error}") from error
 
 
@@ -76,7 +77,7 @@ class ArrowDecoder:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
                 usage = _usage(metadata)
                 return from_batches(reader.schema, [batch], usage)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        except _UNREADABLE as error:
             raise UnexpectedAnswerError(f"a message cannot be read: {error}") from error
 
 

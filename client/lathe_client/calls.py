@@ -93,7 +93,18 @@ class Call(Generic[T]):
         return {name: value for name, value in given.items() if value is not None}
 
 
-def check(response: httpx.Response) -> None:
+def answer(call: Call[T], response: httpx.Response, *, is_repeated: bool) -> T:
+    """What the service says. Raises: ApiStatusError; UnexpectedAnswerError. The body has been read."""
+    check(response, is_repeated=is_repeated)
+    try:
+        return call.read(response)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UnexpectedAnswerError(
+            f"{call.method} {call.path} has another answer than a Lathe service's: {error!r}"
+        ) from error
+
+
+def check(response: httpx.Response, *, is_repeated: bool) -> None:
     """Raises: ApiStatusError; UnexpectedAnswerError. The body has been read."""
     if response.is_success:
         return
@@ -105,18 +116,29 @@ def check(response: httpx.Response) -> None:
             code=str(error["code"]),
             param=error.get("param"),
             request_id=response.headers.get("x-request-id"),
+            is_repeated=is_repeated,
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UnexpectedAnswerError(
             f"status {response.status_code} without an error object; is this a Lathe service?"
         ) from None
 
 
-def _json(response: httpx.Response) -> Any:
+def _json(response: httpx.Response) -> dict[str, Any]:
     try:
-        return response.json()
+        body = response.json()
     except ValueError:
         raise UnexpectedAnswerError("the answer is no JSON; is this a Lathe service?") from None
+    if not isinstance(body, dict):
+        raise UnexpectedAnswerError("the answer is no JSON object; is this a Lathe service?")
+    return body
+
+
+def _items(response: httpx.Response) -> list[dict[str, Any]]:
+    items = _json(response)["data"]
+    if not isinstance(items, list):
+        raise UnexpectedAnswerError("data of the answer is no list; is this a Lathe service?")
+    return items
 
 
 def _options(options: EnrichOptions) -> dict[str, Any]:
@@ -200,11 +222,8 @@ def embeddings(texts: Sequence[str], model: str, truncate: bool) -> Iterator[Cal
 
 
 def _vectors(response: httpx.Response) -> Vectors:
-    try:
-        rows = [base64.b64decode(item["embedding"]) for item in _json(response)["data"]]
-        return np.stack([np.frombuffer(row, dtype="<f4") for row in rows])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnexpectedAnswerError(f"the answer has no vectors: {error!r}") from None
+    rows = [base64.b64decode(item["embedding"]) for item in _items(response)]
+    return np.stack([np.frombuffer(row, dtype="<f4") for row in rows])
 
 
 def estimate(body: Mapping[str, Any], options: EnrichOptions) -> Call[dict[str, Any]]:
@@ -263,7 +282,7 @@ def list_graphs(after: str | None, limit: int) -> Call[list[Graph]]:
         method="GET",
         path="/v1/graphs",
         params=params,
-        read=lambda response: [read_graph(item) for item in _json(response)["data"]],
+        read=lambda response: [read_graph(item) for item in _items(response)],
     )
 
 
@@ -294,7 +313,7 @@ def ask_graph(graph_id: str, what: str, body: Mapping[str, Any]) -> Call[dict[st
 
 
 def list_prompts() -> Call[list[dict[str, Any]]]:
-    return Call(method="GET", path="/v1/prompts", read=lambda response: _json(response)["data"])
+    return Call(method="GET", path="/v1/prompts", read=_items)
 
 
 def get_prompt(ref: str) -> Call[dict[str, Any]]:
@@ -342,6 +361,7 @@ def upload_nodes(name: str, nodes: Sequence[Mapping[str, Any]]) -> Call[str]:
         path="/v1/files",
         files={"file": (name, lines.encode())},
         data={"purpose": "enrich"},
+        headers=_idempotent(None),
         read=lambda response: str(_json(response)["id"]),
     )
 

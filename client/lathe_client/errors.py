@@ -21,6 +21,7 @@ class ApiStatusError(LatheError):
         code: stable and machine-readable, such as "prompt_not_found".
         param: the field at fault, or None.
         request_id: to find the request in the service's log; None where the answer had none.
+        is_repeated: the request was sent before and its answer was lost, so that it may have been carried out then.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class ApiStatusError(LatheError):
         code: str,
         param: str | None = None,
         request_id: str | None = None,
+        is_repeated: bool = False,
     ) -> None:
         where = f" (parameter {param})" if param else ""
         super().__init__(f"{message}{where} [{status} {code}]")
@@ -39,6 +41,7 @@ class ApiStatusError(LatheError):
         self.code = code
         self.param = param
         self.request_id = request_id
+        self.is_repeated = is_repeated
 
 
 class JobEndedError(LatheError):

@@ -4,8 +4,9 @@
 where it is longer than the back-off; its `x-should-retry: false` forbids a retry, and `true` allows none that the
 status does not. Attempts and total time are capped: a wait that would go beyond the cap is not begun.
 
-Everything that is retried may be repeated: what creates something carries an `Idempotency-Key`, and a repeated
-enrichment finds its finished nodes in the service's cache.
+Everything that is retried may be repeated: what creates something carries an `Idempotency-Key`, a repeated
+enrichment finds its finished nodes in the service's cache, and what is found deleted or cancelled when the first answer
+was lost counts as done.
 """
 
 import email.utils

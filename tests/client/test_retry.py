@@ -1,12 +1,14 @@
 """What is sent again, and when: a scripted network and a clock that only waiting moves."""
 
 import email.utils
+import io
 import time
 from collections.abc import Callable
 from typing import Any
 
 import anyio
 import httpx
+import pyarrow as pa
 import pytest
 from lathe_client import (
     ApiStatusError,
@@ -178,14 +180,138 @@ def test_one_idempotency_key_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == again != other
 
 
-def test_another_service_is_recognised() -> None:
-    for answer in (httpx.Response(200, text="hello"), httpx.Response(404, text="nothing here")):
-        network = Network(answer)
+def client_of(network: Network, monkeypatch: pytest.MonkeyPatch) -> EnrichmentClient:
+    monkeypatch.setattr("lathe_client.api.time.sleep", network.sleep)
+    return EnrichmentClient(transport=httpx.MockTransport(network.answer))
+
+
+def test_a_file_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(httpx.ReadError, httpx.Response(201, json={"id": "file-1"}))
+    with client_of(network, monkeypatch) as client:
+        assert client.upload_nodes([{"id": 1, "text": "t"}]) == "file-1"
+    first, again = [request.headers["idempotency-key"] for request in network.requests]
+    assert first == again
+
+
+GONE = httpx.Response(404, json={"error": {**ERROR["error"], "code": "graph_not_found"}})
+ENDED = httpx.Response(409, json={"error": {**ERROR["error"], "code": "job_not_cancellable"}})
+
+
+def job(status: str) -> httpx.Response:
+    body = {"id": "job-1", "type": "enrich", "status": status, "result": None, "error": None}
+    return httpx.Response(200, json={**body, "progress": {"step": 0, "total": 1}})
+
+
+def test_what_was_deleted_when_the_answer_was_lost_counts_as_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with client_of(Network(httpx.ReadError, GONE), monkeypatch) as client:
+        client.delete_graph("graph-1")
+    for first in (refusal(503), httpx.ConnectError):  # which were not carried out
+        with client_of(Network(first, GONE), monkeypatch) as client:
+            with pytest.raises(ApiStatusError, match="graph_not_found"):
+                client.delete_graph("graph-1")
+            with pytest.raises(ApiStatusError, match="graph_not_found"):
+                client.delete_graph("graph-1")
+
+
+def test_a_job_that_was_cancelled_when_the_answer_was_lost_counts_as_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with client_of(Network(httpx.ReadError, ENDED, job("cancelled")), monkeypatch) as client:
+        assert client.cancel_job("job-1").status == "cancelled"
+    for answers in ([httpx.ReadError, ENDED, job("succeeded")], [ENDED]):
         with (
-            EnrichmentClient(transport=httpx.MockTransport(network.answer)) as client,
-            pytest.raises(UnexpectedAnswerError, match="Lathe"),
+            client_of(Network(*answers), monkeypatch) as client,
+            pytest.raises(ApiStatusError, match="job_not_cancellable"),
         ):
+            client.cancel_job("job-1")
+
+
+@pytest.mark.anyio
+async def test_the_async_client_takes_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(httpx.ReadError, GONE, httpx.ReadError, ENDED, job("cancelled"))
+    monkeypatch.setattr("lathe_client.aio.asyncio.sleep", network.asleep)
+    async with AsyncEnrichmentClient(transport=httpx.MockTransport(network.answer)) as client:
+        await client.delete_graph("graph-1")
+        assert (await client.cancel_job("job-1")).status == "cancelled"
+
+
+def arrow_with(metadata: dict[str, str]) -> httpx.Response:
+    schema = pa.schema([("node_id", pa.int64())], metadata=metadata)
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array([1])], schema=schema))
+    return httpx.Response(200, content=sink.getvalue())
+
+
+OTHERS = {
+    "no JSON": httpx.Response(200, text="hello"),
+    "no route": httpx.Response(404, text="nothing here"),
+    "another's error": httpx.Response(404, json={"error": "no"}),
+    "an empty object": httpx.Response(200, json={}),
+    "a list": httpx.Response(200, json=[]),
+    "null": httpx.Response(200, content=b"null"),
+    "no list": httpx.Response(200, json={"data": None}),
+    "a prompt that is none": arrow_with({"lathe.model": "m", "lathe.prompt": "[]"}),
+    "a usage that is none": arrow_with({"lathe.model": "m", "lathe.usage": "3"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_service_is_recognised(name: str) -> None:
+    network = Network(OTHERS[name])
+    nodes = [{"id": 1, "text": "t"}]
+    with EnrichmentClient(transport=httpx.MockTransport(network.answer)) as client:
+        asks: list[Callable[[], Any]] = [
+            client.prompts,
+            client.graphs,
+            lambda: client.graph("graph-1"),
+            lambda: client.job("job-1"),
+            lambda: client.select("graph-1", "degree", budget={"nodes": 1}),
+            lambda: client.upload_nodes(nodes),
+            lambda: client.embeddings(["t"], model="m"),
+            lambda: client.enrich(nodes, prompt="summary"),
+            lambda: list(client.stream(nodes, prompt="summary")),
+        ]
+        for ask in asks:
+            with pytest.raises(UnexpectedAnswerError):
+                ask()
+    assert len(network.requests) == len(asks)
+
+
+def test_an_answer_that_cannot_be_unpacked_is_no_mystery() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        junk = httpx.ByteStream(b"\x1f\x8bjunk")
+        return httpx.Response(200, headers={"content-encoding": "gzip"}, stream=junk)
+
+    with EnrichmentClient(transport=httpx.MockTransport(answer)) as client:
+        with pytest.raises(UnexpectedAnswerError, match="decoded"):
             client.prompts()
+        with pytest.raises(UnexpectedAnswerError, match="decoded"):
+            list(client.stream([{"id": 1, "text": "t"}], prompt="summary"))
+
+
+@pytest.mark.parametrize("failure", [httpx.LocalProtocolError, httpx.UnsupportedProtocol])
+def test_what_cannot_be_sent_is_not_tried_again(
+    failure: type[httpx.TransportError], ask: Callable[..., Any]
+) -> None:
+    network = Network(failure)
+    with pytest.raises(ConnectionFailedError, match=failure.__name__):
+        ask(network)
+    assert (len(network.requests), network.waits) == (1, [])
+
+
+@pytest.mark.parametrize("make", [EnrichmentClient, AsyncEnrichmentClient])
+def test_an_address_and_a_key_that_can_be_none_are_refused(make: Callable[..., Any]) -> None:
+    for url in ("127.0.0.1:8000", "localhost:8000", "", "ftp://host", "http://", "http://h:port"):
+        with pytest.raises(ValueError, match="url"):
+            make(url)
+    for key in ("lk-hidden\n", "lk hidden", "lk-hiddén"):
+        with pytest.raises(ValueError, match="api_key") as caught:
+            make("http://host", key)
+        assert "hidd" not in str(caught.value)
+        assert caught.value.__cause__ is caught.value.__context__ is None
 
 
 @pytest.mark.anyio

@@ -17,7 +17,7 @@ from typing import Self, Unpack
 import numpy as np
 
 from lathe_client.api import EnrichmentClient
-from lathe_client.calls import MAX_NODES_PER_REQUEST, EnrichOptions, NodeIds, plain_ids
+from lathe_client.calls import MAX_NODES_PER_REQUEST, EnrichOptions, NodeIds
 from lathe_client.store import EnrichmentStore, Indices, Mask, Vectors
 
 Fetch = Callable[[Indices], tuple[Vectors, Mask] | tuple[Vectors, Mask, Mask]]
@@ -47,10 +47,9 @@ def graph_fetch(
     """
 
     embeddings: EnrichOptions = {**options, "returns": ["embedding"]}
-    ids = None if node_ids is None else plain_ids(node_ids)
 
     def fetch(indices: Indices) -> tuple[Vectors, Mask, Mask]:
-        wanted = indices.tolist() if ids is None else [ids[i] for i in indices]
+        wanted = indices if node_ids is None else [node_ids[i] for i in indices]
         enriched = client.enrich_graph(graph_id, wanted, **embeddings)
         codes, there = enriched.error_codes, enriched.enriched_mask
         if not there.all():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from lathe_client import ApiStatusError, AsyncEnrichmentClient, EnrichmentClient, calls
 
 from tests.client.conftest import serve
@@ -200,6 +201,17 @@ def test_the_same_key_makes_one_graph(client: EnrichmentClient) -> None:
     with pytest.raises(ApiStatusError) as caught:
         client.create_graph("other", LETTERS, [], idempotency_key="k")
     assert caught.value.code == "idempotency_conflict"
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, lambda ids: list(np.array(ids))])
+def test_ids_may_be_arrays_and_tensors(kind: Any, client: EnrichmentClient) -> None:
+    graph = client.create_graph("g", [{"id": i, "text": f"text {i}"} for i in range(3)], [])
+    ids = kind([2, 0])
+    given: Any = {"prompt": "summary@1", **MODELS}
+    assert client.enrich_graph(graph.id, ids, **given).node_ids == [2, 0]
+    streamed = client.stream_graph(graph.id, ids, **given)
+    assert {node_id for batch in streamed for node_id in batch.node_ids} == {0, 2}
+    assert client.estimate_graph(graph.id, ids, **given)["num_nodes"] == 2
 
 
 def test_refusals_name_the_field(client: EnrichmentClient) -> None:

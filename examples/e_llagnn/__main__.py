@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 import torch
-from lathe_client import LatheError
+from lathe_client import ConnectionFailedError, LatheError
 from tqdm import tqdm
 
 from examples.e_llagnn import report
@@ -47,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for study in arguments.studies:
             for run in tqdm(list(STUDIES[study](options)), desc=study, mininterval=10):
                 lab.run(run)
-    except httpx.TransportError as error:
-        sys.exit(f"error: no service at {arguments.url}: {error}")
+    except ConnectionFailedError as error:
+        sys.exit(f"error: no service at {error}")
     except LatheError as error:
         sys.exit(f"error: {error}")
     finally:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import numpy as np
 import numpy.typing as npt
 from lathe_client import EnrichmentClient, EnrichmentStore, LatheError
@@ -19,7 +18,6 @@ from lathe_client.prefetch import Fetch, Prefetcher
 from examples.e_llagnn.graphs import Indices, TextGraph
 
 ENCODER = "all-minilm-l6-v2"
-TEXTS_PER_REQUEST = 128
 NODES_PER_REQUEST = 64
 SAMPLED_PER_REQUEST = 256
 
@@ -56,8 +54,6 @@ class Source:
     ) -> None:
         self.graph = graph
         self.client = EnrichmentClient(url, api_key)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=600, trust_env=False)
         self._folder = folder / graph.name.split(" ", maxsplit=1)[0]
         self._folder.mkdir(parents=True, exist_ok=True)
         self._index = {node_id: index for index, node_id in enumerate(graph.ids)}
@@ -66,7 +62,6 @@ class Source:
 
     def close(self) -> None:
         self.client.close()
-        self._http.close()
 
     @property
     def graph_id(self) -> str:
@@ -94,16 +89,7 @@ class Source:
 
     def embed(self, texts: list[str]) -> Floats:
         """Vectors of length 1 of the beginnings of texts."""
-        parts = []
-        for first in range(0, len(texts), TEXTS_PER_REQUEST):
-            body = {
-                "model": ENCODER,
-                "input": texts[first : first + TEXTS_PER_REQUEST],
-                "truncate": True,
-            }
-            answer = self._http.post("/v1/embeddings", json=body).raise_for_status().json()
-            parts.append(np.array([item["embedding"] for item in answer["data"]], np.float32))
-        return np.concatenate(parts)
+        return self.client.embeddings(texts, model=ENCODER, truncate=True)
 
     def ranking(self, strategy: str, **options: Any) -> Indices:
         """All nodes, those first that are most worth an LLM call: a budget takes the first so many."""

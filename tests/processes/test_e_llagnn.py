@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lathe_client import EnrichmentStore
+from lathe_client import EnrichmentStore, RetryPolicy
 from torch_geometric.data import Data
 from torch_geometric.nn import SAGEConv
 
@@ -80,7 +80,10 @@ def test_every_study_runs_and_goes_on_where_it_stopped(
     assert json.loads((tmp_path / "rows-cora.json").read_text()) == rows
 
 
-def test_a_service_that_is_not_there_is_said(cora_like: Path, tmp_path: Path) -> None:
+def test_a_service_that_is_not_there_is_said(
+    cora_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RetryPolicy, "wait_seconds", lambda *_: None)  # gives up at once
     with pytest.raises(SystemExit, match=r"no service at http://127\.0\.0\.1:9"):
         main(["--graph", "cora", "--path", str(cora_like), "--url", "http://127.0.0.1:9",
               "--work", str(tmp_path)])  # fmt: skip

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from examples.e_llagnn import report
 from examples.e_llagnn.collect import Recipe, Source
 from examples.e_llagnn.graphs import TextGraph, load_cora, load_debian
-from examples.e_llagnn.studies import STUDIES, Lab, Options, Rows
+from examples.e_llagnn.studies import STUDIES, Lab, Options, Rows, RowsError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,17 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         scorers=tuple(arguments.scorers),
         ablation_budget=arguments.ablation_budget,
     )
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = Rows(arguments.rows or arguments.work / f"rows-{arguments.graph}.json")
     source = Source(arguments.url, graph, arguments.work, arguments.api_key)
     try:
+        rows = Rows(arguments.rows or source.folder / "rows.json", source.digest)
         lab = Lab(source, rows)
         for study in arguments.studies:
             for run in tqdm(list(STUDIES[study](options)), desc=study, mininterval=10):
                 lab.run(run)
     except ConnectionFailedError as error:
         sys.exit(f"error: no service at {error}")
-    except LatheError as error:
+    except (LatheError, RowsError) as error:
         sys.exit(f"error: {error}")
     finally:
         source.close()
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--url", default="http://127.0.0.1:8000")
     add("--api-key")
     add("--work", type=Path, default=Path("e_llagnn_work"), help="vectors and rows; goes on there")
-    add("--rows", type=Path, help="the JSON file of rows; default in --work")
+    add("--rows", type=Path, help="the JSON file of rows, of one graph; default in --work")
     add("--studies", nargs="*", choices=tuple(STUDIES), default=["budgets"])
     add("--splits", nargs="+")
     add("--models", nargs="+", default=["gcn", "sage", "gat"])

@@ -1,7 +1,8 @@
 """What the example asks the service for, kept in a folder: raw vectors, rankings of nodes, enriched vectors, samples.
 
 Enriched vectors lie in an `EnrichmentStore` per recipe, and a `Prefetcher` fills it in the background: to wait for it
-before training is blocking mode, to train meanwhile is overlap mode. What is in the folder is not asked for again.
+before training is blocking mode, to train meanwhile is overlap mode. What is in the folder is not asked for again; each
+graph has its own, named by its content.
 """
 
 import hashlib
@@ -47,15 +48,21 @@ class Recipe:
 
 
 class Source:
-    """A graph at the service, and what is known of it on this machine."""
+    """A graph at the service, and what is known of it on this machine.
+
+    Attributes:
+        digest: of the graph's content.
+        folder: of what is known.
+    """
 
     def __init__(
         self, url: str, graph: TextGraph, folder: Path, api_key: str | None = None
     ) -> None:
         self.graph = graph
         self.client = EnrichmentClient(url, api_key)
-        self._folder = folder / graph.name.split(" ", maxsplit=1)[0]
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.digest = graph.digest()
+        self.folder = folder / f"{graph.name.split(' ', maxsplit=1)[0]}-{self.digest[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._index = {node_id: index for index, node_id in enumerate(graph.ids)}
         self._graph_id: str | None = None
         self._raw: Floats | None = None
@@ -72,16 +79,15 @@ class Source:
                 {"id": i, "text": text} for i, text in zip(graph.ids, graph.texts, strict=True)
             ]
             edges = [(graph.ids[a], graph.ids[b]) for a, b in graph.edges.tolist()]
-            digest = hashlib.sha256(json.dumps([graph.name, nodes, edges]).encode()).hexdigest()
             self._graph_id = self.client.create_graph(
-                graph.name, nodes, edges, idempotency_key=f"e-llagnn-{digest[:32]}"
+                graph.name, nodes, edges, idempotency_key=f"e-llagnn-{self.digest[:32]}"
             ).id
         return self._graph_id
 
     def raw(self) -> Floats:
         """x: vectors of the nodes' own texts (N, D)."""
         if self._raw is None:
-            file = self._folder / "raw.npy"
+            file = self.folder / "raw.npy"
             if not file.is_file():
                 np.save(file, self.embed(self.graph.texts), allow_pickle=False)
             self._raw = np.load(file, allow_pickle=False)
@@ -94,7 +100,7 @@ class Source:
     def ranking(self, strategy: str, **options: Any) -> Indices:
         """All nodes, those first that are most worth an LLM call: a budget takes the first so many."""
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
-        file = self._folder / f"ranking-{strategy}-{digest}.npy"
+        file = self.folder / f"ranking-{strategy}-{digest}.npy"
         if not file.is_file():
             chosen = self.client.select(
                 self.graph_id, strategy, budget={"fraction": 1.0}, **options
@@ -107,11 +113,11 @@ class Source:
     def store(self, recipe: Recipe) -> EnrichmentStore:
         raw = self.raw()
         return EnrichmentStore(
-            self._folder / recipe.name,
+            self.folder / recipe.name,
             num_nodes=len(self.graph),
             dim=raw.shape[1],
             encoder=ENCODER,
-            origin=recipe.name,
+            origin=f"{recipe.name} of {self.digest}",
             dtype="float32",
         )
 
@@ -164,7 +170,7 @@ class Source:
 
         "even" is no judge: as many neighbours, drawn evenly.
         """
-        file = self._folder / f"sample-{scorer}-{fanout}-{seed}.npz"
+        file = self.folder / f"sample-{scorer}-{fanout}-{seed}.npz"
         if not file.is_file():
             edges, cost = self._judge(scorer, fanout, seed)
             np.savez(file, edges=edges, cost=json.dumps(cost))

@@ -6,9 +6,10 @@ label_name, split, split_60_20_20) and edges.csv.gz (src, dst). Edges are undire
 
 import csv
 import gzip
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class TextGraph:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def digest(self) -> str:
+        """Of texts, edges, labels and splits: graphs of one name may differ in all of them."""
+        content = json.dumps(asdict(self), default=lambda array: array.tolist(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def load_cora(folder: Path) -> TextGraph:

@@ -69,12 +69,30 @@ class Run:
         return json.dumps(self.parameters(), sort_keys=True)
 
 
-class Rows:
-    """Rows of a JSON file, written after each run."""
+class RowsError(Exception):
+    """The file is not one of this graph's rows; the message is one line for a person."""
 
-    def __init__(self, path: Path) -> None:
+
+class Rows:
+    """Rows of a JSON file, written after each run.
+
+    Args:
+        graph: digest of the graph that they are of.
+
+    Raises:
+        RowsError: the file has rows of another graph, or rows that name none.
+    """
+
+    def __init__(self, path: Path, graph: str) -> None:
         self._path = path
+        self._graph = graph
         self.rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
+        for row in self.rows:
+            if row.get("graph") != graph:
+                raise RowsError(
+                    f"{path}: a row is of graph {row.get('graph')!r}, this needs {graph!r};"
+                    " name another file, or remove this one"
+                )
         self._by_key = {row["key"]: row for row in self.rows}
 
     def get(self, run: Run) -> Row | None:
@@ -82,6 +100,7 @@ class Rows:
         return self._by_key.get(run.key())
 
     def add(self, row: Row) -> None:
+        row["graph"] = self._graph
         self.rows.append(row)
         self._by_key[row["key"]] = row
         self._write()

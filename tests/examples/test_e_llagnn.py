@@ -252,13 +252,13 @@ def test_a_budget_of_every_node_is_run_once_for_all_strategies() -> None:
 
 def test_rows_outlive_the_process_and_know_their_studies(tmp_path: Path) -> None:
     run = Run(study="budgets", split="public", seed=0)
-    rows = Rows(tmp_path / "rows.json")
+    rows = Rows(tmp_path / "rows.json", "a graph")
     rows.add({"key": run.key(), **run.parameters(), "studies": ["budgets"], "with_llm": 1.0})
-    later = Rows(tmp_path / "rows.json")
+    later = Rows(tmp_path / "rows.json", "a graph")
     row = later.get(Run(study="depth", split="public", seed=0))
     assert row is not None
     later.join_study(row, "depth")
-    assert Rows(tmp_path / "rows.json").rows[0]["studies"] == ["budgets", "depth"]
+    assert Rows(tmp_path / "rows.json", "a graph").rows[0]["studies"] == ["budgets", "depth"]
     assert later.get(Run(study="budgets", split="public", seed=1)) is None
 
 

@@ -66,9 +66,10 @@ def test_every_study_runs_and_goes_on_where_it_stopped(
         assert f"### {title}" in printed
     for name in ("budgets", "depth"):
         assert (tmp_path / f"e_llagnn_cora_{name}.png").read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((tmp_path / "rows-cora.json").read_text())
+    [folder] = tmp_path.glob("cora-*")
+    rows = json.loads((folder / "rows.json").read_text())
     enriched = [row for row in rows if row["budget"] == 1.0]
-    store = EnrichmentStore.at(tmp_path / "cora" / "smollm2-135m-summary.v1-4-append")
+    store = EnrichmentStore.at(folder / "smollm2-135m-summary.v1-4-append")
     assert {row["num_enriched"] for row in enriched if row["recipe"]["prompt"] == "summary@1"} == {
         store.num_filled
     }
@@ -77,7 +78,7 @@ def test_every_study_runs_and_goes_on_where_it_stopped(
 
     main([*arguments, "--studies", *studies, "--url", "http://127.0.0.1:9"])
     assert capsys.readouterr().out == printed
-    assert json.loads((tmp_path / "rows-cora.json").read_text()) == rows
+    assert json.loads((folder / "rows.json").read_text()) == rows
 
 
 def test_a_service_that_is_not_there_is_said(

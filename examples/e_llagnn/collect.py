@@ -7,9 +7,11 @@ graph has its own, named by its content.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +91,9 @@ class Source:
         if self._raw is None:
             file = self.folder / "raw.npy"
             if not file.is_file():
-                np.save(file, self.embed(self.graph.texts), allow_pickle=False)
+                raw = self.embed(self.graph.texts)
+                with replacing(file) as whole:
+                    np.save(whole, raw, allow_pickle=False)
             self._raw = np.load(file, allow_pickle=False)
         return self._raw
 
@@ -106,7 +110,8 @@ class Source:
                 self.graph_id, strategy, budget={"fraction": 1.0}, **options
             )
             order = np.array([self._index[node_id] for node_id in chosen.node_ids], np.int64)
-            np.save(file, order, allow_pickle=False)
+            with replacing(file) as whole:
+                np.save(whole, order, allow_pickle=False)
         ranking: Indices = np.load(file, allow_pickle=False)
         return ranking
 
@@ -173,7 +178,8 @@ class Source:
         file = self.folder / f"sample-{scorer}-{fanout}-{seed}.npz"
         if not file.is_file():
             edges, cost = self._judge(scorer, fanout, seed)
-            np.savez(file, edges=edges, cost=json.dumps(cost))
+            with replacing(file) as whole:
+                np.savez(whole, edges=edges, cost=json.dumps(cost))
         with np.load(file, allow_pickle=False) as kept:
             return kept["edges"], json.loads(str(kept["cost"]))
 
@@ -194,6 +200,15 @@ class Source:
             for key, value in answer["usage"].items():
                 cost[key] = cost.get(key, 0) + value
         return np.array(pairs, np.int64).reshape(-1, 2).T, cost
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """To write a file that is there only once it is whole."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    with temporary.open("wb") as whole:
+        yield whole
+    temporary.replace(file)
 
 
 def halfway(first: Floats, second: Floats) -> Floats:

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_a_refusal_is_one_line_after_the_retries_that_make_sense(
 
 
 class ScriptedClient:
-    """Vectors that say how long a text is, and a ranking."""
+    """Vectors that say how long a text is, a ranking, and a neighbour of each node."""
 
     def __init__(self, ranking: str = "abc") -> None:
         self.ranking = ranking
@@ -101,9 +101,22 @@ class ScriptedClient:
     def create_graph(self, name: str, *_: Any, **__: Any) -> Any:
         return SimpleNamespace(id=f"graph-{name}")
 
+    def sample(self, *_: Any, **__: Any) -> dict[str, Any]:
+        self.asked.append("sample")
+        kept = {"a": "b", "b": "a", "c": "b"}
+        data = [{"node_id": i, "kept": [{"node_id": kept[i]}]} for i in kept]
+        return {"data": data, "usage": {"judged": 4}}
+
     def select(self, *_: Any, **__: Any) -> Any:
         self.asked.append("select")
         return SimpleNamespace(node_ids=list(self.ranking))
+
+
+ASKED: list[Callable[[Source], Any]] = [
+    lambda source: source.raw(),
+    lambda source: source.ranking("degree"),
+    lambda source: source.sample("embed", fanout=1, seed=0),
+]
 
 
 def build_source(folder: Path, graph: TextGraph, client: ScriptedClient) -> Source:
@@ -134,6 +147,30 @@ def test_the_same_graph_asks_nothing_again(tmp_path: Path) -> None:
         source.raw()
         source.ranking("degree")
     assert client.asked == ["embeddings", "select"]
+
+
+def test_a_file_that_was_cut_off_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(file: IO[bytes], *_: Any, **__: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    client = ScriptedClient()
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", cut_off)
+        patched.setattr(np, "savez", cut_off)
+        source = build_source(tmp_path, build_graph(), client)
+        for ask in ASKED:
+            with pytest.raises(KeyboardInterrupt):
+                ask(source)
+    source = build_source(tmp_path, build_graph(), client)
+    assert source.raw().shape == (3, 2)
+    assert source.ranking("degree").tolist() == [0, 1, 2]
+    assert source.sample("embed", fanout=1, seed=0)[0].tolist() == [[1, 0, 1], [0, 1, 2]]
+    for ask in ASKED:
+        ask(source)
+    assert client.asked == ["embeddings", "select", "sample"] * 2
 
 
 @pytest.mark.parametrize("graph", [None, "b"])

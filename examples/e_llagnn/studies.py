@@ -172,7 +172,8 @@ class Lab:
         assert run.recipe is not None
         store = self.source.store(run.recipe)
         num_known = int(store.has(nodes).sum())
-        with self.source.prefetcher(run.recipe, nodes) as prefetcher, ThreadPoolExecutor(1) as pool:
+        # The pool's exit waits for drain, which an interrupted prefetcher ends once it is closed.
+        with ThreadPoolExecutor(1) as pool, self.source.prefetcher(run.recipe, nodes) as prefetcher:
             prefetcher.want(nodes)
             drained = pool.submit(prefetcher.drain)
             outcome = train(

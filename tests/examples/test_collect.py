@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import numpy as np
 import pytest
@@ -14,13 +16,15 @@ from fastapi.responses import JSONResponse
 from lathe_client import EnrichmentClient, RetryPolicy, StoreMismatchError
 
 import examples.e_llagnn.__main__ as example
+from examples.e_llagnn import studies
 from examples.e_llagnn.collect import ENCODER, Recipe, Source
 from examples.e_llagnn.graphs import Split, TextGraph
-from examples.e_llagnn.studies import Rows, RowsError, Run
+from examples.e_llagnn.studies import Lab, Rows, RowsError, Run
 from tests.client.conftest import serve
 
 RECIPE = Recipe(prompt="summary@1", model="writer", join="separate", max_tokens=8)
 RUN = Run(study="budgets", split="public", seed=0)
+DEADLINE_SECONDS = 20.0
 REFUSAL = {"error": {"message": "no model 'e'", "code": "model_not_found", "param": "model"}}
 
 
@@ -204,3 +208,38 @@ def test_a_graph_of_the_same_name_has_rows_of_its_own(
     example.main([*one_file, "1"])
     with pytest.raises(SystemExit, match=r"^error: .*all\.json: a row is of graph"):
         example.main([*one_file, "2"])
+
+
+class Endless:
+    """A prefetcher whose work ends only by being closed."""
+
+    def __init__(self) -> None:
+        self.is_closed = threading.Event()
+        self.was_closed_while_drained = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_closed.set()
+
+    def want(self, _: Any) -> None:
+        pass
+
+    def drain(self) -> None:
+        self.was_closed_while_drained = self.is_closed.wait(DEADLINE_SECONDS)
+
+
+def test_an_interrupted_training_does_not_wait_for_the_llm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    source, prefetcher = build_source(tmp_path, build_graph(), ScriptedClient()), Endless()
+    monkeypatch.setattr(source, "prefetcher", lambda *_: prefetcher)
+    monkeypatch.setattr(studies, "train", interrupted)
+    lab = Lab(source, Rows(tmp_path / "rows.json", source.digest))
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(replace(RUN, budget=1.0, strategy="random", recipe=RECIPE, overlap=True))
+    assert prefetcher.was_closed_while_drained

@@ -1,8 +1,10 @@
 """What Lathe does, in one run: a chat, a compression job, the compressed model, an enriched graph, and the metrics.
 
-Uses the service at LATHE_URL (default http://127.0.0.1:8000), or starts one of its own and stops it again.
+Uses the service at LATHE_URL (default http://127.0.0.1:8000), or starts one of its own there and stops it again.
+The model that it makes is deleted at the end.
 """
 
+import ipaddress
 import json
 import os
 import subprocess
@@ -21,24 +23,35 @@ MODEL = "smollm2-135m"
 NUM_NODES = 200
 NODES_PER_CALL = 20
 START_SECONDS = 300
+HTTP_PORT = 80
 
 
 def main() -> None:
     key = os.environ.get("LATHE_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=URL, headers=headers, timeout=600) as client:
-        own = None if answers(client) else start(client)
+        own = None if answers(client) else start(client.base_url)
         try:
-            before = metrics(client)
-            show_chat(client, MODEL)
-            compressed = show_compression(client)
-            show_chat(client, compressed)
-            show_graph(client)
-            show_metrics(before, metrics(client))
+            if own is not None:
+                wait_until_ready(client, own)
+            show(client)
         finally:
             if own is not None:
                 own.terminate()
                 own.wait()
+
+
+def show(client: httpx.Client) -> None:
+    before = metrics(client)
+    show_chat(client, MODEL)
+    compressed = show_compression(client)
+    try:
+        show_load(client, compressed)
+        show_chat(client, compressed)
+        show_graph(client)
+        show_metrics(before, metrics(client))
+    finally:
+        delete_model(client, compressed)
 
 
 def answers(client: httpx.Client) -> bool:
@@ -48,15 +61,28 @@ def answers(client: httpx.Client) -> bool:
         return False
 
 
-def start(client: httpx.Client) -> "subprocess.Popen[bytes]":
-    print(f"no service at {URL}; starting one")
-    process = subprocess.Popen([sys.executable, "-m", "service.cli", "up"])
+def start(url: httpx.URL) -> "subprocess.Popen[bytes]":
+    """A service that will answer at a URL of this machine."""
+    if url.scheme != "http" or not is_loopback(url.host) or url.path != "/":
+        raise SystemExit(f"error: no service at {URL}, and none can be started there")
+    print(f"no service at {URL}; starting one", flush=True)
+    where = ("--host", url.host, "--port", str(url.port or HTTP_PORT))
+    return subprocess.Popen([sys.executable, "-m", "service.cli", "up", *where])
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_SECONDS
     while not answers(client):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("the service did not start")
+            raise SystemExit("error: the service did not start")
         time.sleep(0.5)
-    return process
 
 
 def heading(text: str) -> None:
@@ -101,10 +127,22 @@ def show_compression(client: httpx.Client) -> str:
     report = client.get(f"/v1/jobs/{job_id}/artifacts/report.md").text
     totals, _, rest = report.partition("## Matrices")  # more than two hundred rows
     print(totals + rest[rest.index("## How it was measured") :])
-    started = time.monotonic()
-    client.post(f"/v1/models/{output}/load", params={"wait": "true"}).raise_for_status()
-    print(f"{output} loaded in {time.monotonic() - started:.1f} s")
     return output
+
+
+def show_load(client: httpx.Client, model: str) -> None:
+    started = time.monotonic()
+    client.post(f"/v1/models/{model}/load", params={"wait": "true"}).raise_for_status()
+    print(f"{model} loaded in {time.monotonic() - started:.1f} s")
+
+
+def delete_model(client: httpx.Client, model: str) -> None:
+    try:
+        client.post(f"/v1/models/{model}/unload")  # refused where it is not loaded
+        client.delete(f"/v1/models/{model}").raise_for_status()
+        print(f"\n{model} deleted")
+    except httpx.HTTPError:
+        print(f"\n{model} is still there; to delete it: lathe models delete {model}")
 
 
 def follow(client: httpx.Client, job_id: str) -> None:

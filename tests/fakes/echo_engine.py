@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from engines.protocol import (
     ROW_PLACEHOLDER,
@@ -156,6 +157,7 @@ class EchoEngine:
         fail_on_token: a prompt with this id ends its request with an error output at its first step.
         raise_on_token: a prompt with this id makes `step` raise RuntimeError.
         step_seconds: what a step takes; a model is never as fast as nothing.
+        hold_at: once so many tokens are generated, a step waits for as long as `hold_file` is there.
         submitted, aborted: request ids in order of arrival.
     """
 
@@ -164,6 +166,8 @@ class EchoEngine:
     fail_on_token: int | None = None
     raise_on_token: int | None = None
     step_seconds: float = 0.0
+    hold_at: int | None = None
+    hold_file: Path | None = None
     submitted: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     closed: bool = False
@@ -213,6 +217,9 @@ class EchoEngine:
     def step(self) -> list[TokenOutput]:
         self.num_steps += 1
         time.sleep(self.step_seconds)
+        if self.hold_file is not None and self._generation_tokens >= (self.hold_at or 0):
+            while self.hold_file.exists():
+                time.sleep(0.01)
         outputs: list[TokenOutput] = []
         for request_id, running in list(self._requests.items())[: self.info.max_num_seqs]:
             if self.raise_on_token in running.request.token_ids:

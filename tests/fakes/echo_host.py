@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--drain-seconds", type=float, default=5.0)
     parser.add_argument("--raise-on-token", type=int)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--hold-at", type=int)
+    parser.add_argument("--hold-file", type=Path)
     parser.add_argument("--fail-load", action="store_true")
     arguments = parser.parse_args()
     die_with_parent()
@@ -35,6 +37,8 @@ def main() -> int:
             info=info,
             raise_on_token=arguments.raise_on_token,
             step_seconds=arguments.step_seconds,
+            hold_at=arguments.hold_at,
+            hold_file=arguments.hold_file,
         )
 
     return run_host(

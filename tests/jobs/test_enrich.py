@@ -49,9 +49,18 @@ TEXTS = ["", "abc", "abc", *(f"{chr(97 + i % 26)}{chr(97 + i // 26)}z" for i in 
 class Host:
     """An engine host process that serves a model of a home."""
 
-    def __init__(self, home: Path, model: str = "tiny", *, step_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        home: Path,
+        model: str = "tiny",
+        *,
+        step_seconds: float = 0.0,
+        hold_at: int = 0,
+        hold_file: Path | None = None,
+    ) -> None:
         self.socket = home / "run" / f"{model}.sock"
         self._step_seconds = step_seconds
+        self._hold = ["--hold-at", str(hold_at), "--hold-file", str(hold_file)] if hold_file else []
         self.start()
 
     def start(self) -> None:
@@ -61,6 +70,7 @@ class Host:
                 *(sys.executable, "-m", "tests.fakes.echo_host", "--socket", str(self.socket)),
                 *("--max-model-len", "2048", "--max-num-seqs", str(SEATS)),
                 *("--step-seconds", str(self._step_seconds)),
+                *self._hold,
             ],
             env={**child_environment(), "LATHE_PARENT_PID": "0"},
             stdout=subprocess.DEVNULL,
@@ -105,6 +115,16 @@ def host(home: Path) -> Iterator[Host]:
 @pytest.fixture
 def slow_host(home: Path) -> Iterator[Host]:
     host = Host(home, step_seconds=0.01)
+    yield host
+    host.kill()
+
+
+@pytest.fixture
+def held_host(home: Path) -> Iterator[Host]:
+    """Generates no more than three answers per seat while `home / "hold"` is there."""
+    hold_file = home / "hold"
+    hold_file.touch()
+    host = Host(home, hold_at=3 * SEATS * 8, hold_file=hold_file)
     yield host
     host.kill()
 
@@ -237,9 +257,9 @@ def enrich_in_thread(context: RunnerContext) -> JsonObject:
 
 @pytest.mark.anyio
 async def test_kill_9_and_go_on(
-    home: Path, slow_host: Host, monkeypatch: pytest.MonkeyPatch
+    home: Path, held_host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real worker and a real child, which is killed when some rows are in the ledger."""
+    """A real worker and a real child, which is killed when some rows are in the ledger, and others are not made."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     create_graph(home)
     store = SqliteJobStore(home / "lathe.db")
@@ -255,6 +275,7 @@ async def test_kill_9_and_go_on(
         wait_until(lambda: store.get("job-1").progress_step >= 6)
         (child,) = (p for p in psutil.Process().children() if "jobs.child" in p.cmdline())
         child.kill()
+        (home / "hold").unlink()
         wait_until(lambda: store.get("job-1").finished_at is not None)
         job = store.get("job-1")
         events = [event.message for event in store.events("job-1")]
@@ -270,7 +291,7 @@ async def test_kill_9_and_go_on(
 
     # All texts have three tokens, so all prompts are as long: tokens count calls.
     (length,) = {row["tokens_in"] for row in rows if row["tokens_in"]}
-    num_calls = (await slow_host.stats()).prompt_tokens_total / length
+    num_calls = (await held_host.stats()).prompt_tokens_total / length
     assert 28 <= num_calls <= 28 + SEATS  # those that were running when it was killed
     assert job.result is not None
     assert job.result["usage"]["num_by_status"]["failed"] == 1

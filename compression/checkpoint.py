@@ -24,6 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from compression.disk import sync
 from compression.ffn_skip.profile import SKIP_FILE, SkipProfile
 from compression.safetensors_header import CheckpointError, TensorInfo, read_header
 
@@ -648,7 +649,7 @@ class CheckpointWriter:
 
         path = self._folder / f".shard-{len(self._shards):05d}"
         save_file(self._shard, path, metadata={"format": "pt"})
-        _fsync(path)
+        sync(path)
         self._written_bytes += self._shard_size
         self._shards.append(list(self._shard))
         self._shard, self._shard_size = {}, 0
@@ -677,7 +678,7 @@ class CheckpointWriter:
             self.write_json(INDEX_NAME, index_json)
         files: dict[str, JsonObject] = {}
         for path in sorted(self._folder.iterdir()):
-            _fsync(path)
+            sync(path)
             files[path.name] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
         manifest = Manifest(
             kind=kind,
@@ -725,7 +726,7 @@ def add_skip_profile(
 
         path = destination / SKIP_FILE
         save_file(dict(tensors), path, metadata={"format": "pt"})
-        _fsync(path)
+        sync(path)
         files[SKIP_FILE] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
     manifest = dataclasses.replace(
         manifest,
@@ -749,7 +750,7 @@ def _share(source: Path, destination: Path) -> None:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
         shutil.copyfile(source, destination)
-        _fsync(destination)
+        sync(destination)
 
 
 def torch_dtype_name(tensor: "Tensor") -> str:
@@ -762,11 +763,3 @@ def torch_dtype_name(tensor: "Tensor") -> str:
         return names[str(tensor.dtype)]
     except KeyError:
         raise CheckpointError(f"dtype {tensor.dtype} cannot be stored") from None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,6 @@ Nothing of the source is changed.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from compression.checkpoint import (
     open_checkpoint,
     write_manifest,
 )
+from compression.disk import sync
 from compression.hf import LATHE_ONLY, check_config, is_lathe_only, read_config
 from compression.memory import trim_heap
 from compression.quantization.int4 import quantization_config
@@ -384,8 +384,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     temporary.replace(path)
 
 

@@ -60,6 +60,7 @@ from graph.node_text import (
     TextModel,
     TextTooLongError,
     encoder_windows,
+    has_text,
     mean_vector,
     normalise,
     off_loop,
@@ -595,7 +596,7 @@ class Enricher:
 
 
 def _has_text(unit: _Unit) -> bool:
-    if unit.node.text and not unit.node.text.isspace():
+    if has_text(unit.node.text):
         return True
     unit.skipped = False
     unit.error = ItemError(code="empty_text", message="the node's text is empty")

@@ -68,6 +68,11 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
+def has_text(text: str) -> bool:
+    """Whether anything is left of a text that is normalised."""
+    return bool(text) and not text.isspace()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
     """A prompt about one node, and what of its texts is in it."""

@@ -41,7 +41,7 @@ from graph.enrich import Enricher
 from graph.enrich_types import PRIORITIES, EnrichRequest, UnsuitableModelError
 from graph.generation import Written, answer_prompt, training_labels
 from graph.model_calls import generate_tokens
-from graph.node_text import TextError, TextModel, normalise
+from graph.node_text import TextError, TextModel, has_text, normalise
 from graph.nodes import classes_of_graph, nodes_of_graph, num_at_once
 from graph.store import Graph, Int64s
 from graph.text_vectors import TextVectors, VectorUsage
@@ -651,7 +651,7 @@ def _with_text(graph: Graph, indices: Sequence[int]) -> list[int]:
     for first in range(0, len(indices), TEXTS_AT_ONCE):
         some = indices[first : first + TEXTS_AT_ONCE]
         texts = graph.texts(some)
-        found += [i for i, text in zip(some, texts, strict=True) if text and not text.isspace()]
+        found += [i for i, text in zip(some, texts, strict=True) if has_text(text)]
     return found
 
 

@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
@@ -33,6 +32,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from compression.disk import sync
 
 GRAPH_ID_PATTERN = r"^graph-[a-z0-9]{1,64}$"
 _GRAPH_ID = re.compile(r"graph-[a-z0-9]{1,64}\Z")
@@ -282,8 +283,8 @@ class GraphStore:
                 feature_dim=None if parts.features is None else parts.features.shape[1],
             )
             (folder / MANIFEST_NAME).write_text(json.dumps(asdict(info), indent=1))
-            _fsync(folder / MANIFEST_NAME)
-            _fsync(folder)  # its names, before it has its own
+            sync(folder / MANIFEST_NAME)
+            sync(folder)  # its names, before it has its own
             try:
                 folder.rename(self._dir / graph_id)
             except OSError as error:
@@ -293,7 +294,7 @@ class GraphStore:
                 if raced is None:
                     raise GraphConflictError(graph_id) from None
                 return raced, False
-            _fsync(self._dir)
+            sync(self._dir)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # gone already where the rename worked
         return info, True
@@ -695,17 +696,9 @@ def _write_parts(folder: Path, parts: _Parts) -> int:
         np.save(folder / "features.npy", parts.features, allow_pickle=False)
     total = 0
     for path in folder.iterdir():
-        _fsync(path)
+        sync(path)
         total += path.stat().st_size
     return total
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open(folder: Path, info: GraphInfo) -> Graph:

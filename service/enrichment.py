@@ -32,7 +32,7 @@ from graph.enrich_types import (
 from graph.generation import PromptInputError
 from graph.json_rows import json_row, json_usage
 from graph.node_text import TextModel
-from graph.nodes import NodeInputError, classes_of_graph, nodes_of_graph
+from graph.nodes import MAX_CLASSES, NodeInputError, classes_of_graph, nodes_of_graph
 from graph.served_text import ServedText
 from graph.store import MAX_ID_BYTES, Graph, GraphNotFoundError, NodeId, UnknownNodeError
 from graph.text_vectors import TextVectors
@@ -127,7 +127,7 @@ class EnrichChoices(RequestModel):
     classes: list[ClassName] | None = Field(
         default=None,
         min_length=1,
-        max_length=256,
+        max_length=MAX_CLASSES,
         description="For a prompt that chooses among classes; of a graph by default its training nodes' labels.",
     )
     variables: dict[VariableName, VariableText] = Field(

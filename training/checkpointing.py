@@ -5,7 +5,6 @@ does not verify, of a disk that filled up or a machine that died, is passed over
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from compression.checkpoint import hash_file
+from compression.disk import sync
 
 JsonObject = dict[str, Any]
 STATE_NAME, IDENTITY_NAME = "state.json", "identity.json"
@@ -62,15 +62,15 @@ class CheckpointFolder:
             (OPTIMIZER_NAME, checkpoint.optimizer),
         ):
             save_file({key: t.contiguous() for key, t in tensors.items()}, folder / name)
-            _sync(folder / name)
+            sync(folder / name)
             hashes[name] = hash_file(folder / name)
         state = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
         _write_text(folder / STATE_NAME, json.dumps(state))
-        _sync(folder)
+        sync(folder)
         path = self._path(checkpoint.step)
         shutil.rmtree(path, ignore_errors=True)  # of the same step: the same bytes, or unsound
         folder.rename(path)
-        _sync(self._work)
+        sync(self._work)
         for step in set(self.steps()[:-keep_last]) - keep:
             shutil.rmtree(self._path(step))
 
@@ -111,13 +111,5 @@ class CheckpointFolder:
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

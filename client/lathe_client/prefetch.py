@@ -131,9 +131,8 @@ class Prefetcher:
                 return
             new = np.unique(indices[self._may[indices]])
             new = new[~self._store.has(new)]
-            self._may[new] = (
-                False  # once each, even if the service cannot enrich it; see _give_back
-            )
+            # Once each, even if the service cannot enrich it; see `_give_back`.
+            self._may[new] = False
             self._waiting.extend(new.tolist())
             self._changed.notify_all()
 

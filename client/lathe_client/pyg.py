@@ -109,9 +109,8 @@ def upload(client: EnrichmentClient, data: Data, name: str = "pyg") -> str:
     nodes = [{"id": index, "text": text} for index, text in enumerate(texts)]
     edges = [(source, target) for source, target in data.edge_index.t().tolist()]
     directed = not data.is_undirected()
-    content = json.dumps(
-        [name, list(texts), edges, directed, pa.__version__]
-    )  # which writes the Parquet
+    # With pyarrow's version: it writes the bytes that the service compares.
+    content = json.dumps([name, list(texts), edges, directed, pa.__version__])
     key = f"pyg-{hashlib.sha256(content.encode()).hexdigest()}"
     return client.create_graph(name, nodes, edges, directed=directed, idempotency_key=key).id
 

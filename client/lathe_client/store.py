@@ -184,9 +184,8 @@ class EnrichmentStore:
             try:
                 yield
             finally:
-                fcntl.flock(
-                    file, fcntl.LOCK_UN
-                )  # closing would leave it to a process forked meanwhile
+                # Closing would leave it to a process forked meanwhile.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _map(path: Path, dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> "np.memmap[Any, Any]":

@@ -22,6 +22,7 @@ from service.errors import ApiError
 from service.routes import graph_query
 from tests.graph.llaga.test_projector import manifest_of, tensors_of
 from tests.graph.llaga.test_query import Awaited, Words, encode
+from tests.service.event_loop import watch_off_loop
 from tests.service.test_graph_routes import GRAPH, Caller, Service, error_of
 
 DIM = 5
@@ -272,17 +273,6 @@ def test_all_that_computes_is_off_the_event_loop(
     register(service)
     seen: list[str] = []
 
-    def watch(place: Any, name: str) -> None:
-        work = getattr(place, name)
-
-        def watched(*given: Any, **options: Any) -> Any:
-            with pytest.raises(RuntimeError, match="no running event loop"):
-                asyncio.get_running_loop()
-            seen.append(name)
-            return work(*given, **options)
-
-        monkeypatch.setattr(place, name, watched)
-
     for place, name in (
         (graph_query, "plan_within"),
         (filling, "needed_nodes"),
@@ -291,7 +281,7 @@ def test_all_that_computes_is_off_the_event_loop(
         (graph_query, "_answer"),
         (graph_query, "json_response"),
     ):
-        watch(place, name)
+        watch_off_loop(monkeypatch, seen, place, name)
     assert query(service, CLASSIFY).status_code == 200
     assert {name: seen.count(name) for name in seen} == {
         "plan_within": 1, "needed_nodes": 3, "vectors": 3, "project": 3, "_answer": 3,

@@ -45,6 +45,7 @@ from service.settings import Settings
 from service.supervisor_client import SupervisorClient
 from service.tokenizers import TokenizerCache
 from tests.graph.fakes import CodePointText, ScriptedEngine, own_text
+from tests.service.event_loop import watch_off_loop
 
 GRAPH: dict[str, Any] = {
     "name": "letters",
@@ -802,21 +803,10 @@ def test_a_selection_is_read_in_a_thread(service: Service, monkeypatch: pytest.M
     """Parsed and validated; and described as if FastAPI did so itself."""
     seen: list[str] = []
 
-    def watch(place: Any, name: str) -> None:
-        work = getattr(place, name)
-
-        def watched(*given: Any, **options: Any) -> Any:
-            with pytest.raises(RuntimeError, match="no running event loop"):
-                asyncio.get_running_loop()
-            seen.append(name)
-            return work(*given, **options)
-
-        monkeypatch.setattr(place, name, watched)
-
     graph_id = service.graph_id()
-    watch(SelectRequest, "model_validate")
+    watch_off_loop(monkeypatch, seen, SelectRequest, "model_validate")
     loads = SimpleNamespace(**vars(json))
-    watch(loads, "loads")
+    watch_off_loop(monkeypatch, seen, loads, "loads")
     monkeypatch.setattr(graphs, "json", loads)
     body = {"strategy": "random", "budget": {"nodes": 1}}
     assert service.client.post(f"/v1/graphs/{graph_id}/select", json=body).status_code == 200
